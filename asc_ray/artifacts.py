@@ -1,0 +1,159 @@
+"""Artifacts: a folder with a manifest, built aside and renamed into place.
+
+An artifact's key is the hash of what it is made from: the stage, its part of the configuration and the keys of its
+inputs. Equal key, equal content; so a complete artifact is never built again, and another configuration builds
+another folder. While it is being built the folder carries the suffix `.partial`; what a stage left there when it was
+killed is what it resumes from.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asc_ray.errors import UserError
+
+MANIFEST = "manifest.json"
+# Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
+FORMAT = 1
+
+
+def content_key(**parts: Any) -> str:
+    """Hash of JSON-serializable parts, 16 hexadecimal digits; the order of keys does not matter."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """`storage/stage/name-key/`; `inputs` maps the role of each input artifact to its key."""
+
+    storage: Path
+    stage: str
+    name: str
+    key: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.storage / self.stage / f"{self.name}-{self.key}"
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.path)
+
+    def facts(self) -> dict[str, Any]:
+        """What the stage noted about its result (counts, metrics)."""
+        return self.manifest()["facts"]
+
+    def open_partial(self) -> Path:
+        """The folder to build in; it holds what an earlier, interrupted run finished."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        return self.partial
+
+    def finish(self, facts: Mapping[str, Any], scratch: tuple[str, ...] = ()) -> None:
+        """Drop what only the building needed (`scratch`: glob patterns), write the manifest, rename into place."""
+        for pattern in (*scratch, ".*.tmp"):
+            for path in self.partial.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files = {
+            str(path.relative_to(self.partial)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(self.partial.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        manifest = {
+            "stage": self.stage,
+            "name": self.name,
+            "key": self.key,
+            "inputs": dict(self.inputs),
+            "config": dict(self.config),
+            "facts": dict(facts),
+            "files": files,
+        }
+        write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, default=str))
+        os.rename(self.partial, self.path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished artifact") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error}); delete the folder {folder} and run the stage again"
+        ) from None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Files of an artifact that are missing or differ from the manifest's checksums."""
+    return [
+        f"{name}: {'checksum differs' if (folder / name).is_file() else 'missing'}"
+        for name, entry in read_manifest(folder)["files"].items()
+        if not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"]
+    ]
+
+
+@contextmanager
+def exclusive(storage: Path) -> Iterator[None]:
+    """Hold the storage's lock: two drivers building the same artifacts would undo each other's resume.
+
+    The kernel drops the lock with the process, however it dies. Raises UserError when another run holds it.
+    """
+    storage.mkdir(parents=True, exist_ok=True)
+    with open(storage / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"storage {storage}: another asc-ray run is working there (process {owner}); "
+                "wait for it, end it, or choose another `storage`"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}")
+        lock.flush()
+        yield
+
+
+def is_locked(storage: Path) -> bool:
+    """Whether a run is at work in this storage."""
+    if not (storage / ".lock").is_file():
+        return False
+    with open(storage / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,231 @@
+"""Augmentation of batches on the training device (READING.md "Augmentation"), in the published code's order:
+
+    waveform: DIR / ADIR, roll, mixup     log-mel: frequency and time mask, Freq-MixStyle
+
+Everything random is drawn on the host beforehand, so the device path has no data-dependent shape, no synchronization
+and no loop over clips, and a draw gives the same batch on every device.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from asc_ray.audio.frontend import FMAX_STEP, MASKED, FrontendConfig
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.errors import ConfigError
+from asc_ray.section import Section
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class DirConfig(Section):
+    """Device impulse response augmentation; adaptive (ADIR, eq. 3) where a threshold is given."""
+
+    p: Probability = 0.0
+    threshold: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        None, description="convolve only clips of more energy than this; auto: the training set's mean; null: all clips"
+    )
+    apply_to: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("a",), description="devices whose clips may be convolved"
+    )
+
+
+class FreqMixStyleConfig(Section):
+    """Freq-MixStyle of the log-mel; the mixing weight is Beta(alpha, alpha)."""
+
+    p: Probability = 0.0
+    alpha: float = Field(0.3, gt=0)
+
+
+class AugmentConfig(Section):
+    """The default augments nothing."""
+
+    roll: int = Field(0, ge=0, description="largest rotation of the waveform either way, samples")
+    dir: DirConfig = DirConfig()
+    freq_mixstyle: FreqMixStyleConfig = FreqMixStyleConfig()
+    freq_mask: int = Field(0, ge=0, description="widest frequency mask, mel bins")
+    time_mask: int = Field(0, ge=0, description="widest time mask, frames")
+    mixup_alpha: float = Field(0.0, ge=0, description="waveform mixup with weight Beta(alpha, alpha), 0: off")
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The random choices for one batch of B clips; None where an augmentation is off.
+
+    A frequency or time mask is (width, u): it starts at floor(u * (size - width + 1)). A style weight of 1 leaves its
+    clip as it is.
+    """
+
+    fmax_shift: float  # Hz, for LogMel
+    convolved: Tensor  # (K,) int64: the clips that DIR convolves
+    response: Tensor  # (K,) int64: with which response of the bank
+    shift: Tensor | None  # (B,) int64, samples to the right
+    lam: Tensor | None  # (B,) float32: mixup's weight of the clip itself
+    partner: Tensor | None  # (B,) int64: whom it is mixed with
+    freq_mask: Tensor | None  # (B, 2) float32
+    time_mask: Tensor | None  # (B, 2) float32
+    style_weight: Tensor | None  # (B,) float32: Freq-MixStyle's weight of the clip's own statistics
+    style_partner: Tensor | None  # (B,) int64: whose statistics they are mixed with
+
+    def to(self, device: torch.device) -> "Draw":
+        """The same draw on `device`, copied without waiting; itself if it is there already."""
+        if self.convolved.device == device:
+            return self
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                value = value.pin_memory() if device.type == "cuda" else value
+                moved[field.name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+class Augment:
+    """Draws augmentations on the host (`draw`) and applies them to batches on any device (`wave`, `mel`).
+
+    mean_energy: the training set's mean energy, the ADIR threshold `auto`.
+    Raises ConfigError for a mask wider than a one-second log-mel.
+    """
+
+    def __init__(self, config: AugmentConfig, frontend: FrontendConfig, bank: ImpulseBank, mean_energy: float) -> None:
+        limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.sample_rate)}
+        for name, limit in limits.items():
+            if getattr(config, name) > limit:
+                raise ConfigError(
+                    f"augment.{name} is {getattr(config, name)}, but the front end's log-mel has {limit} "
+                    f"{'mel bins' if name == 'freq_mask' else 'frames'}; lower it to {limit} or less"
+                )
+        self.config = config
+        self._bank = bank
+        self._threshold = mean_energy if config.dir.threshold == "auto" else config.dir.threshold
+        self._fmax_steps = int(frontend.fmax_jitter / 2 / FMAX_STEP)
+        self._spectra: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
+
+    def draw(self, energies: Tensor, devices: list[str], generator: torch.Generator) -> Draw:
+        """The choices for a batch of clips with these energies (B,), sum of x^2 in +-1 scale, and these devices.
+
+        Takes one number from the (CPU) generator. Each augmentation has its own stream grown from it, so switching
+        one off or changing it leaves the others' choices as they were.
+        """
+        config, clips = self.config, len(devices)
+        seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
+        fmax, dir_, roll, mixup, freq, time, style = np.random.default_rng(seed).spawn(7)
+        convolved, response = self._draw_dir(dir_, energies, devices)
+        lam, partner = _draw_mix(mixup, 1.0, config.mixup_alpha, clips) if config.mixup_alpha else (None, None)
+        p, alpha = config.freq_mixstyle.p, config.freq_mixstyle.alpha
+        style_weight, style_partner = _draw_mix(style, p, alpha, clips) if p else (None, None)
+        return Draw(
+            fmax_shift=FMAX_STEP * int(fmax.integers(-self._fmax_steps, self._fmax_steps + 1)),
+            convolved=convolved,
+            response=response,
+            shift=torch.from_numpy(roll.integers(-config.roll, config.roll + 1, clips)) if config.roll else None,
+            lam=lam,
+            partner=partner,
+            freq_mask=_draw_mask(freq, config.freq_mask, clips) if config.freq_mask else None,
+            time_mask=_draw_mask(time, config.time_mask, clips) if config.time_mask else None,
+            style_weight=style_weight,
+            style_partner=style_partner,
+        )
+
+    def _draw_dir(self, rng: np.random.Generator, energies: Tensor, devices: list[str]) -> tuple[Tensor, Tensor]:
+        """Eq. 3: a clip is convolved if E(x) > T, with probability p; without a threshold, whatever its energy."""
+        chosen = torch.from_numpy(rng.random(len(devices)) < self.config.dir.p)
+        response = torch.from_numpy(rng.integers(len(self._bank.names), size=len(devices)))
+        if self.config.dir.apply_to != "all":
+            chosen &= torch.tensor([device in self.config.dir.apply_to for device in devices], dtype=torch.bool)
+        if self._threshold is not None:
+            chosen &= energies.double() > self._threshold
+        return chosen.nonzero()[:, 0], response[chosen]
+
+    @torch.no_grad()
+    def wave(self, wave: Tensor, draw: Draw) -> Tensor:
+        """Waveforms (B, T) float32 -> (B, T): DIR, roll and mixup as drawn; the input is left as it is."""
+        draw = draw.to(wave.device)
+        if len(draw.convolved):
+            convolved = self._convolve(wave.index_select(0, draw.convolved), draw.response)
+            wave = wave.index_copy(0, draw.convolved, convolved)
+        if draw.shift is not None:
+            wave = _roll(wave, draw.shift)
+        if draw.lam is not None and draw.partner is not None:
+            wave = torch.lerp(wave[draw.partner], wave, draw.lam[:, None])
+        return wave
+
+    @torch.no_grad()
+    def mel(self, mel: Tensor, draw: Draw) -> Tensor:
+        """Log-mels (B, 1, F, T) as LogMel gives them -> (B, 1, F, T): masks, then Freq-MixStyle, as drawn."""
+        draw = draw.to(mel.device)
+        if draw.freq_mask is not None:
+            mel = mel.masked_fill(_masked(draw.freq_mask, mel.shape[2])[:, None, :, None], MASKED)
+        if draw.time_mask is not None:
+            mel = mel.masked_fill(_masked(draw.time_mask, mel.shape[3])[:, None, None, :], MASKED)
+        if draw.style_weight is not None and draw.style_partner is not None:
+            mel = _freq_mixstyle(mel, draw.style_weight, draw.style_partner)
+        return mel
+
+    def _convolve(self, wave: Tensor, response: Tensor) -> Tensor:
+        """(K, T) with the responses (K,) of the bank, cut to T samples."""
+        samples = wave.shape[1]
+        size, spectra = self._response_spectra(samples, wave.device)
+        spectrum = torch.fft.rfft(wave, n=size).mul_(spectra.index_select(0, response))
+        return torch.fft.irfft(spectrum, n=size)[:, :samples]
+
+    def _response_spectra(self, samples: int, device: torch.device) -> tuple[int, Tensor]:
+        """FFT size and (N, size // 2 + 1) spectra of the bank, transformed once for clips of `samples` samples."""
+        key = (samples, device)
+        if key not in self._spectra:
+            # What comes after the clip's length in a response cannot reach the part that is kept.
+            responses = self._bank.responses[:, :samples].to(device)
+            size = _fft_size(samples + responses.shape[1] - 1)
+            self._spectra[key] = size, torch.fft.rfft(responses, n=size)
+        return self._spectra[key]
+
+
+def _draw_mix(rng: np.random.Generator, p: float, alpha: float, clips: int) -> tuple[Tensor, Tensor]:
+    """(clips,) weights, Beta(alpha, alpha) with probability p and else 1, and (clips,) partners, a permutation."""
+    drawn = rng.random(clips) < p
+    weight = np.where(drawn, rng.beta(alpha, alpha, clips), 1.0)
+    return torch.from_numpy(weight).float(), torch.from_numpy(rng.permutation(clips))
+
+
+def _draw_mask(rng: np.random.Generator, widest: int, clips: int) -> Tensor:
+    """(clips, 2): the width, uniform in 0..widest, and the relative start, uniform in [0, 1)."""
+    width, relative = rng.integers(0, widest + 1, clips), rng.random(clips, dtype=np.float32)
+    return torch.from_numpy(np.stack([width.astype(np.float32), relative], axis=1))
+
+
+def _masked(mask: Tensor, size: int) -> Tensor:
+    """(B, 2) of Draw -> (B, size) bool, true where masked."""
+    width, relative = mask[:, :1], mask[:, 1:]
+    start = ((size - width + 1) * relative).floor()
+    at = torch.arange(size, device=mask.device)
+    return (start <= at) & (at < start + width)
+
+
+def _roll(wave: Tensor, shift: Tensor) -> Tensor:
+    """Rotates each clip (B, T) to the right by its own shift (B,): reads T samples of x x from a clip's own start."""
+    clips, samples = wave.shape
+    windows = torch.cat([wave, wave], dim=1).unfold(1, samples, 1)
+    return windows[torch.arange(clips, device=wave.device), torch.remainder(-shift, samples)]
+
+
+def _freq_mixstyle(mel: Tensor, weight: Tensor, partner: Tensor) -> Tensor:
+    """(x - mu) / sigma * sigma_mix + mu_mix, statistics (B, 1, F, 1) per clip and frequency over channel and time.
+
+    Written as x * ratio + offset: for a weight of 1 the ratio is exactly 1 and the offset 0, and no bit changes.
+    """
+    mean = mel.mean(dim=(1, 3), keepdim=True)
+    squares = (mel - mean).square_().sum(dim=(1, 3), keepdim=True)  # torch.var_mean takes three times as long on a CPU
+    sigma = (squares / (mel.shape[1] * mel.shape[3] - 1) + 1e-6).sqrt()
+    weight = weight[:, None, None, None]
+    ratio = torch.lerp(sigma[partner], sigma, weight) / sigma
+    return torch.addcmul(torch.lerp(mean[partner], mean, weight) - mean * ratio, mel, ratio)
+
+
+def _fft_size(least: int) -> int:
+    """The smallest even number >= `least` whose prime factors are 2, 3 and 5: fast on the CPU and on the GPU."""
+    odd = [3**i * 5**j for i in range(12) for j in range(8)]
+    return min(factor << max(1, (-(-least // factor) - 1).bit_length()) for factor in odd)

@@ -1,0 +1,129 @@
+"""Log-mel front end of the students and of the published teachers (READING.md "Input"; CP-JKU's `AugmentMelSTFT`).
+
+x[t] - 0.97 x[t-1]  ->  centred STFT, power  ->  Kaldi mel bank  ->  log(mel + 1e-5)  ->  (x + 4.5) / 5
+"""
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from asc_ray.section import Section
+
+# What a masked cell holds after the front end. The published code writes 0 into the log-mel *before* the last affine
+# step; our masks are applied to the front end's output, so they write that zero's image, (0 + 4.5) / 5.
+MASKED = (0.0 + 4.5) / 5.0
+
+# Shifts of the upper mel edge are multiples of this many Hz, so that a run meets few mel banks and each is built once.
+FMAX_STEP = 50.0
+
+# Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero.
+_GROUP = 16
+# Clips per pass on the CPU: a pass's spectra stay in the L2 cache, which is worth a factor of 2.5 over whole batches.
+_CPU_SLAB = 4
+
+_Group = tuple[int, int, Tensor]
+
+
+class FrontendConfig(Section):
+    """Log-mel settings; the defaults are the student's. Frequencies in Hz, `n_fft`, `window`, `hop` in samples."""
+
+    sample_rate: int = Field(32_000, ge=1)
+    n_fft: int = Field(4096, ge=4, multiple_of=2)
+    window: int = Field(3072, ge=2)
+    hop: int = Field(500, ge=1)
+    mels: int = Field(256, ge=1)
+    fmin: float = Field(0.0, ge=0)
+    fmax: float = Field(15_500.0, gt=0)
+    fmax_jitter: float = Field(1000.0, ge=0, description="range in Hz of the upper mel edge in training, 0: off")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FrontendConfig":
+        if self.window > self.n_fft:
+            raise ValueError(f"window {self.window} must not exceed n_fft {self.n_fft}")
+        if not self.fmin < self.fmax <= self.sample_rate / 2:
+            raise ValueError(
+                f"fmin {self.fmin} < fmax {self.fmax} <= half the sample rate {self.sample_rate / 2} must hold"
+            )
+        if self.fmax - self.fmax_jitter / 2 <= self.fmin:
+            raise ValueError(f"fmax_jitter {self.fmax_jitter} moves fmax {self.fmax} below fmin {self.fmin}")
+        return self
+
+    def frames(self, samples: int) -> int:
+        """Frames that a waveform of `samples` samples gives; pre-emphasis takes one sample."""
+        return 1 + (samples - 1) // self.hop
+
+
+def mel_bank(config: FrontendConfig, fmax: float) -> Tensor:
+    """Kaldi's triangular mel bank, (mels, n_fft // 2) float32: triangles in mel = 1127 ln(1 + f / 700).
+
+    The Nyquist bin, which Kaldi leaves out, has no column.
+    """
+
+    def mel(hertz: Tensor) -> Tensor:
+        return 1127.0 * torch.log1p(hertz / 700.0)
+
+    bins = config.n_fft // 2
+    at = mel(torch.arange(bins, dtype=torch.float64) * (config.sample_rate / config.n_fft))
+    low, high = mel(torch.tensor([config.fmin, fmax], dtype=torch.float64)).tolist()
+    edges = torch.linspace(low, high, config.mels + 2, dtype=torch.float64)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    return torch.minimum((at - left) / (centre - left), (right - at) / (right - centre)).clamp(min=0).float()
+
+
+class LogMel(nn.Module):
+    """Waveforms to log-mels; has no weights and gives no gradient."""
+
+    window: Tensor
+
+    def __init__(self, config: FrontendConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("window", torch.hann_window(config.window, periodic=False), persistent=False)
+        self._banks: dict[tuple[float, torch.device], list[_Group]] = {}
+
+    @torch.no_grad()
+    def forward(self, wave: Tensor, fmax_shift: float = 0.0) -> Tensor:
+        """(B, T) float32 in +-1 -> (B, 1, mels, 1 + (T - 1) // hop) float32.
+
+        fmax_shift: Hz added to the upper mel edge (training), rounded to FMAX_STEP and held at the Nyquist frequency.
+        Raises ValueError where T is too short for the reflected edges of the centred STFT.
+        """
+        if wave.shape[1] <= self.config.window // 2 + 1:
+            raise ValueError(f"a clip of {wave.shape[1]} samples is too short for a window of {self.config.window}")
+        bank = self._bank(fmax_shift, wave.device)
+        slab = _CPU_SLAB if wave.device.type == "cpu" else max(1, len(wave))
+        return torch.cat([self._transform(part, bank) for part in wave.split(slab)])[:, None]
+
+    def _transform(self, wave: Tensor, bank: list[_Group]) -> Tensor:
+        config = self.config
+        wave = wave[:, 1:] - 0.97 * wave[:, :-1]
+        # torch.stft centres the window in n_fft samples. The power does not depend on where the window stands, so only
+        # the samples under it are cut out, and the zeros follow them.
+        left = config.n_fft // 2 - (config.n_fft - config.window) // 2
+        wave = functional.pad(wave[:, None], (left, config.window - left), mode="reflect")[:, 0]
+        frames = wave.unfold(1, config.window, config.hop)
+        clips, count, _ = frames.shape
+        padded = wave.new_zeros(clips, count, config.n_fft)
+        torch.mul(frames, self.window, out=padded[..., : config.window])
+        # re^2 and im^2 stay side by side: the bank has every row twice, which is cheaper than adding them up first.
+        squares = torch.view_as_real(torch.fft.rfft(padded)).square_().view(clips * count, -1)
+        mel = torch.cat([squares[:, start:stop] @ weights for start, stop, weights in bank], dim=1)
+        mel = mel.add_(1e-5).log_().add_(4.5).div_(5.0)
+        return mel.view(clips, count, config.mels).transpose(1, 2).contiguous()
+
+    def _bank(self, fmax_shift: float, device: torch.device) -> list[_Group]:
+        """The mel bank in groups: (start, stop) in the row of squares and the (stop - start, mels of the group)."""
+        shift = round(fmax_shift / FMAX_STEP) * FMAX_STEP
+        key = (shift, device)
+        if key not in self._banks:
+            bank = mel_bank(self.config, min(self.config.fmax + shift, self.config.sample_rate / 2))
+            self._banks[key] = [_band(group, device) for group in bank.split(_GROUP)]
+        return self._banks[key]
+
+
+def _band(bank: Tensor, device: torch.device) -> _Group:
+    used = bank.any(dim=0).nonzero()
+    start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+    weights = bank[:, start:stop].T.repeat_interleave(2, dim=0)
+    return 2 * start, 2 * stop, weights.contiguous().to(device)

@@ -1,0 +1,132 @@
+"""`asc-ray <stage>`: parse, call the stage, print."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from asc_ray.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Teachers, fusion, search, distillation and int8 for tiny acoustic scene classifiers.",
+)
+corpus_app = typer.Typer(no_args_is_help=True, help="Make a corpus.")
+app.add_typer(corpus_app, name="corpus")
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
+]
+DEFAULT_CONFIG = "demo"
+
+_HELP = {
+    "ingest": "Decode the corpus into the memory-mapped clip store.",
+    "teachers": "Train the ensemble's systems.",
+    "logits": "Store every teacher's logits over every clip.",
+    "fuse": "Learn the fusion (eq. 4) on held-out locations and write the soft targets.",
+    "sweep": "Search the student's configuration on the validation part.",
+    "student": "Train the student from the soft targets.",
+    "qat": "Train the student for int8 and convert it.",
+    "evaluate": "Score teachers, fusion and both students on the test split.",
+    "report": "Write the HTML report.",
+}
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
+        _run(config, set, (stage,))
+
+    return command
+
+
+for _stage, _text in _HELP.items():
+    app.command(_stage, help=_text)(_stage_command(_stage))
+
+
+@app.command()
+def pipeline(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
+    """Run every stage, from the corpus to the report."""
+    from asc_ray.pipeline import STAGES
+
+    _run(config, set, STAGES)
+
+
+@corpus_app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
+) -> None:
+    """Write the synthetic demo corpus, in the layout of TAU22."""
+    from asc_ray.config import load_config
+    from asc_ray.data.demo import make_demo_corpus
+
+    make_demo_corpus(out, load_config(config, set).corpus.demo)
+    typer.echo(f"{out}: a synthetic corpus; use it with --set corpus.path={out}")
+
+
+@app.command()
+def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
+    """Show what is done, running and missing, and where."""
+    from asc_ray.config import load_config
+    from asc_ray.pipeline import Plan
+    from asc_ray.status import state_of
+
+    plan = Plan(load_config(config, set))
+    table = Table("stage", "what", "state", "where", title=f"{plan.config.name}: {plan.config.storage}", box=None)
+    for stage, artifacts in plan.by_stage().items():
+        for artifact in artifacts:
+            state, where = state_of(artifact)
+            table.add_row(stage, artifact.name, state, where)
+    # A log file has no width: paths must not be cut there.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _run(config: str, overrides: list[str], stages: tuple[str, ...]) -> None:
+    from asc_ray.config import load_config
+    from asc_ray.pipeline import run
+    from asc_ray.progress import Progress
+    from asc_ray.status import where_things_are
+
+    progress = Progress()
+    plan = run(load_config(config, overrides), stages, progress)
+    for line in where_things_are(plan):
+        progress.console.print(line, markup=False)
+
+
+def main(*command: str) -> None:
+    """The console command; a user's mistake is one message on standard error and an exit code.
+
+    `command` comes before the arguments given: a job of one stage is `main("teachers")`.
+    """
+    sys.argv[1:1] = command
+    # `ray job stop` and a shutdown send SIGTERM: leave as by sys.exit, so that runs are ended as KILLED.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"asc-ray: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("asc-ray: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Ingest and inference as Ray tasks over shards; a shard that is done is never done again."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asc_ray.artifacts import Artifact, write_atomically
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.cluster.resources import Resources
+from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
+from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
+from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
+from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
+from asc_ray.training.loop import Recipe
+from asc_ray.training.systems import infer
+
+
+def ingest(
+    artifact: Artifact,
+    corpus: Corpus,
+    impulse_responses: Path | None,
+    *,
+    skip_bad: bool,
+    shard_clips: int,
+    retries: int,
+    on_event: OnEvent,
+) -> None:
+    """Decode the corpus into the clip store, one task a shard. Raises CorpusError listing every bad clip."""
+    folder = artifact.open_partial()
+    shards = plan_shards(corpus, shard_clips)
+    reports: dict[int, dict[str, Any]] = {}
+    tasks = []
+    for index, clips in enumerate(shards):
+        done = _report_file(folder, index)
+        if done.is_file() and (skip_bad or not json.loads(done.read_text())["bad"]):
+            reports[index] = json.loads(done.read_text())
+        else:
+            arguments = (corpus.root, clips, corpus.labels, corpus.devices, folder, index, corpus.fingerprint)
+            tasks.append(Task(f"shard-{index:05d}", _ingest_shard, arguments, Resources()))
+    on_event("shards", {"done": len(reports), "total": len(shards)})
+    finished = run_tasks(
+        tasks, retries, on_event, lambda name, report: on_event("shards", {"advance": 1, "total": len(shards)})
+    )
+    reports |= {report["index"]: report for report in finished}
+    bad = [BadClip(**entry) for report in reports.values() for entry in report["bad"]]
+    if bad and not skip_bad:
+        refuse(corpus.root, [f"{clip.clip_id}: {clip.reason}" for clip in bad], skippable=True)
+    save_bank(ImpulseBank.load(impulse_responses), folder / IMPULSE_RESPONSES)
+    notes: Counter[str] = Counter()
+    for report in reports.values():
+        notes.update(report["notes"])
+    splits = Counter(clip.split for clip in corpus.clips)
+    artifact.finish(
+        {
+            "corpus": corpus.root.name,
+            "clips": sum(report["rows"] for report in reports.values()),
+            "listed": dict(splits),
+            "labels": corpus.labels,
+            "devices": corpus.devices,
+            "notes": dict(notes),
+            "skipped": [asdict(clip) for clip in (*corpus.bad, *bad)],
+        },
+        scratch=("shard-*.json",),
+    )
+
+
+def _ingest_shard(
+    root: Path,
+    clips: list[Clip],
+    labels: tuple[str, ...],
+    devices: tuple[str, ...],
+    folder: Path,
+    index: int,
+    fingerprint: str,
+) -> dict[str, Any]:
+    report = {
+        **asdict(write_shard(root, clips, labels, devices, shard_file(folder, index), fingerprint=fingerprint)),
+        "index": index,
+    }
+    write_atomically(_report_file(folder, index), json.dumps(report))
+    return report
+
+
+def _report_file(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.json"
+
+
+def store_logits(
+    systems: Mapping[str, tuple[Artifact, Path, Recipe]],
+    clips: Path,
+    shard_clips: int,
+    batch_size: int,
+    resources: Resources,
+    retries: int,
+    on_event: OnEvent,
+) -> None:
+    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folder, recipe)."""
+    rows = np.arange(len(ClipStore(clips)))
+    shards = [rows[start : start + shard_clips] for start in range(0, len(rows), shard_clips)]
+    tasks, done = [], 0
+    for name, (artifact, teacher, recipe) in systems.items():
+        folder = artifact.open_partial()
+        metadata = {"system": name, "config": artifact.key, "split": "all"}
+        for index, shard in enumerate(shards):
+            file = folder / f"part-{index:05d}.arrow"
+            if file.is_file():
+                done += 1
+                continue
+            arguments = (teacher, recipe, clips, shard, file, metadata, batch_size)
+            tasks.append(Task(f"{name}-{index:05d}", infer, arguments, resources))
+    total = len(tasks) + done
+    on_event("logits", {"done": done, "total": total})
+    run_tasks(tasks, retries, on_event, lambda name, result: on_event("logits", {"advance": 1, "total": total}))
+    for artifact, _, _ in systems.values():
+        artifact.finish({"clips": len(rows), "parts": len(shards)})

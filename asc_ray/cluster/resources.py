@@ -1,0 +1,29 @@
+"""What the pipeline asks of a cluster; free of ray, so that a configuration is read without it."""
+
+from pydantic import Field
+
+from asc_ray.section import Section
+
+
+class Resources(Section):
+    """What one training worker or inference task asks of the cluster; fractions of a GPU are allowed."""
+
+    cpus: float = Field(1, gt=0.0)
+    gpus: float = Field(0, ge=0.0)
+
+    def options(self) -> dict[str, float]:
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+
+class ClusterConfig(Section):
+    """`address`: a Ray cluster to join; without one, RAY_ADDRESS, a running local cluster, or an embedded one."""
+
+    address: str | None = None
+    retries: int = Field(3, ge=0, description="how often a training is resumed after its worker died")

@@ -1,0 +1,147 @@
+"""The Ray cluster the pipeline runs on: joined or embedded, checked before work starts, and tasks on it."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from asc_ray.cluster.resources import ClusterConfig, Resources
+from asc_ray.errors import ConfigError, UserError
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """A connection to Ray for the duration; an embedded cluster is shut down at the end. Raises UserError."""
+    # One place decides how many lines Ray writes: the progress shown to the user is ours.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    try:
+        ray.init(address=config.address, log_to_driver=False, logging_level="error", include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        address = config.address or os.environ.get("RAY_ADDRESS", "local")
+        raise UserError(f"cluster.address {address}: Ray cannot be reached ({str(error).splitlines()[0]})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def slots(request: Resources) -> int:
+    """How many workers with this request the cluster runs at once, node by node."""
+    count = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            total = node["Resources"]
+            by_cpu = total.get("CPU", 0) / request.cpus
+            by_gpu = total.get("GPU", 0) / request.gpus if request.gpus else by_cpu
+            count += int(min(by_cpu, by_gpu) + 1e-9)
+    return count
+
+
+def check_feasible(requests: Mapping[str, Resources]) -> None:
+    """Refuse what no node can ever give: Ray would wait for it for ever. Raises ConfigError naming the key."""
+    total = ray.cluster_resources()
+    for key, request in requests.items():
+        if slots(request) == 0:
+            raise ConfigError(
+                f"{key}: asks for {request.cpus:g} CPUs and {request.gpus:g} GPUs on one node; the cluster has "
+                f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {len(ray.nodes())} node(s). "
+                f"Ask for less, as in --set {key}.cpus=1 --set {key}.gpus=0, or use a larger cluster"
+            )
+
+
+@ray.remote(num_cpus=0)
+class Events:
+    """Where workers on any node leave what the driver shows and tracks."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, dict[str, Any]]] = []
+
+    def post(self, name: str, event: dict[str, Any]) -> None:
+        self._events.append((name, event))
+
+    def drain(self) -> list[tuple[str, dict[str, Any]]]:
+        events, self._events = self._events, []
+        return events
+
+
+@dataclass(frozen=True)
+class Task:
+    """`function(*arguments)`, with `on_epoch=` added when the task reports progress."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    resources: Resources
+    reports: bool = False
+
+
+def run_tasks(tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: OnEvent) -> list[Any]:
+    """Run all tasks, as many at once as fit; results in the order of `tasks`.
+
+    A task whose worker died is started again, up to `retries` times. The first error ends the others, and is raised
+    as what it was on the worker.
+    """
+    events = Events.remote() if any(task.reports for task in tasks) else None
+    running = {
+        _run.options(**task.resources.options(), max_retries=retries, name=task.name).remote(
+            task.function, task.arguments, task.resources.threads, task.name, events if task.reports else None
+        ): index
+        for index, task in enumerate(tasks)
+    }
+    results: list[Any] = [None] * len(tasks)
+    try:
+        while running:
+            done, _ = ray.wait(list(running), timeout=0.5)
+            if events is not None:
+                pass_on(events, on_event)
+            for reference in done:
+                index = running.pop(reference)
+                results[index] = fetch(reference)
+                on_done(tasks[index].name, results[index] if isinstance(results[index], dict) else {})
+    finally:
+        for reference in running:  # none, unless one failed; to cancel a finished task can crash Ray 2.60
+            ray.cancel(reference, force=True)
+        if events is not None:
+            ray.kill(events)
+    return results
+
+
+def fetch(reference: Any) -> Any:
+    """`ray.get` that raises what the worker raised, without Ray's wrapping of a user's mistake."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+def pass_on(events: Any, on_event: OnEvent) -> None:
+    for name, event in ray.get(events.drain.remote()):
+        on_event(name, event)
+
+
+def settle() -> None:
+    """Wait until killed workers of a stage have given their CPUs back, at most a few seconds."""
+    for _ in range(20):
+        if ray.available_resources().get("CPU", 0) >= ray.cluster_resources().get("CPU", 0):
+            return
+        time.sleep(0.1)
+
+
+@ray.remote
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int, name: str, events: Any) -> Any:
+    torch.set_num_threads(threads)
+    if events is None:
+        return function(*arguments)
+    return function(*arguments, on_epoch=lambda metrics: events.post.remote(name, metrics))

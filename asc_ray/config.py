@@ -1,0 +1,233 @@
+"""One frozen configuration from YAML files and dotted overrides.
+
+A file may begin with `base: other.yaml` (relative to itself): it is merged over that file, mapping by mapping.
+`teachers.systems` names recipe files `teachers/NAME.yaml` beside the configuration or among the packaged presets.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from asc_ray.cluster.resources import ClusterConfig, Resources
+from asc_ray.data.corpus import CorpusConfig
+from asc_ray.errors import ConfigError
+from asc_ray.fusion import FusionConfig
+from asc_ray.section import Section
+from asc_ray.training.dataset import PartitionConfig
+from asc_ray.training.loop import Recipe
+from asc_ray.training.search import SweepConfig, apply_overrides
+from asc_ray.training.systems import QATConfig, StudentConfig
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries the presets inside the package; a checkout has them beside it.
+PRESETS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+
+class TeachersConfig(Section):
+    recipes: dict[str, Recipe] = Field(min_length=1)
+    resources: Resources = Resources()
+
+
+class LogitsConfig(Section):
+    batch_size: int = Field(64, ge=1)
+    resources: Resources = Resources()
+
+
+class TrackingConfig(Section):
+    """`uri`: any MLflow tracking URI; without one, a sqlite database in the storage."""
+
+    uri: str | None = None
+    experiment: str = Field("asc-ray", min_length=1)
+
+
+class Config(Section):
+    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$")
+    storage: Path
+    corpus: CorpusConfig = CorpusConfig()
+    partition: PartitionConfig = PartitionConfig()
+    teachers: TeachersConfig
+    logits: LogitsConfig = LogitsConfig()
+    fusion: FusionConfig = FusionConfig()
+    sweep: SweepConfig | None = None
+    student: StudentConfig
+    student_resources: Resources = Resources()
+    qat: QATConfig = QATConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("storage")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        if "://" in str(value) or str(value).startswith(("s3:", "gs:")):
+            raise ValueError("is a URI; allowed is a folder that every node of the cluster can reach")
+        return value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        soft = self.student.distillation.soft_target
+        allowed = ("none", "average", "fused", *self.teachers.recipes)
+        if soft not in allowed:
+            raise ValueError(f"student.distillation.soft_target: {soft!r} is unknown; allowed: {', '.join(allowed)}")
+        if self.sweep:
+            self.sweep.check(self.student)
+        return self
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, or a packaged preset by its name, and apply `key.path=value` overrides.
+
+    Raises ConfigError naming the file or the key's path, what was found and what is allowed.
+    """
+    path = _find(source)
+    raw = _compose(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {override}: expected KEY.PATH=VALUE, as in --set student.optimizer.epochs=20")
+        try:
+            apply_overrides(raw, {key: yaml.safe_load(text)})
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from None
+    _resolve_teachers(raw, path)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path.resolve()
+    preset = PRESETS / f"{source}.yaml"
+    if path.suffix == "" and preset.is_file():
+        return preset
+    names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    raise ConfigError(f"--config {source}: no such file; give a YAML file, or one of the presets {names}")
+
+
+def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's mapping merged over its base's."""
+    if path in above:
+        raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({str(error).replace(chr(10), ' ')})") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    base_path = (path.parent / str(base)).resolve()
+    if not base_path.is_file():
+        raise ConfigError(f"{path}: base: {base}: no such file")
+    return merged(_compose(base_path, (*above, path)), raw)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, mapping by mapping; every other value replaces."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
+    """Replace `systems` (names of recipe files) and `override` (changes by the model's name) by the recipes."""
+    teachers = raw.get("teachers")
+    if not isinstance(teachers, dict):
+        return
+    systems = teachers.pop("systems", None)
+    override = teachers.pop("override", None) or {}
+    if not isinstance(override, dict):
+        raise ConfigError(f"{path}: teachers.override: expected a mapping of model names to changes")
+    if systems is None:
+        return
+    if not isinstance(systems, list) or not all(isinstance(name, str) for name in systems):
+        raise ConfigError(f"{path}: teachers.systems: expected a list of names, found {systems!r}")
+    if len(set(systems)) < len(systems):
+        raise ConfigError(f"{path}: teachers.systems: a name occurs twice: {', '.join(sorted(systems))}")
+    recipes = {}
+    for name in systems:
+        recipe = _compose(_teacher_file(name, path))
+        model = recipe.get("model", {}).get("name")
+        recipes[name] = merged(recipe, override.get(model, {}))
+    unused = set(override) - {recipe["model"]["name"] for recipe in recipes.values()}
+    if unused:
+        raise ConfigError(f"{path}: teachers.override.{sorted(unused)[0]}: no teacher has a model of this name")
+    teachers["recipes"] = merged(recipes, teachers.get("recipes", {}))
+
+
+def _teacher_file(name: str, path: Path) -> Path:
+    folders = (path.parent / "teachers", PRESETS / "teachers")
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*_*.yaml")} - {"cp_resnet"})
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(f"{path}: teachers.systems: unknown teacher {name!r}; {hint}known: {', '.join(known)}")
+
+
+def _explain(error: ValidationError) -> str:
+    """Every finding on one line: the key's path, what was found, what is allowed."""
+    lines = []
+    for finding in error.errors():
+        path = ".".join(str(part) for part in finding["loc"] if not _is_union_tag(part))
+        message = finding["msg"].removeprefix("Value error, ")
+        found = finding["input"]
+        if finding["type"] == "extra_forbidden":
+            allowed = _allowed_keys(finding["loc"][:-1])
+            close = difflib.get_close_matches(str(finding["loc"][-1]), allowed, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"{path}: unknown key; allowed here: {', '.join(allowed)}{hint}")
+        elif finding["type"] == "missing":
+            lines.append(f"{path}: is required")
+        elif isinstance(found, str | int | float | bool | None):
+            lines.append(f"{path}: found {found!r}: {message[0].lower()}{message[1:]}")
+        else:
+            lines.append(f"{path}: {message}" if path else message)
+    return "; ".join(lines)
+
+
+def _is_union_tag(part: Any) -> bool:
+    return part in {"passt", "cp_resnet", "ds_flexinet", "cp_mobile"}
+
+
+def _allowed_keys(loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at `loc`, found by walking the annotations."""
+    types: list[Any] = [Config]
+    for part in loc:
+        if _is_union_tag(part):
+            types = [t for t in types if _tag(t) == part]
+            continue
+        found: list[Any] = []
+        for candidate in types:
+            if part in candidate.model_fields:
+                found += _sections(candidate.model_fields[part].annotation)
+            else:  # a free name, such as a teacher's
+                found.append(candidate)
+        types = found
+    return sorted({name for t in types if hasattr(t, "model_fields") for name in t.model_fields})
+
+
+def _tag(section: Any) -> Any:
+    field = section.model_fields.get("name")
+    return field.default if field else None
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """The section classes inside an annotation such as `A | B | None` or `dict[str, A]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [s for argument in getattr(annotation, "__args__", ()) for s in _sections(argument)]

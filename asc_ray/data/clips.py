@@ -1,0 +1,227 @@
+"""The clip store: one-second clips as int16 PCM at 32 kHz in memory-mapped Arrow files."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import soundfile as sf
+import soxr
+
+from asc_ray.data.arrow import map_batch, write_batch
+from asc_ray.data.corpus import BadClip, Clip, Corpus
+from asc_ray.errors import UserError
+
+SAMPLE_RATE = 32_000
+CLIP_SAMPLES = 32_000
+SHARD_CLIPS = 4_096
+SPLITS = ("train", "test")
+LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second: padded or cropped
+LOWEST_RATE = 8_000
+
+
+class BadAudio(Exception):
+    """A clip that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    pcm: np.ndarray  # (32000,) int16
+    notes: frozenset[str]  # what was done to the recording beyond reading it
+
+
+def decode(path: Path) -> Decoded:
+    """Read a recording as one second of mono int16 at 32 kHz.
+
+    Channels are averaged, other rates resampled (soxr HQ), lengths within 10 % of a second cropped or zero-padded at
+    the end, samples beyond full scale clipped. A 16-bit mono file of one second at 32 kHz comes back bit for bit.
+    Raises BadAudio: unreadable, empty, silent, not finite, sampled below 8 kHz, shorter than 0.9 s, longer than 1.1 s.
+    """
+    try:
+        with sf.SoundFile(path) as file:
+            rate, seconds = file.samplerate, file.frames / file.samplerate
+            if rate < LOWEST_RATE:
+                raise BadAudio(f"sampled at {rate} Hz, at least {LOWEST_RATE} Hz is needed")
+            if not 0 < seconds <= 1 + LENGTH_TOLERANCE:  # before reading: it may be hours
+                raise BadAudio("no samples" if seconds == 0 else f"{seconds:.2f} s long, one second is expected")
+            wave = file.read(dtype="float32", always_2d=True)  # (samples, channels)
+    except (sf.SoundFileError, OSError) as error:
+        raise BadAudio(f"unreadable ({str(error).rpartition(': ')[2]})") from error
+    if (seconds := len(wave) / rate) < 1 - LENGTH_TOLERANCE:
+        raise BadAudio(f"{seconds:.2f} s long, one second is expected")
+    if not np.isfinite(wave).all():
+        raise BadAudio(f"{int((~np.isfinite(wave)).sum())} samples are not finite")
+    if not wave.any():
+        raise BadAudio("silent: every sample is zero")
+
+    notes = set()
+    if wave.shape[1] > 1:
+        notes.add("stereo mixed down" if wave.shape[1] == 2 else f"{wave.shape[1]} channels mixed down")
+    mono = wave.mean(axis=1)
+    if rate != SAMPLE_RATE:
+        notes.add(f"resampled {rate} Hz")
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if len(mono) != CLIP_SAMPLES:
+        notes.add("cropped" if len(mono) > CLIP_SAMPLES else "padded")
+        mono = np.pad(mono[:CLIP_SAMPLES], (0, max(0, CLIP_SAMPLES - len(mono))))
+    scaled = np.rint(mono * 32768)
+    if scaled.max() > 32767 or scaled.min() < -32768:
+        notes.add("clipped")
+    pcm = np.clip(scaled, -32768, 32767).astype(np.int16)
+    if not pcm.any():  # below half a bit, or opposite channels
+        raise BadAudio("silent: every sample is zero after conversion to 16-bit mono")
+    return Decoded(pcm, frozenset(notes))
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    file: str
+    rows: int
+    sha256: str
+    notes: dict[str, int]  # how many clips were resampled, padded, ...
+    bad: list[BadClip]  # left out
+
+
+def plan_shards(corpus: Corpus, shard_clips: int = SHARD_CLIPS) -> list[list[Clip]]:
+    """The corpus's clips, in order, in runs of at most `shard_clips`."""
+    return [list(corpus.clips[start : start + shard_clips]) for start in range(0, len(corpus.clips), shard_clips)]
+
+
+def shard_file(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.arrow"
+
+
+def write_shard(
+    root: Path, clips: Sequence[Clip], labels: Sequence[str], devices: Sequence[str], file: Path, *, fingerprint: str
+) -> ShardReport:
+    """Decode `clips` of the corpus in `root` into one Arrow IPC file; the same input gives the same bytes.
+
+    Columns: clip_id utf8; scene, device, location, split dictionary<int32, utf8>; energy float32, the sum of
+    (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Schema metadata: labels and devices (JSON, the dictionaries'
+    order), sample_rate, corpus (its fingerprint). Bad clips are left out and reported; refusing them is the caller's.
+    """
+    pcm = np.empty((len(clips), CLIP_SAMPLES), dtype=np.int16)
+    notes: Counter[str] = Counter()
+    kept: list[Clip] = []
+    bad: list[BadClip] = []
+    for clip in clips:
+        try:
+            decoded = decode(root / clip.clip_id)
+        except BadAudio as error:
+            bad.append(BadClip(clip.clip_id, str(error)))
+            continue
+        pcm[len(kept)] = decoded.pcm
+        notes.update(decoded.notes)
+        kept.append(clip)
+    pcm = pcm[: len(kept)]
+
+    def dictionary(values: list[str], vocabulary: Sequence[str]) -> pa.Array:
+        index = {value: position for position, value in enumerate(vocabulary)}
+        return pa.DictionaryArray.from_arrays(
+            pa.array([index[value] for value in values], pa.int32()), pa.array(vocabulary, pa.string())
+        )
+
+    locations = [clip.location for clip in kept]
+    energy = [np.square(row / 32768).sum() for row in pcm]
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "clip_id": pa.array([clip.clip_id for clip in kept], pa.string()),
+            "scene": dictionary([clip.scene for clip in kept], labels),
+            "device": dictionary([clip.device for clip in kept], devices),
+            "location": dictionary(locations, sorted(set(locations))),
+            "split": dictionary([clip.split for clip in kept], SPLITS),
+            "energy": pa.array(np.array(energy, dtype=np.float32)),
+            "pcm": pa.FixedSizeListArray.from_arrays(pa.array(pcm.reshape(-1)), CLIP_SAMPLES),
+        },
+        metadata={
+            "labels": json.dumps(list(labels)),
+            "devices": json.dumps(list(devices)),
+            "sample_rate": str(SAMPLE_RATE),
+            "corpus": fingerprint,
+        },
+    )
+    write_batch(batch, file)
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return ShardReport(file.name, len(kept), sha256, dict(sorted(notes.items())), bad)
+
+
+class ClipStore:
+    """The shards of a folder as one table of N clips; PCM stays on disk, mapped into memory.
+
+    ids, device, location, split: (N,) str; scene: (N,) int64 into `labels`; energy: (N,) float32; labels, devices:
+    tuples; corpus: the fingerprint. Pickling sends the folder only, and opens it again at the other end.
+    Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("shard-*.arrow"))
+        if not files:
+            raise UserError(f"{self.folder}: no shard-*.arrow files; run the ingest stage first")
+        batches = [map_batch(file) for file in files]
+        metadata = batches[0].schema.metadata
+        for file, batch in zip(files, batches, strict=True):
+            if batch.schema != batches[0].schema or batch.schema.metadata != metadata:
+                raise UserError(f"{file}: not of one store with {files[0].name} (corpus, labels or columns differ)")
+        try:
+            self.labels: tuple[str, ...] = tuple(json.loads(metadata[b"labels"]))
+            self.devices: tuple[str, ...] = tuple(json.loads(metadata[b"devices"]))
+            self.corpus: str = metadata[b"corpus"].decode()
+            self.ids = np.concatenate([batch["clip_id"].to_numpy(zero_copy_only=False) for batch in batches])
+            self.scene = np.concatenate([batch["scene"].indices.to_numpy() for batch in batches]).astype(np.int64)
+            self.device, self.location, self.split = (
+                np.concatenate([_strings(batch[column]) for batch in batches])
+                for column in ("device", "location", "split")
+            )
+            self.energy = np.concatenate([batch["energy"].to_numpy() for batch in batches])
+            self._pcm = [batch["pcm"].flatten().to_numpy().reshape(-1, CLIP_SAMPLES) for batch in batches]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{files[0]}: not a shard of a clip store ({error!r})") from error
+        self._starts = np.cumsum([0, *(len(rows) for rows in self._pcm)])
+        if len(self._row_of) != len(self):
+            raise UserError(f"{self.folder}: {len(self) - len(self._row_of)} clip(s) held twice; run ingest again")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self):
+        return ClipStore, (self.folder,)
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {clip_id: row for row, clip_id in enumerate(self.ids)}
+
+    @property
+    def clips(self) -> list[Clip]:
+        """The rows as the corpus has them, for `partition` and `unseen_devices`."""
+        columns = (self.ids, np.array(self.labels)[self.scene], self.device, self.location, self.split)
+        return [Clip(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def index_of(self, ids: Sequence[str]) -> np.ndarray:
+        """(len(ids),) int64 rows. Raises UserError for clips that the store does not hold."""
+        if missing := [clip_id for clip_id in ids if clip_id not in self._row_of]:
+            raise UserError(f"{self.folder}: holds no clip {', '.join(missing[:3])} ({len(missing)} missing)")
+        return np.array([self._row_of[clip_id] for clip_id in ids], dtype=np.int64)
+
+    def pcm(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(B, 32000) int16 of the given rows in the given order, into `out` where given."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"rows {indices.min()}..{indices.max()} of a store of {len(self)} clips")
+        if out is None:
+            out = np.empty((len(indices), CLIP_SAMPLES), dtype=np.int16)
+        shard = np.searchsorted(self._starts, indices, side="right") - 1
+        for position, (s, row) in enumerate(zip(shard.tolist(), indices.tolist(), strict=True)):
+            out[position] = self._pcm[s][row - self._starts[s]]
+        return out
+
+
+def _strings(column: pa.DictionaryArray) -> np.ndarray:
+    vocabulary = np.array(column.dictionary.to_pylist(), dtype=str)
+    return vocabulary[column.indices.to_numpy()]

@@ -1,0 +1,20 @@
+"""What a user is told instead of a traceback.
+
+A message names the file or configuration key, what was found, what is allowed and what to do.
+"""
+
+
+class UserError(Exception):
+    """A mistake or a broken input that the user can mend; the command line prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The configuration cannot be used; raised before any work starts."""
+
+    exit_code = 2
+
+
+class CorpusError(UserError):
+    """The corpus cannot be used as it is; the message lists every offending file or row."""

@@ -1,0 +1,94 @@
+"""CP-ResNet: the receptive-field-regularized teacher of CP-JKU's DCASE 2023 system, with its state-dict names."""
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from asc_ray.section import Section
+
+
+class CPResNetConfig(Section):
+    """The defaults are the published network: 32, 64 and 128 - 36 channels, 127,684 parameters with 10 classes."""
+
+    name: Literal["cp_resnet"] = "cp_resnet"
+    width: int = Field(
+        32, ge=4, le=512, multiple_of=2, description="channels of the stem; stages have 1, 2, 4 times it"
+    )
+    rho: int = Field(8, ge=1, le=9, description="receptive field: convolution k (the stem is 1) is 3x3 while k <= rho")
+    cut_channels_s3: int = Field(
+        36, ge=0, le=120, description="of 128, taken off the last stage; scales with the width"
+    )
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        return self.width, 2 * self.width, 4 * self.width - round(self.cut_channels_s3 * self.width / 32)
+
+
+class Block(nn.Module):
+    """Two convolutions with BN around a shortcut, which is a 1x1 convolution with BN where channels change."""
+
+    def __init__(self, inputs: int, outputs: int, kernels: tuple[int, int], groups: int = 1):
+        super().__init__()
+        k1, k2 = kernels
+        self.conv1 = nn.Conv2d(inputs, outputs, k1, padding=k1 // 2, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, k2, padding=k2 // 2, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if inputs != outputs:
+            self.shortcut.add_module("conv", nn.Conv2d(inputs, outputs, 1, groups=groups, bias=False))
+            self.shortcut.add_module("bn", nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CPResNet(nn.Module):
+    """(B, 1, F, T) log-mel to logits (B, classes). F >= 16 and T >= 4, for the pools."""
+
+    def __init__(self, config: CPResNetConfig, classes: int):
+        super().__init__()
+        c1, c2, c3 = config.channels
+
+        def kernel(k: int) -> int:
+            return 3 if k <= config.rho else 1
+
+        self.in_c = nn.Sequential(
+            nn.Conv2d(1, c1, 5, stride=2, padding=1, bias=False), nn.BatchNorm2d(c1), nn.ReLU(inplace=True)
+        )
+        self.stage1 = nn.Sequential(
+            OrderedDict(
+                pool0=nn.MaxPool2d(2),
+                block1=Block(c1, c1, (kernel(2), 1)),  # convolution 3 is 1x1 whatever rho is
+                pool1=nn.MaxPool2d((2, 1)),
+                block2=Block(c1, c1, (kernel(4), kernel(5))),
+                pool2=nn.MaxPool2d((2, 1)),
+            )
+        )
+        self.stage2 = nn.Sequential(OrderedDict(block1=Block(c1, c2, (kernel(6), kernel(7)), groups=2)))
+        self.stage3 = nn.Sequential(OrderedDict(block1=Block(c2, c3, (kernel(8), kernel(9)))))
+        self.feed_forward = nn.Sequential(
+            nn.Conv2d(c3, classes, 1, bias=False), nn.BatchNorm2d(classes), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """He with fan-out; Fixup in the blocks: they start as their shortcuts, and the head starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for block in blocks:
+            block.conv1.weight.mul_(len(blocks) ** -0.5)
+            block.conv2.weight.zero_()
+        head = self.feed_forward[0]
+        assert isinstance(head, nn.Conv2d)
+        head.weight.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.feed_forward(self.stage3(self.stage2(self.stage1(self.in_c(x)))))

@@ -1,0 +1,123 @@
+"""DS-FlexiNet (paper, section II-A): depthwise separable residual blocks in stages, with normalization between them."""
+
+from collections import OrderedDict
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from asc_ray.models.normalization import NormalizationConfig, normalization
+from asc_ray.section import Section
+
+Channels = Annotated[int, Field(ge=1, le=2048)]
+Step = Annotated[int, Field(ge=1, le=4)]
+
+
+class Stage(Section):
+    """`blocks` blocks of `channels` output channels; the first has the `stride` (frequency, time)."""
+
+    channels: Channels
+    blocks: int = Field(ge=1, le=16)
+    stride: tuple[Step, Step] = (1, 1)
+    expansion: float = Field(2, ge=1, le=8, description="of a block's input channels")
+
+
+class Plan(Section):
+    """Output channels of the two stem convolutions, and the stages."""
+
+    stem: tuple[Channels, Channels]
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=8)
+
+
+def _plan(stem: tuple[int, int], channels: tuple[int, int, int]) -> Plan:
+    """The structure that all four sizes share: an output sees 111 mel bins, and 8 x 8 positions are pooled."""
+    shape = ((2, (2, 1)), (2, (2, 2)), (1, (2, 1)))  # blocks and stride of every stage
+    stages = (Stage(channels=c, blocks=n, stride=stride) for c, (n, stride) in zip(channels, shape, strict=True))
+    return Plan(stem=stem, stages=tuple(stages))
+
+
+# Found by bench/channel_plans.py: within 0.3 % of Table II's parameters and MACs.
+PLANS = {
+    "sm1": _plan((8, 12), (18, 22, 40)),
+    "sm2": _plan((8, 20), (28, 36, 56)),
+    "sm3": _plan((8, 32), (34, 52, 76)),
+    "sm4": _plan((8, 24), (48, 88, 138)),
+}
+
+
+class DSFlexiNetConfig(Section):
+    """A size of Table II, or with `size: null` a plan of one's own."""
+
+    name: Literal["ds_flexinet"] = "ds_flexinet"
+    size: Literal["sm1", "sm2", "sm3", "sm4"] | None = "sm2"
+    plan: Plan | None = None
+    normalization: NormalizationConfig = NormalizationConfig()
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> Self:
+        if (self.size is None) == (self.plan is None):
+            raise ValueError(f"size = {self.size} and a plan exclude each other: give a size, or size: null and a plan")
+        return self
+
+    @property
+    def channel_plan(self) -> Plan:
+        return self.plan or PLANS[self.size or ""]
+
+
+def conv_bn(
+    inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] = 1, groups: int = 1
+) -> list[nn.Module]:
+    # The padding is a number: "same" would keep quantization from folding the batch norm.
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(outputs)]
+
+
+class Block(nn.Module):
+    """Expand, filter depthwise, project, add the shortcut, ReLU.
+
+    The shortcut is the identity where the shape stays and a 1x1 convolution with BN where it changes. The ReLU after
+    the sum is ResNet's (MobileNetV2 has none): quantization fuses convolution, sum and ReLU, and unsigned activations
+    use their whole range.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: tuple[int, int], expansion: float):
+        super().__init__()
+        hidden = round(expansion * inputs)
+        self.expand = nn.Sequential(*conv_bn(inputs, hidden, 1), nn.ReLU())
+        self.depthwise = nn.Sequential(*conv_bn(hidden, hidden, 3, stride, groups=hidden), nn.ReLU())
+        self.project = nn.Sequential(*conv_bn(hidden, outputs, 1))
+        same = inputs == outputs and stride == (1, 1)
+        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.project(self.depthwise(self.expand(x))) + self.shortcut(x))
+
+
+class DSFlexiNet(nn.Module):
+    """(B, 1, F, T) log-mel to logits (B, classes)."""
+
+    def __init__(self, config: DSFlexiNetConfig, classes: int):
+        super().__init__()
+        plan = config.channel_plan
+        c1, channels = plan.stem
+        layers = OrderedDict[str, nn.Module](
+            stem=nn.Sequential(*conv_bn(1, c1, 3, 2), nn.ReLU(), *conv_bn(c1, channels, 3, 2), nn.ReLU())
+        )
+        for index, stage in enumerate(plan.stages, start=1):
+            blocks = []
+            for block in range(stage.blocks):
+                stride = stage.stride if block == 0 else (1, 1)
+                blocks.append(Block(channels, stage.channels, stride, stage.expansion))
+                channels = stage.channels
+            layers[f"stage{index}"] = nn.Sequential(*blocks)
+            if index < len(plan.stages):
+                layers[f"norm{index}"] = normalization(config.normalization, channels)
+        self.features = nn.Sequential(layers)
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x))

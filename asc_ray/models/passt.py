@@ -1,0 +1,167 @@
+"""PaSST: the transformer teacher of CP-JKU's DCASE 2023 system, with its state-dict names."""
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import nn
+
+from asc_ray.section import Section
+
+
+class PasstConfig(Section):
+    """The defaults are the published network (85,358,612 parameters with 10 classes) and its patchout for scenes."""
+
+    name: Literal["passt"] = "passt"
+    width: int = Field(768, ge=8, le=2048)
+    depth: int = Field(12, ge=1, le=48)
+    heads: int = Field(12, ge=1, le=32)
+    patch: int = Field(16, ge=1, le=64, description="side of a patch, in mel bins and frames")
+    stride: int = Field(10, ge=1, le=64, description="of the patches; below `patch` they overlap")
+    mels: int = Field(128, ge=1, le=1024)
+    frames: int = Field(998, ge=1, le=100_000, description="longest input; shorter ones use a part of the time grid")
+    patchout_freq: int = Field(6, ge=0, description="rows of patches left out of a training batch")
+    patchout_time: int = Field(0, ge=0, description="columns of patches left out of a training batch")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows (frequency) and columns (time) of the positional embedding: 12 x 99 as published."""
+        return (self.mels - self.patch) // self.stride + 1, (self.frames - self.patch) // self.stride + 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
+        if self.patch > min(self.mels, self.frames):
+            raise ValueError(
+                f"patch = {self.patch} is larger than the input of {self.mels} mels x {self.frames} frames"
+            )
+        for key, value, size in zip(
+            ("patchout_freq", "patchout_time"), (self.patchout_freq, self.patchout_time), self.grid, strict=True
+        ):
+            if value >= size:
+                raise ValueError(f"{key} = {value} leaves none of the {size} patches; allowed: 0 to {size - 1}")
+        return self
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: PasstConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(1, config.width, config.patch, config.stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, width / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Passt(nn.Module):
+    """(B, 1, mels, T) log-mel to logits (B, classes), for patch <= T <= frames.
+
+    In training, structured patchout and the random offset into the time grid are drawn from `generator` (CPU), once for
+    the whole batch; evaluation is deterministic.
+    """
+
+    stochastic = True
+
+    def __init__(self, config: PasstConfig, classes: int):
+        super().__init__()
+        self.config = config
+        width, (rows, columns) = config.width, config.grid
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.new_pos_embed = nn.Parameter(torch.zeros(1, 2, width))
+        self.freq_new_pos_embed = nn.Parameter(torch.zeros(1, width, rows, 1))
+        self.time_new_pos_embed = nn.Parameter(torch.zeros(1, width, 1, columns))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.Sequential(*(Block(width, config.heads) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+        # In the published checkpoints and used by nothing: without a gradient it is no concern of DDP or the optimizer.
+        self.head_dist = nn.Linear(width, classes).requires_grad_(False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for parameter in self.parameters(recurse=False):  # the two tokens and the positions
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def tokens(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(B, 1, mels, T) to the patches that enter the transformer, with positions: (B, rows * columns, width)."""
+        config, (rows, columns) = self.config, self.config.grid
+        if x.shape[2] != config.mels or not config.patch <= x.shape[3] <= config.frames:
+            raise ValueError(
+                f"PaSST got {x.shape[2]} mels x {x.shape[3]} frames; its configuration takes {config.mels} mels and "
+                f"{config.patch} to {config.frames} frames: set model.mels and model.frames to the front end's"
+            )
+        x = self.patch_embed(x)  # (B, width, rows, taken)
+        taken = x.shape[3]
+        if taken <= config.patchout_time and self.training:
+            raise ValueError(
+                f"patchout_time = {config.patchout_time} leaves none of the {taken} columns of patches of this input; "
+                f"allowed: 0 to {taken - 1}"
+            )
+        offset = 0
+        if self.training and taken < columns:
+            offset = int(torch.randint(columns - taken + 1, (), generator=_required(generator)))
+        x = x + self.time_new_pos_embed[..., offset : offset + taken] + self.freq_new_pos_embed
+        if self.training and config.patchout_time:
+            x = x[..., _kept(taken, config.patchout_time, generator).to(x.device)]
+        if self.training and config.patchout_freq:
+            x = x[:, :, _kept(rows, config.patchout_freq, generator).to(x.device)]
+        return x.flatten(2).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        patches = self.tokens(x, generator)
+        extra = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
+        x = self.norm(self.blocks(torch.cat([extra.expand(len(x), -1, -1), patches], 1)))
+        return self.head((x[:, 0] + x[:, 1]) / 2)
+
+
+def _required(generator: torch.Generator | None) -> torch.Generator:
+    assert generator is not None, "PaSST in training draws patchout and position: pass model(x, generator)"
+    return generator
+
+
+def _kept(size: int, left_out: int, generator: torch.Generator | None) -> torch.Tensor:
+    """A sorted random subset of range(size), `left_out` short of it."""
+    return torch.randperm(size, generator=_required(generator))[: size - left_out].sort().values

@@ -1,0 +1,33 @@
+"""The networks by their configuration's `name`."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from asc_ray.models.cp_mobile import CPMobile, CPMobileConfig
+from asc_ray.models.cp_resnet import CPResNet, CPResNetConfig
+from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig
+from asc_ray.models.passt import Passt, PasstConfig
+
+ModelConfig = Annotated[
+    PasstConfig | CPResNetConfig | CPMobileConfig | DSFlexiNetConfig,
+    Field(discriminator="name"),
+]
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "passt": Passt,
+    "cp_resnet": CPResNet,
+    "cp_mobile": CPMobile,
+    "ds_flexinet": DSFlexiNet,
+}
+
+
+def build(config: ModelConfig, classes: int, seed: int = 0) -> nn.Module:
+    """The network on the CPU: (B, 1, F, T) to logits (B, classes). The same seed gives the same weights, and the
+    process's own random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return NETWORKS[config.name](config, classes)

@@ -1,0 +1,283 @@
+"""The report's pictures. Every function returns one <svg> element to be put into a page as it stands.
+
+Text and axes take the page's text color, so a picture reads on a light and on a dark page. Equal input gives equal
+bytes with the same matplotlib. Names are drawn literally, never as TeX.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from itertools import groupby
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from asc_ray.training.evaluation import Evaluation
+from asc_ray.training.search import TrialResult
+
+P = ParamSpec("P")
+Curves = Mapping[str, Sequence[Mapping[str, float]]]  # run -> the metrics of every epoch
+
+WIDTH = 11.0  # inches, of every figure
+INK = "#010203"  # stands for the page's text color
+ACCENT, MUTED = "#3f7fc4", "#8a94a3"
+# Mid-tones that stand out from white and from near-black.
+PALETTE = ("#3f7fc4", "#e0832f", "#3aa676", "#9b6fc8", "#d0566b", "#37a8bd", "#b0903a", "#8a94a3")
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.18,
+    "grid.color": INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "text.parse_math": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "asc-ray",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def _svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+    """Make a function that draws a figure return it as an <svg> element."""
+
+    @wraps(draw)
+    def to_svg(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context(STYLE):
+            buffer = io.StringIO()
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            draw(*args, **kwargs).savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        head, body = re.split(r"(?<=>)", buffer.getvalue().partition("<svg ")[2], maxsplit=1)
+        box = re.search(r'viewBox="[^"]*"', head)
+        assert box, head
+        body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{draw.__name__}-", body)  # ids are unique in the page
+        return f'<svg role="img" class="{draw.__name__}" {box[0]}>' + body.replace(INK, "currentColor")
+
+    return to_svg
+
+
+@_svg
+def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str], unseen: Sequence[str]) -> Figure:
+    """Bars of accuracy by device, one a system; devices that training did not have stand last, on a shade."""
+    figure = Figure(figsize=(WIDTH, 3.7))
+    axes = figure.subplots()
+    names = sorted({d for e in systems.values() for d in e.per_device}, key=lambda d: (d in unseen, d))
+    width = 0.84 / len(systems)
+    for i, (system, e) in enumerate(systems.items()):
+        heights = [100 * e.per_device[d].accuracy if d in e.per_device else math.nan for d in names]
+        offset = (i - (len(systems) - 1) / 2) * width
+        x = np.append(np.arange(len(names)), len(names) + 0.3) + offset
+        axes.bar(x, [*heights, 100 * e.accuracy], width * 0.92, color=colors[system], label=system)
+    strangers = sum(d in unseen for d in names)
+    if strangers:
+        left, right = len(names) - strangers - 0.5, len(names) - 0.5
+        axes.axvspan(left, right, color=MUTED, alpha=0.14, lw=0)
+        axes.text(
+            (left + right) / 2, 0.985, "not in training", ha="center", va="top", transform=axes.get_xaxis_transform()
+        )
+    chance = 100 / len(next(iter(systems.values())).labels)
+    axes.axhline(chance, color=INK, lw=0.8, ls=":", label="chance")
+    axes.set_xticks([*range(len(names)), len(names) + 0.3], [*names, "all clips"])
+    axes.set_xlim(-0.6, len(names) + 0.9)
+    top = max(
+        [e.accuracy for e in systems.values()] + [d.accuracy for e in systems.values() for d in e.per_device.values()]
+    )
+    axes.set_ylim(0, min(100.0, 100 * top) * 1.12)
+    axes.set(xlabel="recording device", ylabel="accuracy, %")
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y")
+    figure.legend(loc="outside upper center", ncols=len(systems) + 1)
+    return figure
+
+
+@_svg
+def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> Figure:
+    """Share of every scene's clips (a row) that got an answer (a column), one matrix a system."""
+    labels = next(iter(systems.values())).labels
+    count = len(labels)
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.38 * count + 0.05 * max(map(len, labels))))
+    for axes, (system, e) in zip(figure.subplots(1, max(2, len(systems)), squeeze=False)[0], systems.items()):  # noqa: B905
+        counts = np.array(e.confusion)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        for row in range(count):
+            for column in range(count):
+                share = shares[row, column]
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colors[system], alpha=share, lw=0))
+                if share >= 0.005:
+                    color = "white" if share > 0.6 else INK
+                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=7.5)
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), title=f"{system}: {100 * e.accuracy:.2f} %")
+        axes.set_xticks(range(count), labels, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), labels)
+        axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+        axes.grid(which="minor", lw=0.5)
+        axes.tick_params(which="both", length=0)
+        axes.set(xlabel="answer", ylabel="scene", aspect="equal")
+    for axes in figure.axes[len(systems) :]:
+        axes.set_axis_off()
+    return figure
+
+
+@_svg
+def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) -> Figure:
+    """The fusion's weight of every system, beside the plain average's, and its bias of every class."""
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.25 * max(len(weights), len(biases))))
+    left, right = figure.subplots(1, 2)
+    _bars(left, weights, ACCENT)
+    left.axvline(1 / len(weights), color=PALETTE[1], ls="--", lw=1.2, label=f"average: {1 / len(weights):.3f}")
+    left.set(title="weight of each system", xlabel="weight w")
+    left.legend(loc="lower center", bbox_to_anchor=(0.85, 1.0), borderpad=0)
+    _bars(right, biases, PALETTE[2])
+    right.set(title="bias of each scene", xlabel="bias b, nats")
+    return figure
+
+
+def _bars(axes: Axes, values: Mapping[str, float], color: str) -> None:
+    bars = axes.barh(range(len(values)), list(values.values()), 0.68, color=color)
+    axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.margins(x=0.16, y=0.02)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
+@_svg
+def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
+    """Distribution of the training clips' energy E(x) = sum x[t]^2 with ADIR's threshold; the paper's Fig. 2."""
+    figure = Figure(figsize=(WIDTH, 3.2))
+    axes = figure.subplots()
+    audible = energies[energies > 0]
+    low, high = (audible.min(), audible.max()) if len(audible) else (1.0, 10.0)
+    edges = np.geomspace(low * 0.999, high * 1.001, 61)
+    if threshold is not None and edges[0] < threshold < edges[-1]:
+        edges = np.unique(np.append(edges, threshold))  # a bin ends where the color changes
+        edges = np.delete(edges, _nearest_inner(edges, threshold))
+    counts, _ = np.histogram(audible, edges)
+    above = np.zeros(len(counts), bool) if threshold is None else edges[:-1] >= threshold
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=np.where(above, PALETTE[1], ACCENT), alpha=0.85)
+    axes.set_xscale("log")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel="energy of the one-second clip, sum of squared samples at 32 kHz", ylabel="training clips a bin")
+    axes.grid(axis="y")
+    if threshold is not None:
+        share = 100 * float((energies > threshold).mean())
+        left, right = axes.get_xlim()
+        axes.set_xlim(min(left, threshold / 2), max(right, threshold * 2))
+        axes.axvline(threshold, color=INK, lw=1.3, ls="--")
+        axes.set_title(f"threshold {threshold:.4g}: {share:.1f} % of the clips lie above (orange)", loc="left")
+    return figure
+
+
+def _nearest_inner(edges: np.ndarray, value: float) -> int:
+    """The inner edge next to `value` on the logarithmic axis, so that no bin is a sliver."""
+    distance = np.abs(np.log(edges) - np.log(value))
+    distance[[0, -1]] = np.inf
+    distance[edges == value] = np.inf
+    return int(distance.argmin())
+
+
+@_svg
+def training_curves(panels: Mapping[str, Curves]) -> Figure:
+    """Loss and validation accuracy by epoch, one column a panel; runs that differ in a last number share a color."""
+    figure = Figure(figsize=(WIDTH, 5.2))
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
+    for (upper, lower), (title, curves) in zip(grid.T, panels.items(), strict=True):
+        families = {run: re.sub(r"[_\- ]?\d+$", "", run) or run for run in curves}
+        order = list(dict.fromkeys(families.values()))
+        labels = {
+            family: family if len(runs := [run for run in curves if families[run] == family]) == 1
+            else f"{family} ({len(runs)} runs)" for family in order
+        }  # fmt: skip
+        for run, history in curves.items():
+            family = families[run]
+            color = PALETTE[order.index(family) % len(PALETTE)]
+            for axes, key, scale in ((upper, "loss", 1), (lower, "validation_accuracy", 100)):
+                points = [(m["epoch"], scale * m[key]) for m in history if key in m]
+                marker = "o" if len(points) < 2 else None
+                axes.plot(*np.reshape(points, (-1, 2)).T, color=color, label=labels.pop(family, None), marker=marker)
+        upper.set(title=title, ylabel="training loss, nats")
+        lower.set(xlabel="epoch", ylabel="validation accuracy, %")
+        lower.xaxis.get_major_locator().set_params(integer=True)
+        upper.legend(loc="upper right", fontsize=8, ncols=1 + len(order) // 7)
+        upper.grid()
+        lower.grid()
+    return figure
+
+
+@_svg
+def sweep(trials: Sequence[TrialResult]) -> Figure:
+    """The search: every trial's value in the order of trials, and against each parameter."""
+    parameters = sorted({name for trial in trials for name in trial.parameters})
+    columns = 4
+    rows = -(-len(parameters) // columns)
+    figure = Figure(figsize=(WIDTH, 3.0 + 2.1 * rows))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.35] + [1.0] * rows)
+    course = figure.add_subplot(grid[0, :])
+    for state, group in groupby(sorted(trials, key=lambda t: t.state), key=lambda t: t.state):
+        some = list(group)
+        course.scatter([t.number for t in some], [100 * t.value for t in some], label=state, **_mark(state))
+    finished = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.number)
+    if finished:
+        so_far = np.maximum.accumulate([100 * t.value for t in finished])
+        course.step([t.number for t in finished], so_far, where="post", color=PALETTE[1], lw=1.3, label="best so far")
+    course.set(xlabel="trial", ylabel="value, %")
+    course.set_xlim(-0.7, max(t.number for t in trials) + 0.7)
+    course.xaxis.get_major_locator().set_params(integer=True)
+    course.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0)
+    course.grid()
+    for i, name in enumerate(parameters):
+        axes = figure.add_subplot(grid[1 + i // columns, i % columns], sharey=course)
+        _scatter(axes, [t for t in trials if name in t.parameters], name)
+        axes.set_ylabel("value, %" if i % columns == 0 else "")
+        axes.tick_params(labelleft=i % columns == 0)
+    values = [100 * t.value for t in trials if t.state != "diverged"]
+    if values:  # diverged trials have the value 0; they stay visible at the lower edge without ruling the scale
+        margin = 0.08 * (max(values) - min(values)) + 0.5
+        course.set_ylim(max(min(values) - margin, 0.0 - margin), max(values) + margin)
+    return figure
+
+
+def _mark(state: str) -> dict[str, Any]:
+    return {
+        "complete": {"color": ACCENT, "s": 26, "zorder": 3},
+        "stopped": {"facecolors": "none", "edgecolors": MUTED, "s": 20},
+        "diverged": {"color": PALETTE[4], "marker": "x", "s": 24, "clip_on": False},
+    }[state]
+
+
+def _scatter(axes: Axes, trials: Sequence[TrialResult], name: str) -> None:
+    values = [trial.parameters[name] for trial in trials]
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        x = [float(v) for v in values]
+        if min(x) > 0 and max(x) / min(x) > 30:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda value, _: "")
+    else:
+        choices = sorted({str(v) for v in values})
+        x = [float(choices.index(str(v))) for v in values]
+        axes.set_xticks(range(len(choices)), choices)
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+    for state in sorted({trial.state for trial in trials}):
+        chosen = [i for i, trial in enumerate(trials) if trial.state == state]
+        axes.scatter([x[i] for i in chosen], [100 * trials[i].value for i in chosen], **_mark(state))
+    axes.set_xlabel(name if len(name) <= 36 else "…" + name[-35:], fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid()

@@ -1,0 +1,148 @@
+"""One self-contained HTML page about one run of the pipeline: nothing is loaded from elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from asc_ray.fusion import Fusion
+from asc_ray.report import figures
+from asc_ray.section import Section
+from asc_ray.training.evaluation import Evaluation
+from asc_ray.training.search import TrialResult
+
+COLORS = {  # by kind, in the order of the systems
+    "teacher": ("#9b6fc8",),
+    "fusion": ("#37a8bd", "#e0832f"),
+    "student": ("#3f7fc4", "#3aa676", "#d0566b", "#b0903a"),
+}
+TRIALS_SHOWN = 15
+
+
+class CorpusSummary(Section):
+    name: str
+    clips: dict[str, int]  # by part: train, fusion, validation, test
+    labels: tuple[str, ...]
+    devices: tuple[str, ...]
+    unseen_devices: tuple[str, ...]
+    bad_clips: int = 0  # left out with corpus.on_bad_clip=skip
+    notes: tuple[str, ...] = ()
+
+
+class SystemResult(Section):
+    """`kind` sets a system's place and color: single teachers, what is made of all of them, and students."""
+
+    name: str
+    kind: Literal["teacher", "fusion", "student"]
+    evaluation: Evaluation
+
+
+class ComplexityRow(Section):
+    model: str
+    parameters: int
+    macs: int
+    bytes_fp32: int
+    bytes_int8: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """What a page shows; a part that is empty or None has no section."""
+
+    title: str
+    corpus: CorpusSummary
+    systems: Sequence[SystemResult]  # on the test split, in the order of the tables; the last is the deliverable
+    complexity: Sequence[ComplexityRow] = ()  # the student's first
+    fusion: Fusion | None = None
+    fusion_log_loss: Mapping[str, float] = field(default_factory=dict)  # on clips that the fusion did not see
+    energies: np.ndarray | None = None  # (N,) of the training clips
+    energy_threshold: float | None = None  # of ADIR, None without it
+    curves: figures.Curves = field(default_factory=dict)  # run -> metrics of every epoch
+    trials: Sequence[TrialResult] = ()
+    best_config: str = ""  # YAML
+    config: str = ""  # YAML
+    versions: Mapping[str, str] = field(default_factory=dict)
+    lineage: Mapping[str, str] = field(default_factory=dict)  # artifact -> key
+
+
+def render(data: ReportData, out: Path) -> None:
+    """Write the page to `out`; equal data gives equal bytes."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f}"
+    environment.filters["metric"] = _metric
+    best_teacher = max(_of_kind(data, "teacher"), key=lambda s: s.evaluation.accuracy, default=None)
+    devices = sorted(
+        {device for system in data.systems for device in system.evaluation.per_device},
+        key=lambda device: (device in data.corpus.unseen_devices, device),
+    )
+    html = environment.get_template("template.html.j2").render(
+        data=data,
+        students=_of_kind(data, "student"),
+        compared=_compared(data, best_teacher),
+        best_teacher=best_teacher,
+        devices=devices,
+        trials=sorted(data.trials, key=lambda t: (t.state != "complete", -t.value, t.number))[:TRIALS_SHOWN],
+        parameters=sorted({name for trial in data.trials for name in trial.parameters}),
+        figures={name: Markup(svg) for name, svg in _figures(data, best_teacher).items()},
+    )
+    out.write_text(html, encoding="utf-8")
+
+
+def _of_kind(data: ReportData, kind: str) -> list[SystemResult]:
+    return [system for system in data.systems if system.kind == kind]
+
+
+def _compared(data: ReportData, best_teacher: SystemResult | None) -> list[SystemResult]:
+    """The systems of the headline and of the bars: all but the teachers, of whom the best stands for the rest."""
+    return [system for system in data.systems if system.kind != "teacher" or system is best_teacher]
+
+
+def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, str]:
+    """The <svg> elements of the sections that have data."""
+    colors = {
+        system.name: COLORS[kind][i % len(COLORS[kind])]
+        for kind in COLORS
+        for i, system in enumerate(_of_kind(data, kind))
+    }
+    drawn = {
+        "device_accuracy": figures.device_accuracy(
+            {s.name: s.evaluation for s in _compared(data, best_teacher)}, colors, data.corpus.unseen_devices
+        )
+    }
+    if students := _of_kind(data, "student"):
+        drawn["confusion"] = figures.confusion({s.name: s.evaluation for s in students}, colors)
+    if data.fusion:
+        drawn["fusion_weights"] = figures.fusion_weights(
+            dict(zip(data.fusion.systems, data.fusion.weights.tolist(), strict=True)),
+            dict(zip(data.fusion.labels, data.fusion.biases.tolist(), strict=True)),
+        )
+    if data.energies is not None:
+        drawn["energy_histogram"] = figures.energy_histogram(data.energies, data.energy_threshold)
+    if data.curves:
+        teachers = {system.name for system in _of_kind(data, "teacher")}
+        panels = {
+            "teachers": {run: history for run, history in data.curves.items() if run in teachers},
+            "student": {run: history for run, history in data.curves.items() if run not in teachers},
+        }
+        drawn["training_curves"] = figures.training_curves({title: runs for title, runs in panels.items() if runs})
+    if data.trials:
+        drawn["sweep"] = figures.sweep(data.trials)
+    return drawn
+
+
+def _metric(value: float) -> str:
+    """A count with a decimal prefix and four digits: 13760 is 13.76 K."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}"
+    return f"{value:g}"

@@ -1,0 +1,54 @@
+"""The state of a configuration's artifacts as it is on disk, for people."""
+
+import json
+import time
+
+from asc_ray.artifacts import Artifact, is_locked
+from asc_ray.pipeline import REPORT, Plan
+from asc_ray.training.systems import INT8_MODEL
+
+# A training notes every epoch; one that is silent for longer than this is called slow rather than running.
+SILENT_SECONDS = 3600
+
+
+def state_of(artifact: Artifact) -> tuple[str, str]:
+    """(state, where): done, running, interrupted, or missing, with what is known of its progress."""
+    if artifact.complete:
+        return "done", str(artifact.path)
+    if not artifact.partial.is_dir():
+        return "missing", ""
+    state = "running" if is_locked(artifact.storage) else "interrupted"
+    return state + _progress(artifact), str(artifact.partial)
+
+
+def _progress(artifact: Artifact) -> str:
+    note = artifact.partial / "progress.json"
+    if note.is_file():
+        entry = json.loads(note.read_text())
+        text = f", epoch {entry['epoch']}/{entry['epochs']}, loss {entry['loss']:.3f}"
+        text += f", validation {100 * entry['validation_accuracy']:.1f} %, {entry['clips_per_second']:.0f} clips/s"
+        ago = time.time() - note.stat().st_mtime
+        return text + (f", {ago:.0f} s ago" if ago < SILENT_SECONDS else f", {ago / 3600:.1f} h ago")
+    if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("part-*.arrow")):
+        return f", {len(shards)} shards"
+    if trials := list(artifact.partial.glob("trials/*.json")):
+        return f", {len(trials)} trials"
+    return ""
+
+
+def where_things_are(plan: Plan) -> list[str]:
+    """Lines for the end of a run: the results that exist and how to open them."""
+    from asc_ray.tracking import default_uri
+
+    lines = []
+    if plan.evaluation.complete:
+        figures = plan.evaluation.facts()
+        for name in ("fusion", "student fp32", "student int8"):
+            lines.append(f"  {name:<13} {100 * figures[name]['accuracy']:5.1f} % of the test clips right")
+    if plan.report.complete:
+        lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
+    if plan.int8.complete:
+        lines.append(f"model   {plan.int8.path / INT8_MODEL}   (torch.export.load)")
+    uri = plan.config.tracking.uri or default_uri(plan.config.storage)
+    lines.append(f"runs    {uri}   (mlflow ui --backend-store-uri {uri})")
+    return lines

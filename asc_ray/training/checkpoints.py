@@ -1,0 +1,86 @@
+"""Checkpoints: safetensors and a readable meta.json, written aside and renamed, the last few kept."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from asc_ray.artifacts import file_sha256, write_atomically
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `epoch` finished epochs; `history` is one flat dict of metrics per epoch."""
+
+    epoch: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    history: list[dict[str, float]]
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+    """Write `folder/epoch-NNNNN/`; the ones before the last two are removed afterwards."""
+    epoch = len(history)
+    final = folder / f"epoch-{epoch:05d}"
+    temporary = folder / f".epoch-{epoch:05d}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    save_file(_plain(model.state_dict()), temporary / "model.safetensors")
+    save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+    checksums = {name: file_sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
+    write_atomically(temporary / "meta.json", json.dumps({"epoch": epoch, "history": history, "sha256": checksums}))
+    if final.exists():  # a damaged one that resuming passed over
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold; a truncated one is passed over for the one before it."""
+    for candidate in sorted(folder.glob("epoch-*"), reverse=True):
+        meta = _read_meta(candidate)
+        if meta is None:
+            continue
+        return Checkpoint(
+            epoch=meta["epoch"],
+            model=load_file(candidate / "model.safetensors"),
+            optimizer=load_file(candidate / "optimizer.safetensors"),
+            history=meta["history"],
+        )
+    return None
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of what `save_checkpoint` stored, into an optimizer over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, field = name.split(".", 1)
+        state.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        intact = all(file_sha256(folder / name) == digest for name, digest in meta["sha256"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return meta if intact else None
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{field}": value for index, fields in state.items() for field, value in _plain(fields).items()}
+
+
+def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Own, contiguous memory for every tensor, as safetensors wants it."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

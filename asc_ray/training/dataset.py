@@ -1,0 +1,72 @@
+"""What a training sees of the clip store: clips by part, impulse responses, soft targets joined by clip."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.clips import ClipStore
+from asc_ray.data.corpus import partition
+from asc_ray.data.logits import join, read_logits
+from asc_ray.section import Section
+
+IMPULSE_RESPONSES = "impulse_responses.safetensors"
+
+
+class PartitionConfig(Section):
+    """Shares of the training clips, by location, that no teacher is trained on; the rest is the part `train`.
+
+    `fusion` is where eq. 4 is learned; `validation` selects and stops, and trains nothing at all.
+    """
+
+    fusion: float = Field(0.12, gt=0.0, lt=0.5)
+    validation: float = Field(0.12, gt=0.0, lt=0.5)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A clip store with its parts (`train`, `fusion`, `validation`, `test`) as index arrays."""
+
+    store: ClipStore
+    parts: dict[str, np.ndarray]
+    bank: ImpulseBank
+
+    @classmethod
+    def open(cls, clips: Path, config: PartitionConfig) -> "Dataset":
+        store = ClipStore(clips)
+        train = np.flatnonzero(store.split == "train")
+        shares = {"fusion": config.fusion, "validation": config.validation}
+        rows = store.clips
+        parts = partition([rows[i] for i in train], shares, config.seed)
+        parts = {part: train[indices] for part, indices in parts.items()}
+        parts["test"] = np.flatnonzero(store.split == "test")
+        return cls(store, parts, open_bank(clips / IMPULSE_RESPONSES))
+
+    @property
+    def mean_energy(self) -> float:
+        """Mean energy of the training split: the `auto` threshold of ADIR (eq. 3)."""
+        return float(self.store.energy[self.store.split == "train"].mean(dtype=np.float64))
+
+    def soft_logits(self, targets: Path) -> np.ndarray:
+        """Soft targets as (clips of the store, K) float32, joined by clip id; NaN where a clip has none."""
+        soft = read_logits(targets)
+        rows = self.store.index_of(soft.ids)
+        values = np.full((len(self.store), len(self.store.labels)), np.nan, dtype=np.float32)
+        values[rows] = join([soft], soft.ids)[0]
+        return values
+
+
+def save_bank(bank: ImpulseBank, file: Path) -> None:
+    """Keep the impulse responses with the clips: later stages need the clip store and not the corpus."""
+    save_file({"responses": bank.responses}, file, metadata={"names": json.dumps(bank.names)})
+
+
+def open_bank(file: Path) -> ImpulseBank:
+    with safe_open(file, framework="pt") as stored:
+        return ImpulseBank(tuple(json.loads(stored.metadata()["names"])), stored.get_tensor("responses"))

@@ -1,0 +1,177 @@
+"""The search for the student's configuration: space, proposals and early stopping, all reproducible.
+
+Parallel searches usually depend on which trial ends first. Here a decision about trial n uses the results of trials
+0 .. n - lookback alone, all of which have ended by then; so the same configuration gives the same search on any number
+of workers, and a search that was killed goes on as if it had not been.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import Field, ValidationError, model_validator
+
+from asc_ray.section import Section
+from asc_ray.training.systems import StudentConfig
+
+METRIC = "validation_macro_accuracy"
+
+
+class Parameter(Section):
+    """Exactly one of the four: bounds of a uniform, log-uniform or integer range, or a list of choices."""
+
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    int: tuple[int, int] | None = None
+    choice: tuple[Any, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_and_ordered(self) -> "Parameter":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of uniform, loguniform, int, choice; found {given or 'none'}")
+        if self.choice is not None:
+            if not self.choice:
+                raise ValueError("choice: expected at least one value")
+            return self
+        low, high = self.ends
+        if low >= high:
+            raise ValueError(f"{given[0]}: the lower bound {low} is not below the upper bound {high}")
+        if self.loguniform and low <= 0:
+            raise ValueError(f"loguniform: the lower bound {low} is not positive")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that must all be valid for the key: both bounds, or every choice."""
+        return self.uniform or self.loguniform or self.int or self.choice or ()
+
+    def distribution(self) -> BaseDistribution:
+        if self.uniform:
+            return FloatDistribution(*self.uniform)
+        if self.loguniform:
+            return FloatDistribution(*self.loguniform, log=True)
+        if self.int:
+            return IntDistribution(*self.int)
+        assert self.choice is not None
+        return CategoricalDistribution(self.choice)
+
+
+class SweepConfig(Section):
+    """Optuna search over `space` (keys of `student`) with successive halving; scored on the validation part only."""
+
+    trials: int = Field(40, ge=1)
+    epochs: int = Field(30, ge=1, description="epochs of a trial that is not stopped; the schedule is scaled to them")
+    sampler: Literal["tpe", "random"] = "tpe"
+    startup_trials: int = Field(10, ge=1, description="random proposals before the search learns from results")
+    lookback: int = Field(4, ge=1, description="trial n learns from trials 0 .. n - lookback; bounds concurrency")
+    grace_epochs: int = Field(5, ge=1, description="no trial is stopped before")
+    reduction: int = Field(3, ge=2, description="one trial in so many passes a rung")
+    seed: int = Field(0, ge=0)
+    space: dict[str, Parameter] = Field(min_length=1)
+
+    def check(self, student: StudentConfig) -> None:
+        """Raise ValueError when a key is unknown or an end of its range is not allowed."""
+        for key, parameter in self.space.items():
+            for value in parameter.ends:
+                try:
+                    trial_config(student, {key: value})
+                except ValidationError as error:
+                    finding = error.errors()[0]
+                    raise ValueError(f"sweep.space.{key}: student.{key}={value!r}: {finding['msg']}") from None
+                except KeyError as error:
+                    raise ValueError(f"sweep.space.{key}: student has no key {error.args[0]!r}") from None
+
+
+class TrialResult(Section):
+    """How a trial ended: `curve` holds the metric after each epoch; a diverged trial has what came before."""
+
+    number: int
+    parameters: dict[str, Any]
+    curve: tuple[float, ...]
+    state: Literal["complete", "stopped", "diverged"]
+
+    @property
+    def value(self) -> float:
+        return self.curve[-1] if self.curve and self.state != "diverged" else 0.0
+
+
+def apply_overrides(raw: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set dotted keys of nested mappings in place, making mappings on the way."""
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        target = raw
+        for part in parents:
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
+            target = target[part]
+        target[leaf] = value
+
+
+def trial_config(student: StudentConfig, parameters: Mapping[str, Any]) -> StudentConfig:
+    """The student's configuration with a trial's parameters laid over it."""
+    raw = student.model_dump()
+    apply_overrides(raw, parameters)
+    return StudentConfig.model_validate(raw)
+
+
+def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> dict[str, Any]:
+    """Parameters of trial `number`, from the trials among `ended` that it may learn from."""
+    known = _visible(config, number, ended)
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = (
+            optuna.samplers.RandomSampler(seed=seed)
+            if config.sampler == "random" or number < config.startup_trials
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True)
+        )
+        distributions = {key: parameter.distribution() for key, parameter in config.space.items()}
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for result in known:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=result.parameters,
+                    distributions=distributions,
+                    value=result.value,
+                    intermediate_values=dict(enumerate(result.curve)),
+                    state=optuna.trial.TrialState.PRUNED
+                    if result.state == "stopped"
+                    else optuna.trial.TrialState.COMPLETE,
+                )
+            )
+        return study.ask(distributions).params
+
+
+def may_start(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> bool:
+    """Whether every trial that trial `number` learns from has ended."""
+    return len(_visible(config, number, ended)) == max(0, number - config.lookback + 1)
+
+
+def should_stop(config: SweepConfig, number: int, curve: Sequence[float], ended: Sequence[TrialResult]) -> bool:
+    """Asynchronous successive halving (Li et al., 2020) over the trials that trial `number` may learn from.
+
+    At a rung (grace_epochs x reduction^k epochs) a trial goes on when it is among the best 1/reduction there.
+    """
+    epoch, rung = len(curve), config.grace_epochs
+    while rung < epoch:
+        rung *= config.reduction
+    if epoch != rung or epoch >= config.epochs:
+        return False
+    others = [r.curve[epoch - 1] for r in _visible(config, number, ended) if len(r.curve) >= epoch]
+    if not others:
+        return False
+    return curve[-1] < float(np.quantile(others, 1.0 - 1.0 / config.reduction))
+
+
+def best(ended: Sequence[TrialResult]) -> TrialResult:
+    """The finished trial with the best last value, the first of equals."""
+    complete = [r for r in ended if r.state == "complete"] or list(ended)
+    return max(complete, key=lambda r: (r.value, -r.number))
+
+
+def _visible(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> list[TrialResult]:
+    return sorted((r for r in ended if r.number <= number - config.lookback), key=lambda r: r.number)

@@ -1,0 +1,227 @@
+"""The trainings of the pipeline: a teacher, a student, an int8 student, each from artifacts to an artifact.
+
+Nothing here knows where it runs. Every function resumes from what its artifact's partial folder holds, and finishes
+the artifact itself, so that finished work survives the driver.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from asc_ray.artifacts import Artifact, file_sha256, write_atomically
+from asc_ray.audio.frontend import LogMel
+from asc_ray.data.clips import ClipStore
+from asc_ray.data.logits import write_logits
+from asc_ray.errors import UserError
+from asc_ray.models.complexity import complexity
+from asc_ray.models.registry import build
+from asc_ray.section import Section
+from asc_ray.training.dataset import Dataset, PartitionConfig
+from asc_ray.training.distillation import DistillationConfig
+from asc_ray.training.loop import Metrics, OnEpoch, Recipe, fit, predict, training_device
+
+WEIGHTS = "model.safetensors"
+INT8_MODEL = "model.pt2"
+SCRATCH = ("checkpoints", "progress.json")
+
+
+class StudentConfig(Recipe):
+    """A recipe and its soft targets."""
+
+    distillation: DistillationConfig = DistillationConfig()
+
+
+class QATConfig(Section):
+    """Quantization-aware training from the trained student; augmentation and objective stay the student's."""
+
+    epochs: int = Field(20, ge=1)
+    frozen_epochs: int = Field(4, ge=0, description="last epochs with observers and batch-norm statistics frozen")
+    learning_rate: float = Field(5e-5, gt=0.0, le=1.0)
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+
+
+def input_shape(recipe: Recipe, samples: int, batch: int = 1) -> tuple[int, int, int, int]:
+    """Shape (batch, 1, mels, frames) of what the recipe's model sees of clips of `samples` samples."""
+    with torch.no_grad():
+        mel = LogMel(recipe.frontend)(torch.zeros(1, samples))
+    return (batch, *mel.shape[1:])
+
+
+def train_teacher(
+    artifact: Artifact, clips: Path, recipe: Recipe, parts: PartitionConfig, on_epoch: OnEpoch = lambda metrics: None
+) -> None:
+    """Train one system of the ensemble on the part `train`; its last weights are the result."""
+    folder = artifact.open_partial()
+    data = Dataset.open(clips, parts)
+    model = build(recipe.model, len(data.store.labels), recipe.seed)
+    history = fit(
+        model, recipe, data, data.parts["train"], folder / "checkpoints", on_epoch=_noted(folder, recipe, on_epoch)
+    )
+    _save_weights(model, folder)
+    artifact.finish({"history": history, "parameters": sum(p.numel() for p in model.parameters())}, SCRATCH)
+
+
+def train_student(
+    artifact: Artifact,
+    clips: Path,
+    targets: Path | None,
+    config: StudentConfig,
+    parts: PartitionConfig,
+    on_epoch: OnEpoch = lambda metrics: None,
+) -> None:
+    """Train a student on all clips but the validation part, from the soft targets in the folder `targets`."""
+    folder = artifact.open_partial()
+    data = Dataset.open(clips, parts)
+    model = build(config.model, len(data.store.labels), config.seed)
+    history = fit_student(model, config, data, targets, folder / "checkpoints", _noted(folder, config, on_epoch))
+    _save_weights(model, folder)
+    shape = input_shape(config, data.store.pcm(np.arange(1)).shape[1])
+    cost = complexity(model.cpu(), shape)
+    artifact.finish(
+        {"history": history, "parameters": cost.parameters, "macs": cost.macs, "bytes": cost.bytes, "input": shape},
+        SCRATCH,
+    )
+
+
+def fit_student(
+    model: nn.Module, config: StudentConfig, data: Dataset, targets: Path | None, checkpoints: Path, on_epoch: OnEpoch
+) -> list[Metrics]:
+    """`fit` with the student's clips and soft targets; a search trial is this and no more."""
+    clips = student_clips(data)
+    return fit(
+        model,
+        config,
+        data,
+        clips,
+        checkpoints,
+        distillation=config.distillation if targets else None,
+        soft_logits=_complete_soft_logits(data, targets, clips) if targets else None,
+        on_epoch=on_epoch,
+    )
+
+
+def train_int8(
+    artifact: Artifact,
+    clips: Path,
+    targets: Path | None,
+    student: Path,
+    config: StudentConfig,
+    qat: QATConfig,
+    parts: PartitionConfig,
+    on_epoch: OnEpoch = lambda metrics: None,
+) -> None:
+    """Quantization-aware training of the finished `student`, then the int8 model, saved and read back."""
+    from asc_ray.training import quantization  # torchao takes seconds to import, and only this needs it
+
+    folder = artifact.open_partial()
+    data = Dataset.open(clips, parts)
+    model = load_model(student, config, len(data.store.labels))
+    example = torch.zeros(input_shape(config, data.store.pcm(np.arange(1)).shape[1], batch=2))
+    prepared = quantization.prepare(model, example)
+    settings = config.optimizer.scaled_to(qat.epochs).model_copy(
+        update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay}
+    )
+    recipe = config.model_copy(update={"optimizer": settings})
+
+    def freeze_at_the_end(module: nn.Module, epoch: int) -> None:
+        if epoch >= qat.epochs - qat.frozen_epochs:
+            quantization.freeze(module)
+
+    train = student_clips(data)
+    history = fit(
+        prepared,
+        recipe,
+        data,
+        train,
+        folder / "checkpoints",
+        distillation=config.distillation if targets else None,
+        soft_logits=_complete_soft_logits(data, targets, train) if targets else None,
+        on_epoch=_noted(folder, recipe, on_epoch),
+        set_training=quantization.set_training,
+        before_epoch=freeze_at_the_end,
+    )
+    fake = predict(prepared, LogMel(config.frontend), data.store, data.parts["validation"], torch.device("cpu"))
+    int8 = quantization.convert(prepared.cpu())
+    quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
+    real = predict(
+        load_int8(folder), LogMel(config.frontend), data.store, data.parts["validation"], torch.device("cpu")
+    )
+    artifact.finish(
+        {
+            "history": history,
+            "bytes": quantization.bytes_by_dtype(int8),
+            "agreement_with_fake_quantization": float((fake.argmax(1) == real.argmax(1)).float().mean()),
+        },
+        SCRATCH,
+    )
+
+
+def infer(
+    teacher: Path, recipe: Recipe, clips: Path, rows: np.ndarray, file: Path, metadata: Mapping[str, str], batch: int
+) -> None:
+    """Write the logits of one finished teacher for the store's clips `rows`, all splits alike, to an Arrow `file`."""
+    store = ClipStore(clips)
+    device = training_device()
+    model = load_model(teacher, recipe, len(store.labels)).to(device)
+    logits = predict(model, LogMel(recipe.frontend).to(device), store, rows, device, batch)
+    write_logits(
+        file,
+        store.ids[rows],
+        logits.numpy(),
+        {
+            **metadata,
+            "labels": json.dumps(store.labels),
+            "corpus": store.corpus,
+            "checkpoint": file_sha256(teacher / WEIGHTS),
+        },
+    )
+
+
+def load_model(folder: Path, recipe: Recipe, classes: int) -> nn.Module:
+    """The recipe's network with the weights that a finished training left in `folder`, in evaluation form."""
+    model = build(recipe.model, classes, recipe.seed)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.eval()
+
+
+def load_int8(folder: Path) -> nn.Module:
+    from asc_ray.training import quantization
+
+    return quantization.load(folder / INT8_MODEL)
+
+
+def student_clips(data: Dataset) -> np.ndarray:
+    """What students learn from: every training clip outside the validation part."""
+    return np.sort(np.concatenate([data.parts["train"], data.parts["fusion"]]))
+
+
+def _complete_soft_logits(data: Dataset, targets: Path, clips: np.ndarray) -> np.ndarray:
+    soft = data.soft_logits(targets)
+    missing = np.isnan(soft[clips]).any(axis=1)
+    if missing.any():
+        first = ", ".join(str(name) for name in data.store.ids[clips[missing]][:5])
+        raise UserError(f"{targets}: {missing.sum()} training clips have no soft target, first {first}; fuse again")
+    return soft
+
+
+def _save_weights(model: nn.Module, folder: Path) -> None:
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _noted(folder: Path, recipe: Recipe, on_epoch: OnEpoch) -> OnEpoch:
+    """`on_epoch` that also leaves a note in the folder, for `asc-ray status` from another shell."""
+
+    def note(metrics: Metrics) -> None:
+        progress: dict[str, Any] = {**metrics, "epochs": recipe.optimizer.epochs}
+        write_atomically(folder / "progress.json", json.dumps(progress))
+        on_epoch(metrics)
+
+    return note

@@ -1,0 +1,132 @@
+"""Search for DS-FlexiNet channel plans that meet the paper's Table II.
+
+    python bench/channel_plans.py [--parameters 0.3] [--macs 0.6] [--top 3]
+
+The paper's Fig. 1 is lost. Tried here: three stages in the structures listed below (blocks, strides, expansions), and
+in each every growing choice of even channels. Costs are in closed form, over all choices at once, and every printed one
+is counted again by torchinfo. Tolerances are in percent. The structures that fit all four sizes come last in the list.
+"""
+
+import argparse
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from asc_ray.models.complexity import complexity
+from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig, Plan, Stage
+
+TABLE_II = {"sm1": (13_760, 3.88e6), "sm2": (30_690, 8.27e6), "sm3": (54_980, 14.34e6), "sm4": (126_120, 23.03e6)}
+CLASSES, MELS, FRAMES = 10, 256, 64
+
+
+@dataclass(frozen=True)
+class Structure:
+    blocks: tuple[int, int, int]
+    strides: tuple[tuple[int, int], ...]  # (frequency, time) of each stage's first block
+    expansions: tuple[float, ...]
+
+    @property
+    def receptive_field(self) -> int:
+        """In mel bins: the stem's 7, then each depthwise convolution's 2 steps at the resolution it works in."""
+        field, step = 7, 4
+        for blocks, (frequency, _) in zip(self.blocks, self.strides, strict=True):
+            field += 2 * step + 2 * step * frequency * (blocks - 1)
+            step *= frequency
+        return field
+
+    def plan(self, channels: list[int]) -> Plan:
+        stages = (
+            Stage(channels=c, blocks=n, stride=stride, expansion=expansion)
+            for c, n, stride, expansion in zip(channels[2:], self.blocks, self.strides, self.expansions, strict=True)
+        )
+        return Plan(stem=(channels[0], channels[1]), stages=tuple(stages))
+
+
+# An output sees 80 to 160 of the 256 mel bins; at most six blocks; time is shortened at most fourfold.
+STRUCTURES = [
+    structure
+    for blocks in ((1, 2, 1), (2, 2, 1), (2, 2, 2), (3, 2, 1))
+    for strides in itertools.product(((2, 1), (2, 2)), ((2, 1), (2, 2)), ((1, 1), (2, 1), (2, 2)))
+    for expansions in ((2.0, 2.0, 2.0), (2.0, 2.0, 3.0), (2.5, 2.5, 2.5), (3.0, 3.0, 3.0))
+    if np.prod([time for _, time in strides]) <= 4
+    and 80 <= (structure := Structure(blocks, strides, expansions)).receptive_field <= 160
+]
+
+
+def cost(structure: Structure, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters and MACs, as torchinfo counts them, of plans with channels (5, plans): a batch norm has two of each a
+    channel, a residual norm one parameter and no MAC."""
+    parameters = macs = np.zeros(channels.shape[1])
+
+    def conv_bn(weights, outputs, area):
+        nonlocal parameters, macs
+        parameters = parameters + weights + 2 * outputs
+        macs = macs + weights * area + 2 * outputs
+
+    c1, c, *stages = channels
+    height, width = MELS // 4, FRAMES // 4
+    conv_bn(9 * c1, c1, 4 * height * width)
+    conv_bn(9 * c1 * c, c, height * width)
+    rows = zip(stages, structure.blocks, structure.strides, structure.expansions, strict=True)
+    for outputs, blocks, stride, expansion in rows:
+        for block in range(blocks):
+            f, t = stride if block == 0 else (1, 1)
+            hidden = np.rint(expansion * c)
+            conv_bn(c * hidden, hidden, height * width)
+            shape_stays = (c == outputs) & ((f, t) == (1, 1))
+            height, width = -(-height // f), -(-width // t)
+            conv_bn(9 * hidden, hidden, height * width)
+            conv_bn(hidden * outputs, outputs, height * width)
+            conv_bn(np.where(shape_stays, 0, c * outputs), np.where(shape_stays, 0, outputs), height * width)
+            c = outputs
+    parameters = parameters + len(stages) - 1
+    return parameters + CLASSES * (c + 1), macs + CLASSES * (c + 1)
+
+
+def channel_choices() -> np.ndarray:
+    """(5, plans): stem 1, stem 2 and the three stages, each at least as wide as the one before."""
+    stem = [(c1, c2) for c1 in (4, 6, 8, 12, 16) for c2 in range(8, 50, 4) if c1 < c2 <= 4 * c1]
+    stages = [
+        (s1, s2, s3)
+        for s1 in range(8, 66, 2)
+        for s2 in range(s1 + 2, 2 * s1 + 2, 2)
+        for s3 in range(s2 + 2, int(2.5 * s2) + 2, 2)
+        if s3 <= 192
+    ]
+    choices = np.array([(*a, *b) for a in stem for b in stages if a[1] <= b[0] <= 2 * a[1]], dtype=np.float64)
+    return choices.T
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=float, default=0.3)
+    parser.add_argument("--macs", type=float, default=0.6)
+    parser.add_argument("--top", type=int, default=3)
+    args = parser.parse_args()
+    choices = channel_choices()
+    # Round channel numbers first (they fill vector registers), then the closest fit.
+    roundness = sum((choices % step != 0).sum(0) for step in (4, 8))
+    found: list[tuple[int, str]] = []
+    for structure in STRUCTURES:
+        parameters, macs = cost(structure, choices)
+        lines, sizes = [], 0
+        for size, (want_parameters, want_macs) in TABLE_II.items():
+            off_parameters = 100 * (parameters / want_parameters - 1)
+            off_macs = 100 * (macs / want_macs - 1)
+            fits = np.flatnonzero((abs(off_parameters) <= args.parameters) & (abs(off_macs) <= args.macs))
+            fits = fits[np.lexsort((abs(off_parameters[fits]) + abs(off_macs[fits]), roundness[fits]))]
+            sizes += bool(fits.size)
+            for index in fits[: args.top]:
+                channels = [int(c) for c in choices[:, index]]
+                counted = complexity(DSFlexiNet(DSFlexiNetConfig(size=None, plan=structure.plan(channels)), CLASSES))
+                assert (counted.parameters, counted.macs) == (parameters[index], macs[index]), (structure, channels)
+                lines.append(f"  {size} {channels} {off_parameters[index]:+.2f} % {off_macs[index]:+.2f} %")
+        head = f"{structure.blocks} {structure.strides} {structure.expansions} field {structure.receptive_field}"
+        found.append((sizes, "\n".join([f"{head}: {sizes} of 4 sizes", *lines])))
+    for _, text in sorted(found, key=lambda item: item[0]):
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Decoding, the clip store, and the batches drawn from it."""
+
+import json
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile as sf
+import soxr
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asc_ray.data import clips as clips_module
+from asc_ray.data.batches import epoch_batches, eval_batches, step_generator, waves
+from asc_ray.data.clips import (
+    CLIP_SAMPLES,
+    SAMPLE_RATE,
+    BadAudio,
+    ClipStore,
+    decode,
+    plan_shards,
+    shard_file,
+    write_shard,
+)
+from asc_ray.data.corpus import Clip, Corpus
+from asc_ray.errors import UserError
+
+LABELS, DEVICES = ("metro", "park"), ("a", "s1")
+
+
+def wav(path: Path, samples, rate=SAMPLE_RATE, subtype="FLOAT") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, np.asarray(samples, dtype=np.float32), rate, subtype=subtype)
+    return path
+
+
+def sine(rate: int, seconds=1.0, frequency=1000.0, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
+
+
+def test_a_16_bit_clip_at_32_khz_is_kept_bit_for_bit(tmp_path):
+    pcm = np.random.default_rng(0).integers(-32768, 32768, CLIP_SAMPLES).astype(np.int16)
+    sf.write(tmp_path / "x.wav", pcm, SAMPLE_RATE, subtype="PCM_16")
+    decoded = decode(tmp_path / "x.wav")
+    assert decoded.pcm.dtype == np.int16
+    assert (decoded.pcm == pcm).all()
+    assert decoded.notes == frozenset()
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+def test_resampling_keeps_a_sine_and_is_soxr_hq(tmp_path, rate):
+    decoded = decode(wav(tmp_path / "x.wav", sine(rate), rate))
+    assert decoded.notes == {f"resampled {rate} Hz"}
+    middle = slice(1000, -1000)  # the filter's ends ring
+    assert np.abs(decoded.pcm / 32768 - sine(SAMPLE_RATE))[middle].max() < 2e-4
+    reference = soxr.resample(sine(rate).astype(np.float32), rate, SAMPLE_RATE, quality="HQ")
+    assert (decoded.pcm == np.rint(reference * 32768)).all()
+
+
+def test_stereo_is_the_mean_of_the_channels(tmp_path):
+    left, right = sine(SAMPLE_RATE, frequency=300), sine(SAMPLE_RATE, frequency=700)
+    decoded = decode(wav(tmp_path / "x.wav", np.stack([left, right], 1)))
+    assert decoded.notes == {"stereo mixed down"}
+    assert np.abs(decoded.pcm - 32768 * (left + right) / 2).max() <= 0.51
+
+
+@pytest.mark.parametrize(("seconds", "note"), [(0.95, "padded"), (1.05, "cropped")])
+def test_small_differences_in_length_are_mended(tmp_path, seconds, note):
+    x = sine(SAMPLE_RATE, seconds)
+    decoded = decode(wav(tmp_path / "x.wav", x))
+    expected = np.zeros(CLIP_SAMPLES)
+    expected[: min(len(x), CLIP_SAMPLES)] = x[:CLIP_SAMPLES]
+    assert decoded.notes == {note}
+    assert np.abs(decoded.pcm - 32768 * expected).max() <= 0.51
+
+
+def test_beyond_full_scale_is_clipped_and_said(tmp_path):
+    decoded = decode(wav(tmp_path / "x.wav", sine(SAMPLE_RATE, amplitude=1.5)))
+    assert decoded.notes == {"clipped"}
+    assert (decoded.pcm.min(), decoded.pcm.max()) == (-32768, 32767)
+
+
+NAN = sine(SAMPLE_RATE)
+NAN = np.where(np.arange(len(NAN)) < 3, np.nan, NAN)
+BAD = {
+    "not a wav": (lambda p: p.write_bytes(b"RIFF nonsense"), "unreadable"),
+    "absent": (lambda p: None, "unreadable"),
+    "empty": (lambda p: p.write_bytes(b""), "unreadable"),
+    "no samples": (lambda p: wav(p, np.zeros(0)), "no samples"),
+    "silent": (lambda p: wav(p, np.zeros(CLIP_SAMPLES)), "silent"),
+    "below half a bit": (lambda p: wav(p, 1e-6 * sine(SAMPLE_RATE)), "silent"),
+    "NaN": (lambda p: wav(p, NAN), "3 samples are not finite"),
+    "infinite": (lambda p: wav(p, np.where(np.isnan(NAN), np.inf, NAN)), "not finite"),
+    "too short": (lambda p: wav(p, sine(SAMPLE_RATE, 0.85)), "0.85 s"),
+    "too long": (lambda p: wav(p, sine(SAMPLE_RATE, 1.2)), "1.20 s"),
+    "low rate": (lambda p: wav(p, sine(4000), 4000), "4000 Hz"),
+    "cut off": (
+        lambda p: wav(p, sine(SAMPLE_RATE), subtype="PCM_16") and p.write_bytes(p.read_bytes()[:30_000]),
+        "s long",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_audio_is_refused_with_a_reason(tmp_path, case):
+    make, reason = BAD[case]
+    make(tmp_path / "x.wav")
+    with pytest.raises(BadAudio, match=reason):
+        decode(tmp_path / "x.wav")
+
+
+# --- store ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    """Seven clips of random 16-bit noise and one silent one."""
+    rng = np.random.default_rng(1)
+    clips = []
+    for i in range(8):
+        clip = Clip(f"audio/{i}.wav", LABELS[i % 2], DEVICES[i // 4], f"rome-{i % 3}", "train" if i < 5 else "test")
+        (tmp_path / "corpus/audio").mkdir(parents=True, exist_ok=True)
+        pcm = rng.integers(-3000, 3000, CLIP_SAMPLES).astype(np.int16) * (i != 3)
+        sf.write(tmp_path / "corpus" / clip.clip_id, pcm, SAMPLE_RATE, subtype="PCM_16")
+        clips.append(clip)
+    return Corpus(tmp_path / "corpus", tuple(clips), LABELS, DEVICES, "f00d", ())
+
+
+@pytest.fixture
+def folder(corpus, tmp_path) -> Path:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    for index, clips in enumerate(plan_shards(corpus, 3)):
+        write_shard(corpus.root, clips, LABELS, DEVICES, shard_file(folder, index), fingerprint="f00d")
+    return folder
+
+
+def good(corpus):
+    return [clip for clip in corpus.clips if clip.clip_id != "audio/3.wav"]
+
+
+def test_shards_hold_every_clip_once_in_order(corpus):
+    shards = plan_shards(corpus, 3)
+    assert [len(shard) for shard in shards] == [3, 3, 2]
+    assert [clip for shard in shards for clip in shard] == list(corpus.clips)
+
+
+def test_the_store_returns_what_the_corpus_has(corpus, folder):
+    store = ClipStore(folder)
+    assert len(store) == 7
+    assert store.clips == good(corpus)
+    assert (store.labels, store.devices, store.corpus) == (LABELS, DEVICES, "f00d")
+    assert store.ids.tolist() == [clip.clip_id for clip in good(corpus)]
+    assert store.scene.dtype == np.int64
+    assert [store.labels[i] for i in store.scene] == [clip.scene for clip in good(corpus)]
+    for column in ("device", "location", "split"):
+        assert getattr(store, column).tolist() == [getattr(clip, column) for clip in good(corpus)]
+
+
+def test_pcm_is_bit_equal_and_in_the_order_asked_for(corpus, folder):
+    store = ClipStore(folder)
+    indices = np.array([6, 0, 3, 3, 1])
+    expected = [sf.read(corpus.root / good(corpus)[i].clip_id, dtype="int16")[0] for i in indices]
+    out = np.zeros((5, CLIP_SAMPLES), dtype=np.int16)
+    assert store.pcm(indices, out=out) is out
+    assert (out == expected).all()
+    assert (store.pcm(indices) == expected).all()
+    assert (waves(store, indices, "cpu").numpy() == np.array(expected) / np.float32(32768)).all()
+    with pytest.raises(IndexError):
+        store.pcm(np.array([7]))
+    with pytest.raises(IndexError):
+        store.pcm(np.array([-1]))
+
+
+def test_pcm_is_mapped_not_copied(folder):
+    before = pa.total_allocated_bytes()
+    store = ClipStore(folder)
+    assert all(not rows.flags.owndata and not rows.flags.writeable for rows in store._pcm)
+    assert pa.total_allocated_bytes() - before < CLIP_SAMPLES  # less than one clip
+
+
+def test_energy_is_the_sum_of_squares(tmp_path):
+    wav(tmp_path / "x.wav", sine(SAMPLE_RATE, amplitude=0.5))
+    clip = Clip("x.wav", "park", "a", "rome-1", "train")
+    write_shard(tmp_path, [clip], LABELS, DEVICES, shard_file(tmp_path, 0), fingerprint="")
+    # A whole number of periods: N A^2 / 2.
+    assert ClipStore(tmp_path).energy[0] == pytest.approx(CLIP_SAMPLES * 0.5**2 / 2, rel=1e-4)
+
+
+def test_the_report_names_bad_clips_and_counts_notes(corpus, tmp_path):
+    wav(corpus.root / "audio/0.wav", sine(44_100), 44_100)
+    file = tmp_path / "shard-00000.arrow"
+    report = write_shard(corpus.root, corpus.clips, LABELS, DEVICES, file, fingerprint="f00d")
+    as_dict = json.loads(json.dumps(asdict(report)))
+    assert as_dict["rows"] == 7
+    assert as_dict["notes"] == {"resampled 44100 Hz": 1}
+    assert as_dict["bad"] == [{"clip_id": "audio/3.wav", "reason": "silent: every sample is zero"}]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]  # no temporary file left
+
+
+def test_the_same_input_gives_the_same_bytes(corpus, tmp_path):
+    files = [tmp_path / "1.arrow", tmp_path / "2.arrow"]
+    sums = {write_shard(corpus.root, corpus.clips, LABELS, DEVICES, f, fingerprint="f00d").sha256 for f in files}
+    assert len(sums) == 1
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_interrupted_write_leaves_nothing(corpus, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("asc_ray.data.arrow.os.fsync", fail)
+    (tmp_path / "store").mkdir()
+    with pytest.raises(OSError, match="disk full"):
+        write_shard(corpus.root, corpus.clips, LABELS, DEVICES, tmp_path / "store" / "s.arrow", fingerprint="")
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_index_of(folder):
+    store = ClipStore(folder)
+    assert store.index_of(["audio/7.wav", "audio/0.wav"]).tolist() == [6, 0]
+    with pytest.raises(UserError, match=r"audio/3.wav \(1 missing\)"):
+        store.index_of(["audio/3.wav", "audio/0.wav"])
+
+
+def test_a_store_survives_pickling_small(folder):
+    data = pickle.dumps(ClipStore(folder))
+    assert len(data) < 1000
+    assert (pickle.loads(data).pcm(np.arange(7)) == ClipStore(folder).pcm(np.arange(7))).all()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def zero_footer(file):
+    file.write_bytes(file.read_bytes()[:-50] + bytes(50))
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, zero_footer, empty])
+def test_a_damaged_shard_is_named(folder, damage):
+    damage(shard_file(folder, 1))
+    with pytest.raises(UserError, match=r"shard-00001\.arrow: truncated or corrupted"):
+        ClipStore(folder)
+
+
+def test_stores_that_are_none(corpus, folder, tmp_path):
+    with pytest.raises(UserError, match=r"no shard-\*\.arrow"):
+        ClipStore(tmp_path)
+    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, shard_file(folder, 3), fingerprint="f00d")
+    with pytest.raises(UserError, match="held twice"):
+        ClipStore(folder)
+    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, shard_file(folder, 3), fingerprint="beef")
+    with pytest.raises(UserError, match=r"shard-00003\.arrow: not of one store"):
+        ClipStore(folder)
+
+
+def test_audio_over_an_hour_is_not_read(tmp_path, monkeypatch):
+    wav(tmp_path / "x.wav", np.zeros(200_000) + 0.1, 8000)
+    monkeypatch.setattr(clips_module.sf.SoundFile, "read", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(BadAudio, match=r"25\.00 s long"):
+        decode(tmp_path / "x.wav")
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), world=st.integers(1, 9), seed=st.integers(0, 2**40), epoch=st.integers(0, 300))
+def test_every_index_once_an_epoch_for_any_world_size(data, world, seed, epoch):
+    count = data.draw(st.integers(world, 200))
+    batch_size = data.draw(st.integers(world, 64))
+    ranks = [epoch_batches(count, batch_size, seed=seed, epoch=epoch, rank=r, world=world) for r in range(world)]
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(count))
+    assert len({len(batches) for batches in ranks}) == 1  # equal steps, or the ranks would wait for each other
+    for pieces in zip(*ranks, strict=True):
+        sizes = [len(piece) for piece in pieces]
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) < batch_size + world
+    if count % batch_size == 0 or count % batch_size >= world:  # no joined tail: the same global batches as alone
+        alone = epoch_batches(count, batch_size, seed=seed, epoch=epoch)
+        assert [sorted(np.concatenate(p)) for p in zip(*ranks, strict=True)] == [sorted(b) for b in alone]
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        return tuple(np.concatenate(epoch_batches(50, 8, seed=seed, epoch=epoch)))
+
+    assert order(0, 0) == order(0, 0)
+    assert len({order(seed, epoch) for seed in range(4) for epoch in range(4)}) == 16
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world"), [(3, 8, 4), (100, 2, 4), (0, 8, 1)])
+def test_ranks_without_clips_are_refused(count, batch_size, world):
+    with pytest.raises(ValueError, match="some rank has no clip"):
+        epoch_batches(count, batch_size, seed=0, epoch=0, world=world)
+
+
+@given(count=st.integers(1, 100), batch_size=st.integers(1, 40))
+def test_evaluation_goes_in_order(count, batch_size):
+    batches = eval_batches(count, batch_size)
+    assert np.concatenate(batches).tolist() == list(range(count))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= batch_size
+
+
+def test_step_generators_are_repeatable_and_distinct():
+    keys = [(s, e, t, r) for s in (0, 1) for e in (0, 1) for t in (0, 1, 2) for r in (0, 1)]
+    draws = {key: tuple(torch.rand(4, generator=step_generator(*key)).tolist()) for key in keys}
+    assert len(set(draws.values())) == len(keys)
+    assert all(tuple(torch.rand(4, generator=step_generator(*key)).tolist()) == draw for key, draw in draws.items())

@@ -1,0 +1,294 @@
+"""The checks on a corpus's metadata, and splits by location."""
+
+import lzma
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asc_ray.data.corpus import Clip, partition, read_corpus, unseen_devices
+from asc_ray.errors import ConfigError, CorpusError
+
+TAU22 = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tau22"
+
+META = [
+    ("audio/p1.wav", "park", "rome-1", "a"),
+    ("audio/p2.wav", "park", "rome-1", "s1"),
+    ("audio/m1.wav", "metro", "rome-2", "a"),
+    ("audio/p3.wav", "park", "oslo-3", "a"),
+    ("audio/p4.wav", "park", "oslo-3", "s4"),
+    ("audio/m2.wav", "metro", "oslo-4", "s4"),
+]
+TRAIN, TEST = META[:3], META[3:]
+
+
+def table(path: Path, header: str, rows) -> None:
+    path.write_text("".join("\t".join(row) + "\n" for row in [header.split(), *rows]))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "corpus"
+    (root / "audio").mkdir(parents=True)
+    (root / "evaluation_setup").mkdir()
+    for name, *_ in META:
+        (root / name).write_bytes(b"not decoded here")
+    write_meta(root, META)
+    write_train(root, [row[:2] for row in TRAIN])
+    write_test(root, [row[:2] for row in TEST])
+    return root
+
+
+def write_meta(root, rows):
+    table(root / "meta.csv", "filename scene_label identifier source_label", rows)
+
+
+def write_train(root, rows):
+    table(root / "evaluation_setup" / "fold1_train.csv", "filename scene_label", rows)
+
+
+def write_test(root, rows):
+    table(root / "evaluation_setup" / "fold1_evaluate.csv", "filename scene_label", rows)
+
+
+def test_a_sound_corpus_is_read_in_file_order(root):
+    corpus = read_corpus(root)
+    assert [clip.clip_id for clip in corpus.clips] == [row[0] for row in META]
+    assert corpus.clips[1] == Clip("audio/p2.wav", "park", "s1", "rome-1", "train")
+    assert corpus.labels == ("metro", "park")
+    assert corpus.devices == ("a", "s1", "s4")
+    assert unseen_devices(corpus.clips) == ("s4",)
+    assert corpus.bad == ()
+
+
+def test_clips_of_meta_in_no_split_are_left_alone(root):
+    write_meta(root, [*META, ("audio/unused.wav", "park", "rome-9", "a")])
+    assert len(read_corpus(root).clips) == len(META)
+
+
+def test_a_test_file_without_labels_takes_them_from_meta(root):
+    expected = read_corpus(root).clips
+    (root / "evaluation_setup" / "fold1_evaluate.csv").unlink()
+    table(root / "evaluation_setup" / "fold1_test.csv", "filename", [row[:1] for row in TEST])
+    assert read_corpus(root).clips == expected
+
+
+def test_fingerprint_follows_metadata_names_and_sizes(root):
+    first = read_corpus(root).fingerprint
+    assert read_corpus(root).fingerprint == first
+    (root / "audio/p1.wav").write_bytes(b"another length")
+    second = read_corpus(root).fingerprint
+    write_meta(root, [*META[:-1], (*META[-1][:3], "s5")])
+    assert len({first, second, read_corpus(root).fingerprint}) == 3
+
+
+def symlink_out(root):
+    outside = root.parent / "outside.wav"
+    outside.write_bytes(b"x")
+    (root / "audio/p1.wav").unlink()
+    (root / "audio/p1.wav").symlink_to(outside)
+
+
+def folder_symlink_out(root):
+    (root / "audio").rename(root.parent / "elsewhere")
+    (root / "audio").symlink_to(root.parent / "elsewhere")
+
+
+def rename(old, new):
+    def change(root):
+        rows = [(new if row[0] == old else row[0], *row[1:]) for row in META]
+        write_meta(root, rows)
+        write_train(root, [row[:2] for row in rows[:3]])
+
+    return change
+
+
+def without_location(root):
+    write_meta(root, [("audio/p1.wav", "park", "", "a"), *META[1:]])
+
+
+STRUCTURAL = {
+    "no meta.csv": (lambda root: (root / "meta.csv").unlink(), ["meta.csv", "TAU22 layout"]),
+    "no train file": (lambda root: (root / "evaluation_setup/fold1_train.csv").unlink(), ["fold1_train.csv"]),
+    "no test file": (lambda root: (root / "evaluation_setup/fold1_evaluate.csv").unlink(), ["fold1_test.csv"]),
+    "missing columns": (
+        lambda root: table(root / "meta.csv", "filename scene_label", [row[:2] for row in META]),
+        ["missing column(s) identifier, source_label", "'filename', 'scene_label'"],
+    ),
+    "commas": (lambda root: (root / "meta.csv").write_text("filename,scene_label\n"), ["'filename,scene_label'"]),
+    "empty file": (lambda root: (root / "meta.csv").write_text(""), ["an empty file"]),
+    "not text": (lambda root: (root / "meta.csv").write_bytes(b"\xff\xfe\x00"), ["not UTF-8"]),
+    "empty value": (without_location, ["meta.csv line 2", "identifier"]),
+    "absent from meta": (lambda root: write_meta(root, META[1:]), ["fold1_train.csv line 2", "audio/p1.wav"]),
+    "twice in meta": (lambda root: write_meta(root, [*META, META[0]]), ["meta.csv line 8", "second time"]),
+    "twice in a split": (
+        lambda root: write_train(root, [row[:2] for row in [*TRAIN, TRAIN[0]]]),
+        ["fold1_train.csv line 5", "second time"],
+    ),
+    "in both splits": (
+        lambda root: write_test(root, [row[:2] for row in [*TEST, TRAIN[0]]]),
+        ["fold1_evaluate.csv line 5", "in the train split too"],
+    ),
+    "label only in test": (
+        lambda root: write_train(root, [row[:2] for row in TRAIN[:2]]),
+        ["'metro' is in the test split"],
+    ),
+    "empty split": (lambda root: write_test(root, []), ["fold1_evaluate.csv", "no usable clip"]),
+    "labels contradict": (
+        lambda root: write_train(root, [("audio/p1.wav", "metro"), *(row[:2] for row in TRAIN[1:])]),
+        ["fold1_train.csv line 2", "'metro' here and 'park' in meta.csv"],
+    ),
+    "parent folder": (rename("audio/p1.wav", "audio/../../p1.wav"), ["audio/../../p1.wav", "out of the corpus"]),
+    "absolute": (rename("audio/p1.wav", "/etc/hostname"), ["/etc/hostname", "out of the corpus"]),
+    "symlink out": (symlink_out, ["audio/p1.wav", "out of the corpus"]),
+    "folder symlink out": (folder_symlink_out, ["audio/p1.wav", "out of the corpus"]),
+}
+
+
+@pytest.mark.parametrize("on_bad_clip", ["refuse", "skip"])
+@pytest.mark.parametrize("case", STRUCTURAL)
+def test_structural_faults_are_always_refused(root, case, on_bad_clip):
+    damage, expected = STRUCTURAL[case]
+    damage(root)
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(root, on_bad_clip)
+    assert [text for text in expected if text not in str(caught.value)] == []
+
+
+def test_bad_clips_are_refused_or_skipped_and_recorded(root):
+    (root / "audio/p1.wav").unlink()
+    (root / "audio/p4.wav").write_bytes(b"")
+    with pytest.raises(CorpusError, match="2 problem") as caught:
+        read_corpus(root)
+    assert "audio/p1.wav: no such file" in str(caught.value)
+    assert "audio/p4.wav: empty file" in str(caught.value)
+    assert "on_bad_clip=skip" in str(caught.value)
+    corpus = read_corpus(root, "skip")
+    assert {(clip.clip_id, clip.reason) for clip in corpus.bad} == {
+        ("audio/p1.wav", "no such file"),
+        ("audio/p4.wav", "empty file"),
+    }
+    assert [clip.clip_id for clip in corpus.clips] == ["audio/p2.wav", "audio/m1.wav", "audio/p3.wav", "audio/m2.wav"]
+
+
+def test_skipping_may_not_lose_a_class(root):
+    (root / "audio/m1.wav").unlink()
+    with pytest.raises(CorpusError, match="'metro'"):
+        read_corpus(root, "skip")
+
+
+def test_symlinks_inside_the_corpus_are_fine(root):
+    (root / "audio/p1.wav").rename(root / "audio/real.wav")
+    (root / "audio/p1.wav").symlink_to(root / "audio/real.wav")
+    assert len(read_corpus(root).clips) == len(META)
+
+
+def test_long_lists_are_cut_in_print_and_counted(root):
+    extra = [(f"audio/x{i}.wav", "park", "rome-5", "a") for i in range(50)]
+    write_meta(root, [*META, *extra])
+    write_train(root, [row[:2] for row in [*TRAIN, *extra]])
+    with pytest.raises(CorpusError, match="50 problem") as caught:
+        read_corpus(root)
+    assert str(caught.value).count("no such file") == 20
+    assert "... and 30 more" in str(caught.value)
+
+
+# --- partition --------------------------------------------------------------------------------------------------------
+
+
+def clips_of(sizes: dict[str, list[int]]) -> list[Clip]:
+    """One location for each size."""
+    return [
+        Clip(f"{scene}-{place}-{i}", scene, "a", f"{scene}-{place}", "train")
+        for scene, places in sizes.items()
+        for place, size in enumerate(places)
+        for i in range(size)
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.dictionaries(
+        st.sampled_from(["park", "metro", "bus"]), st.lists(st.integers(1, 30), min_size=3, max_size=25), min_size=1
+    ),
+    share=st.floats(0.05, 0.45),
+    seed=st.integers(0, 2**32),
+)
+def test_partition_properties(sizes, share, seed):
+    clips = clips_of(sizes)
+    parts = partition(clips, {"fusion": share, "validation": share}, seed)
+    assert list(parts) == ["train", "fusion", "validation"]
+    assert sorted(index for part in parts.values() for index in part) == list(range(len(clips)))
+    owners = defaultdict(set)
+    for name, part in parts.items():
+        assert part.tolist() == sorted(part)
+        assert {clips[i].scene for i in part} == set(sizes)
+        for i in part:
+            owners[clips[i].location].add(name)
+    assert all(len(names) == 1 for names in owners.values())
+    counts = {name: Counter(clips[i].scene for i in part) for name, part in parts.items()}
+    for scene, places in sizes.items():
+        for name, wanted in (("fusion", share), ("validation", share), ("train", 1 - 2 * share)):
+            # Off by one location at most in the part itself, and by the locations the other two took too many.
+            assert abs(counts[name][scene] - wanted * sum(places)) <= 2 * max(places)
+    again = partition(clips, {"fusion": share, "validation": share}, seed)
+    assert all((again[name] == part).all() for name, part in parts.items())
+
+
+def test_shares_of_one_are_folds_without_a_train_part():
+    clips = clips_of({"park": [4] * 10, "metro": [4] * 10})
+    folds = partition(clips, {f"fold{k}": 0.2 for k in range(5)}, seed=0)
+    assert {name: len(part) for name, part in folds.items()} == {f"fold{k}": 16 for k in range(5)}
+
+
+def test_the_seed_matters():
+    clips = clips_of({"park": list(range(1, 21))})
+    held_out = {tuple(partition(clips, {"validation": 0.2}, seed)["validation"]) for seed in range(5)}
+    assert len(held_out) == 5
+
+
+def test_a_location_of_two_scenes_goes_as_a_whole():
+    clips = clips_of({"park": [5] * 6, "metro": [5] * 6})
+    clips += [Clip(f"both-{scene}-{i}", scene, "a", "both", "train") for scene in ("park", "metro") for i in range(5)]
+    for seed in range(10):
+        parts = partition(clips, {"validation": 0.3}, seed)
+        assert sum(any(clips[i].location == "both" for i in part) for part in parts.values()) == 1
+        assert all({clips[i].scene for i in part} == {"park", "metro"} for part in parts.values())
+
+
+def test_too_few_locations_are_refused_with_counts():
+    clips = clips_of({"park": [5] * 6, "metro": [7, 3]})
+    with pytest.raises(CorpusError, match=r"metro: 2 location\(s\)"):
+        partition(clips, {"fusion": 0.2, "validation": 0.2}, seed=0)
+
+
+@pytest.mark.parametrize("shares", [{"train": 0.5}, {"x": 0.0}, {"x": 1.5}, {"x": 0.6, "y": 0.6}, {"x": -0.1}])
+def test_shares_that_are_no_shares(shares):
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        partition(clips_of({"park": [5] * 6}), shares, seed=0)
+
+
+@pytest.mark.skipif(not TAU22.is_dir(), reason="the official TAU22 lists are not here")
+def test_the_official_lists():
+    def rows(name):
+        with lzma.open(TAU22 / name, "rt") as file:
+            return [line.rstrip("\n").split("\t") for line in file][1:]
+
+    def clip(name, scene, split):
+        _, city, location, *_, device = Path(name).stem.split("-")
+        return Clip(name, scene, device, f"{city}-{location}", split)
+
+    train = [clip(name, scene, "train") for name, scene in rows("split5.csv.xz")]
+    test = [clip(name, scene, "test") for name, scene in rows("test.csv.xz")]
+    assert (len(train), len(test)) == (6980, 29680)
+    assert unseen_devices([*train, *test]) == ("s4", "s5", "s6")
+    parts = partition(train, {"fusion": 0.1, "validation": 0.1}, seed=0)
+    places = {name: {train[i].location for i in part} for name, part in parts.items()}
+    assert not places["train"] & places["fusion"]
+    assert not places["train"] & places["validation"]
+    assert not places["fusion"] & places["validation"]
+    for name in ("fusion", "validation"):
+        assert len({train[i].scene for i in parts[name]}) == 10
+        assert len(parts[name]) == pytest.approx(698, rel=0.15)

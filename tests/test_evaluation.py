@@ -1,0 +1,104 @@
+"""Evaluation against closed forms on answers made by hand."""
+
+import doctest
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asc_ray.errors import UserError
+from asc_ray.training import evaluation
+from asc_ray.training.evaluation import Evaluation, device_groups, evaluate
+
+LABELS = ["airport", "bus", "park"]
+
+
+def answers(columns, confidence: float) -> np.ndarray:
+    """Logits (N, 3) whose softmax is `confidence` at `columns` and equal elsewhere."""
+    p = np.full((len(columns), 3), (1 - confidence) / 2)
+    p[np.arange(len(columns)), columns] = confidence
+    return np.log(p) + 7.0  # logits are defined up to a constant
+
+
+def test_closed_forms():
+    scene = [0, 0, 0, 0, 1, 1, 2]
+    answer = [0, 0, 0, 1, 1, 2, 2]
+    device = ["a", "s1", "s4", "s4", "a", "s1", "b"]
+    e = evaluate(answers(answer, 0.8), scene, device, LABELS, unseen=["s4"])
+    assert e.clips == 7
+    assert e.accuracy == pytest.approx(5 / 7)
+    assert e.macro_accuracy == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)
+    assert e.log_loss == pytest.approx(-(5 * np.log(0.8) + 2 * np.log(0.1)) / 7)
+    assert e.calibration_error == pytest.approx(0.8 - 5 / 7)
+    assert {name: (d.clips, d.accuracy) for name, d in e.per_device.items()} == {
+        "a": (2, 1.0), "b": (1, 1.0), "s1": (2, 0.5), "s4": (2, 0.5),
+    }  # fmt: skip
+    assert e.groups == pytest.approx({"seen": 4 / 5, "unseen": 1 / 2, "real": 1.0})
+    assert e.per_class == {"airport": 0.75, "bus": 0.5, "park": 1.0}
+    assert e.confusion == ((3, 1, 0), (0, 1, 1), (0, 0, 1))
+
+
+def test_calibration_error_is_weighted_over_bins():
+    logits = np.concatenate([answers([0] * 6, 0.9), answers([0] * 4, 0.5)])
+    scene = [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]  # half right at 0.9, all right at 0.5
+    e = evaluate(logits, scene, ["a"] * 10, LABELS, unseen=[])
+    assert e.calibration_error == pytest.approx(0.6 * (0.9 - 0.5) + 0.4 * (1.0 - 0.5))
+
+
+def test_certain_answers_and_large_logits():
+    """Softmax of 1 falls into the last bin, and exp never overflows."""
+    logits = 1e4 * np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+    e = evaluate(logits, [0, 1, 2, 1], ["a"] * 4, LABELS, unseen=[])
+    assert e.log_loss == pytest.approx(1e4 / 4)
+    assert e.calibration_error == pytest.approx(1 / 4)
+
+
+@given(seed=st.integers(0, 2**32 - 1), clips=st.integers(1, 60))
+def test_parts_add_up(seed, clips):
+    rng = np.random.default_rng(seed)
+    scene = rng.integers(0, 3, clips)
+    device = rng.choice(["a", "b", "s1", "s9"], clips)
+    e = evaluate(rng.standard_normal((clips, 3)), scene, device, LABELS, unseen=["s9"])
+    confusion = np.array(e.confusion)
+    assert confusion.sum() == clips == sum(d.clips for d in e.per_device.values())
+    np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(scene, minlength=3))
+    assert np.trace(confusion) == round(e.accuracy * clips)
+    assert sum(d.clips * d.accuracy for d in e.per_device.values()) == pytest.approx(e.accuracy * clips)
+    unseen = (device == "s9").mean()
+    assert unseen * e.groups.get("unseen", 0.0) + (1 - unseen) * e.groups.get("seen", 0.0) == pytest.approx(e.accuracy)
+    assert list(e.per_class) == [label for k, label in enumerate(LABELS) if k in scene]
+    assert 0.0 <= e.calibration_error <= 1.0
+    assert Evaluation.model_validate_json(e.model_dump_json()) == e
+
+
+def test_device_groups():
+    assert device_groups(["a", "b", "s1"], ["s4", "s1", "b", "a", "phone", "sx"]) == {
+        "seen": ("a", "b", "s1"),
+        "unseen": ("phone", "s4", "sx"),
+        "real": ("a", "b", "phone", "sx"),
+    }
+
+
+def test_real_devices_can_be_given():
+    e = evaluate(answers([0, 1], 0.8), [0, 0], ["a", "s1"], LABELS, unseen=[], real=["s1"])
+    assert e.groups == {"seen": 0.5, "real": 0.0}
+
+
+def test_what_is_refused():
+    logits, scene, device = answers([0, 1], 0.8), [0, 1], ["a", "a"]
+    broken = logits.copy()
+    broken[1, 0] = np.inf
+    for match, arguments in {
+        "1 of 2 clips are not finite": (broken, scene, device),
+        r"\(2, 3\), 1 scenes": (logits, [0], device),
+        "1 devices": (logits, scene, ["a"]),
+        r"\(0, 3\)": (logits[:0], [], []),
+        "class indices 0 to 2": (logits, [0, 3], device),
+    }.items():
+        with pytest.raises(UserError, match=match):
+            evaluate(*arguments, LABELS, unseen=[])
+
+
+def test_docstring_example():
+    assert doctest.testmod(evaluation).failed == 0

@@ -1,0 +1,242 @@
+"""The networks against CP-JKU's outputs, state dicts and counts, Table II, and their invariants."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from asc_ray.models.complexity import complexity
+from asc_ray.models.cp_mobile import CPMobileConfig
+from asc_ray.models.cp_resnet import CPResNetConfig
+from asc_ray.models.ds_flexinet import PLANS, DSFlexiNet, DSFlexiNetConfig, Plan, Stage
+from asc_ray.models.normalization import NormalizationConfig
+from asc_ray.models.passt import Passt, PasstConfig
+from asc_ray.models.registry import ModelConfig, build
+
+REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference outputs beside the checkout")
+
+PUBLISHED = {"passt": PasstConfig(), "cp_resnet": CPResNetConfig(), "cp_mobile": CPMobileConfig()}
+SMALL_PASST = PasstConfig(width=24, depth=2, heads=3, frames=220)
+# Parameters and MACs of the paper's Table II.
+TABLE_II = {"sm1": (13_760, 3.88e6), "sm2": (30_690, 8.27e6), "sm3": (54_980, 14.34e6), "sm4": (126_120, 23.03e6)}
+
+
+def published(name: str) -> torch.nn.Module:
+    """The network on the meta device: names and shapes without 340 MB of weights."""
+    with torch.device("meta"):
+        return build(PUBLISHED[name], classes=10)
+
+
+def mel(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_reference
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_state_dict_has_the_published_names_and_shapes(name):
+    expected = json.loads((REFERENCE / f"{name}_state_dict.json").read_text())
+    assert {key: list(value.shape) for key, value in published(name).state_dict().items()} == expected
+
+
+@needs_reference
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_logits_agree_with_the_published_code(name):
+    spec = importlib.util.spec_from_file_location("fill", REFERENCE / "fill.py")
+    assert spec
+    assert spec.loader
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    model = published(name).to_empty(device="cpu")
+    fill.fill_(model).eval()
+    reference = np.load(REFERENCE / f"{name}.npz")
+    inputs = [key for key in reference if key.startswith("mel_")]
+    assert inputs
+    for key in inputs:
+        expected = reference[key.replace("mel_", "logits_")]
+        with torch.no_grad():
+            logits = model(torch.from_numpy(reference[key])[:, None]).numpy()
+        assert abs(logits - expected).max() <= 1e-4 * abs(expected).max()
+
+
+@pytest.mark.parametrize(("name", "count"), [("passt", 85_358_612), ("cp_resnet", 127_684), ("cp_mobile", 126_952)])
+def test_published_parameter_counts(name, count):
+    assert sum(parameter.numel() for parameter in published(name).parameters()) == count
+
+
+@pytest.mark.parametrize("size", TABLE_II)
+def test_table_ii(size):
+    parameters, macs = TABLE_II[size]
+    counted = complexity(DSFlexiNet(DSFlexiNetConfig(size=size), classes=10))
+    assert counted.parameters == pytest.approx(parameters, rel=0.005)
+    assert counted.macs == pytest.approx(macs, rel=0.01)
+    assert counted.bytes == {"float32": 4 * counted.parameters, "int8": counted.parameters}
+
+
+def test_complexity_of_a_network_counted_by_hand():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Linear(8, 5)
+    ).train()
+    counted = complexity(model, (1, 1, 6, 16))  # the convolution gives (1, 4, 3, 8); 12 rows of 8 enter the Linear
+    by_layer = [(layer.name, layer.kind, layer.output_shape, layer.parameters, layer.macs) for layer in counted.layers]
+    assert by_layer == [
+        ("0", "Conv2d", (1, 4, 3, 8), 36, 36 * 24),
+        ("1", "BatchNorm2d", (1, 4, 3, 8), 8, 8),
+        ("2", "Linear", (1, 4, 3, 5), 45, 45 * 12),
+    ]
+    assert (counted.parameters, counted.macs) == (36 + 8 + 45, 36 * 24 + 8 + 45 * 12)
+    assert model.training
+
+
+SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {
+    "passt": (SMALL_PASST, (128, 100)),
+    "passt, other grid": (PasstConfig(width=16, depth=1, heads=2, mels=64, frames=60, patch=8, stride=8), (64, 50)),
+    "cp_resnet": (CPResNetConfig(width=8), (256, 43)),
+    "cp_resnet, small field": (CPResNetConfig(width=16, rho=4, cut_channels_s3=0), (256, 43)),
+    "cp_mobile": (CPMobileConfig(width=8), (256, 64)),
+    "ds_flexinet": (DSFlexiNetConfig(size="sm1"), (256, 64)),
+    "ds_flexinet, own plan": (
+        DSFlexiNetConfig(
+            size=None, plan=Plan(stem=(4, 8), stages=(Stage(channels=8, blocks=2), Stage(channels=12, blocks=1)))
+        ),
+        (128, 50),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHRUNKEN)
+def test_small_networks_train_and_evaluate_clip_by_clip(case):
+    """Logits of the wanted shape, a gradient for everything that asks for one, and no clip that sees another."""
+    config, (mels, frames) = SHRUNKEN[case]
+    model = build(config, classes=7, seed=3)
+    x = mel(4, 1, mels, frames)
+    draws = {"generator": torch.Generator().manual_seed(0)} if getattr(model, "stochastic", False) else {}
+    logits = model(x, **draws)
+    assert logits.shape == (4, 7)
+    logits.square().add(logits).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.eval()
+    with torch.no_grad():
+        together, alone = model(x), torch.cat([model(clip[None]) for clip in x])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        assert torch.equal(together, model(x))
+
+
+@pytest.mark.parametrize("case", SHRUNKEN)
+def test_build_is_a_function_of_the_seed(case):
+    config, _ = SHRUNKEN[case]
+    before = torch.get_rng_state()
+    first, again, other = (build(config, classes=5, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_cp_resnet_starts_with_identity_blocks_and_a_zero_head():
+    model = build(CPResNetConfig(), classes=10)
+    state = model.state_dict()
+    assert not state["feed_forward.0.weight"].any()
+    assert not any(state[key].any() for key in state if key.endswith("conv2.weight"))
+    weight = state["stage3.block1.conv1.weight"]  # He with fan-out 92 * 9, times 4 blocks ** -0.5
+    assert weight.std().item() == pytest.approx((2 / (92 * 9)) ** 0.5 / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(("freq", "time", "tokens"), [(0, 0, 12 * 9), (6, 0, 6 * 9), (6, 2, 6 * 7), (11, 8, 1)])
+def test_patchout_keeps_the_right_number_of_patches(freq, time, tokens):
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": freq, "patchout_time": time}), classes=10)
+    x = mel(2, 1, 128, 100)
+    assert model.tokens(x, torch.Generator().manual_seed(0)).shape == (2, tokens, 24)
+    assert model.eval().tokens(x).shape == (2, 12 * 9, 24)
+
+
+def test_patchout_leaves_out_whole_rows_and_keeps_their_order():
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 5}), classes=10)
+    columns = 9
+    with torch.no_grad():  # a token's value is then the row it comes from
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.bias.zero_()
+        model.time_new_pos_embed.zero_()
+        model.freq_new_pos_embed.copy_(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 24, 12, 1))
+    kept = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        tokens = model.tokens(mel(2, 1, 128, 100), generator)
+        rows = tokens[0, ::columns, 0].tolist()
+        assert rows == sorted(set(rows))
+        assert torch.equal(tokens, torch.tensor(rows).repeat_interleave(columns).view(1, -1, 1).expand(2, -1, 24))
+        kept.add(tuple(rows))
+    assert len(kept) > 10
+
+
+def test_time_offset_is_random_in_training_and_zero_in_evaluation():
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0}), classes=10)
+    columns = SMALL_PASST.grid[1]
+    with torch.no_grad():  # a token's value is then the time position it was given
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.bias.zero_()
+        model.freq_new_pos_embed.zero_()
+        model.time_new_pos_embed.copy_(torch.arange(float(columns)).expand(1, 24, 1, columns))
+    generator = torch.Generator().manual_seed(0)
+    x = mel(1, 1, 128, 100)
+    offsets = {int(model.tokens(x, generator)[0, 0, 0]) for _ in range(200)}
+    assert offsets == set(range(columns - 9 + 1))
+    assert model.eval().tokens(x)[0, :9, 0].tolist() == list(range(9))
+
+
+def test_passt_training_repeats_with_the_generator():
+    model = build(SMALL_PASST, classes=10)
+    x = mel(2, 1, 128, 100)
+    first, again, other = (model(x, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(AssertionError, match="generator"):
+        model(x)
+
+
+def test_passt_refuses_an_input_off_its_grid():
+    model = build(SMALL_PASST, classes=10).eval()
+    for shape in [(1, 1, 128, 230), (1, 1, 128, 8), (1, 1, 256, 100)]:
+        with pytest.raises(ValueError, match="takes 128 mels and 16 to 220 frames"):
+            model(mel(*shape))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "passt", "heads": 7}, "does not divide"),
+        ({"name": "passt", "patchout_freq": 12}, "allowed: 0 to 11"),
+        ({"name": "passt", "mels": 8}, "larger than the input"),
+        ({"name": "cp_resnet", "width": 33}, "multiple of 2"),
+        ({"name": "ds_flexinet", "size": None}, "give a size"),
+        ({"name": "ds_flexinet", "size": "sm9"}, "sm1"),
+        ({"name": "resnet"}, "cp_resnet"),
+    ],
+)
+def test_a_bad_model_section_says_what_is_allowed(config, message):
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ModelConfig).validate_python(config)
+
+
+@pytest.mark.parametrize("kind", ["rn", "rn_frequency", "in", "bn", "none"])
+def test_export_has_a_dynamic_batch_and_no_normalization_operator_of_its_own(kind):
+    """RN exports as mean, mul and rsqrt, which quantization leaves in float."""
+    model = build(DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind=kind)), classes=10).eval()
+    batch = torch.export.Dim("batch", min=2, max=256)
+    program = torch.export.export(model, (mel(3, 1, 256, 64),), dynamic_shapes=({0: batch},))
+    x = mel(5, 1, 256, 64, seed=1)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert not any("instance_norm" in target for target in targets)
+    assert any("rsqrt" in target for target in targets) == (kind not in {"bn", "none"})
+
+
+@pytest.mark.parametrize("size", PLANS)
+def test_plans_grow_and_every_stage_changes_resolution_or_width(size):
+    plan = PLANS[size]
+    channels = [*plan.stem, *(stage.channels for stage in plan.stages)]
+    assert channels == sorted(channels)

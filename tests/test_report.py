@@ -1,0 +1,253 @@
+"""The report: self-contained, complete, escaped, reproducible, and drawn from the data."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asc_ray.fusion import fit
+from asc_ray.report import figures
+from asc_ray.report.page import ComplexityRow, CorpusSummary, ReportData, SystemResult, render
+from asc_ray.training.evaluation import Evaluation, evaluate
+from asc_ray.training.search import TrialResult
+
+LABELS = (
+    "airport", "bus", "metro", "metro_station", "park", "public_square", "shopping_mall", "street_pedestrian",
+    "street_traffic", "tram",
+)  # fmt: skip
+DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
+UNSEEN = ("s4", "s5", "s6")
+FAMILIES = ("passt_fms", "passt_dirfms", "cpr_128k_fms", "cpr_128k_dirfms")
+TEACHERS = tuple(f"{family}_{i}" for family in FAMILIES for i in (1, 2, 3))
+FIGURES = ("device_accuracy", "confusion", "fusion_weights", "energy_histogram", "training_curves", "sweep")
+VOID = {"meta", "link", "img", "br", "hr", "input", "source", "embed", "base", "area", "col", "track", "wbr"}
+
+
+def example(seed: int = 0) -> ReportData:
+    """A made-up run of the whole pipeline with the sizes of the real one, but fewer clips."""
+    rng = np.random.default_rng(seed)
+    clips = 2_700
+    scene, device = np.arange(clips) % 10, np.array(DEVICES)[np.arange(clips) // 10 % 9]
+    hard = np.isin(device, UNSEEN)
+
+    def logits(merit: float) -> np.ndarray:
+        near = np.roll(np.eye(10), 1, axis=1)  # every scene has one that it is taken for
+        return merit * (np.eye(10) + 0.45 * near)[scene] * (1 - 0.3 * hard[:, None]) + rng.normal(0, 1, (clips, 10))
+
+    def result(name: str, kind: str, z: np.ndarray) -> SystemResult:
+        evaluation = evaluate(z, scene, device, LABELS, UNSEEN)
+        return SystemResult.model_validate({"name": name, "kind": kind, "evaluation": evaluation})
+
+    singles = np.stack([logits(1.8 + 0.1 * i) for i in range(12)])
+    fusion = fit(singles, scene, systems=TEACHERS, classes=LABELS)
+    systems = [result(name, "teacher", z) for name, z in zip(TEACHERS, singles, strict=True)]
+    systems += [
+        result("average", "fusion", singles.mean(0)),
+        result("fusion", "fusion", fusion.apply(singles)),
+        result("student fp32", "student", logits(2.4)),
+        result("student int8", "student", logits(2.2)),
+    ]
+    losses = {s.name: s.evaluation.log_loss for s in systems[-4:-2]}
+    return ReportData(
+        title="demo: twelve teachers, one student",
+        corpus=CorpusSummary(
+            name="synthetic demo corpus, seed 0",
+            clips={"train": 139_620, "fusion": 16_752, "validation": 13_960, "test": 29_680},
+            labels=LABELS,
+            devices=DEVICES,
+            unseen_devices=UNSEEN,
+            bad_clips=2,
+            notes=("The corpus is synthetic; its figures say nothing about real places.",),
+        ),
+        systems=systems,
+        complexity=(
+            ComplexityRow(model="DS-FlexiNet sm1", parameters=13_760, macs=3_880_000, bytes_fp32=55_040, bytes_int8=13_760),
+            ComplexityRow(model="cp_resnet", parameters=127_684, macs=29_000_000, bytes_fp32=510_736, bytes_int8=127_684),
+        ),
+        fusion=fusion,
+        fusion_log_loss={"best single system (cpr_128k_dirfms_3)": systems[11].evaluation.log_loss, **losses},
+        energies=np.append(rng.lognormal(4.6, 1.5, 8_000), [0.0, 0.0]),
+        energy_threshold=323.0,
+        curves={name: curve(rng, 25 if "passt" in name else 40) for name in TEACHERS}
+        | {"student": curve(rng, 40), "QAT": curve(rng, 12, floor=0.7)},
+        trials=tuple(trial(rng, number) for number in range(40)),
+        best_config="student:\n  model:\n    name: ds_flexinet\n  optimizer:\n    learning_rate: 0.0021\n",
+        config="name: demo\nstorage: runs\n",
+        versions={"asc-ray": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "numpy": "2.4.1"},
+        lineage={name: f"{rng.integers(2**60):015x}" for name in ("clips", "teachers", "logits", "fusion", "student")},
+    )  # fmt: skip
+
+
+def curve(rng: np.random.Generator, epochs: int, floor: float = 0.9) -> tuple[dict[str, float], ...]:
+    falling = np.exp(-np.arange(epochs) / 8)
+    loss = floor + 1.3 * falling + rng.normal(0, 0.02, epochs)
+    accuracy = 0.62 - 0.45 * falling + rng.normal(0, 0.01, epochs)
+    return tuple(
+        {"epoch": i + 1, "loss": float(a), "validation_accuracy": float(b)}
+        for i, (a, b) in enumerate(zip(loss, accuracy, strict=True))
+    )
+
+
+def trial(rng: np.random.Generator, number: int) -> TrialResult:
+    rate = float(10 ** rng.uniform(-4, -2))
+    parameters = {
+        "optimizer.learning_rate": rate,
+        "augment.freq_mixstyle.p": float(rng.uniform(0, 0.8)),
+        "augment.dir.p": float(rng.uniform(0, 0.8)),
+        "distillation.tau": float(rng.uniform(1, 4)),
+        "distillation.hard_label_weight": float(rng.uniform(0, 0.4)),
+        "model.normalization": str(rng.choice(["residual", "frequency", "batch"])),
+        "augment.roll": int(rng.integers(0, 8_000)),
+    }
+    epochs = 30 if number % 3 == 0 else 10
+    state = "diverged" if number == 17 else "complete" if epochs == 30 else "stopped"
+    value = 0.58 - 0.08 * abs(np.log10(rate / 2e-3)) - (0.05 if state == "stopped" else 0) + rng.normal(0, 0.01)
+    curve = tuple(float(v) for v in value * (1 - np.exp(-np.arange(1, epochs + 1) / 4)))
+    return TrialResult.model_validate({"number": number, "parameters": parameters, "curve": curve, "state": state})
+
+
+class Page(HTMLParser):
+    """Tags with attributes, text, and whether every tag was closed by its own end."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def data() -> ReportData:
+    return example()
+
+
+@pytest.fixture(scope="module")
+def html(data: ReportData, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out: Path = tmp_path_factory.mktemp("report") / "report.html"
+    render(data, out)
+    return out.read_text(encoding="utf-8")
+
+
+def test_nothing_is_loaded(html):
+    assert "://" not in html
+    page = Page(html)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "image"}
+    assert "@import" not in html
+    assert {ref[:1] for ref in re.findall(r"url\(([^)]*)\)", html)} <= {"#"}
+    for _, attributes in page.tags:
+        assert not attributes.keys() & {"src", "srcset", "data"}
+        assert (attributes.get("xlink:href") or attributes.get("href") or "#").startswith("#")
+
+
+def test_everything_is_there(html, data):
+    page = Page(html)
+    for system in data.systems:
+        e = system.evaluation
+        row = re.search(rf"<th>{system.name}</th><td>2,700</td>(.*?)</tr>", html)
+        assert row
+        cells = re.findall(r"<td>(?:<b>)?([\d.]+)", row[1])
+        shares = [e.accuracy, e.macro_accuracy, *(e.groups[group] for group in ("seen", "unseen", "real"))]
+        assert cells == [f"{100 * x:.2f}" for x in shares] + [f"{x:.3f}" for x in (e.log_loss, e.calibration_error)]
+    assert [a["class"] for tag, a in page.tags if tag == "svg"] == [
+        "device_accuracy", "confusion", "fusion_weights", "sweep", "training_curves", "energy_histogram",
+    ]  # fmt: skip
+    for expected in ("13.76 K", "3.88 M", "139,620", "2 digitally silent clips", *data.lineage.values(), "ds_flexinet"):
+        assert expected in page.text
+
+
+def test_ids_are_unique_and_references_lead_somewhere(html):
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]*)"', html) + re.findall(r"url\(#([^)]*)\)", html)) <= set(ids)
+
+
+def test_equal_data_gives_equal_bytes(html, tmp_path):
+    render(example(), tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
+
+
+def test_names_are_escaped(data, tmp_path):
+    evil = '<script>alert("$x^$")</script>--> & <b>'
+    systems = [data.systems[0].model_copy(update={"name": evil}), data.systems[-1].model_copy(update={"name": evil})]
+    render(
+        ReportData(
+            title=evil,
+            corpus=data.corpus.model_copy(update={"name": evil, "notes": (evil,)}),
+            systems=systems,
+            curves={evil: data.curves["QAT"]},
+            trials=[data.trials[0].model_copy(update={"parameters": {evil: evil}})],
+            config=evil,
+            best_config=evil,
+            lineage={evil: evil},
+        ),
+        tmp_path / "evil.html",
+    )
+    html = (tmp_path / "evil.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script"} & {tag for tag, _ in page.tags}
+    assert evil in page.words  # as text, just as it was given
+    assert html.count("<b>") == 1 + 2 * len(systems)  # the template's own: one trial, two tables
+
+
+def test_parts_without_data_have_no_section(data, tmp_path):
+    bare = ReportData(title="bare", corpus=data.corpus, systems=data.systems[:1])
+    render(bare, tmp_path / "bare.html")
+    page = Page((tmp_path / "bare.html").read_text(encoding="utf-8"))
+    assert [a["id"] for tag, a in page.tags if tag == "section"] == ["results", "corpus"]
+    assert [a["class"] for tag, a in page.tags if tag == "svg"] == ["device_accuracy"]
+
+
+def test_missing_devices_and_scenes(data, tmp_path):
+    """A system tested on fewer devices, and a scene without clips."""
+    full = data.systems[-1].evaluation
+    one = evaluate(np.eye(10)[:9], np.arange(9), ["a"] * 9, LABELS, [])
+    systems = [SystemResult(name=n, kind="student", evaluation=e) for n, e in (("full", full), ("one", one))]
+    render(replace(data, systems=systems, fusion=None, trials=()), tmp_path / "page.html")
+    row = re.findall(r"<th>one</th>(.*?)</tr>", (tmp_path / "page.html").read_text(encoding="utf-8"))[1]
+    assert row.count("–") == 8
+
+
+def bars(svg: str) -> int:
+    return len(re.findall(r'<g id="[\w-]*patch_\d+">', svg))
+
+
+def test_a_bar_for_every_device_of_every_system(data):
+    evaluations: dict[str, Evaluation] = {s.name: s.evaluation for s in data.systems[-2:]}
+    colors = dict.fromkeys(evaluations, "#123456")
+    two = figures.device_accuracy(evaluations, colors, ())
+    one = figures.device_accuracy({"student int8": evaluations["student int8"]}, colors, ())
+    assert bars(two) - bars(one) == len(DEVICES) + 1 + 1  # devices, all clips, the legend's entry
+
+
+def test_extreme_data_can_be_drawn():
+    """Smoke: one silent clip, one diverged trial, one epoch, long names."""
+    assert "<path" in figures.energy_histogram(np.zeros(1), 323.0)
+    assert "<path" in figures.energy_histogram(np.full(5, 7.0), None)
+    diverged = TrialResult(number=0, parameters={"x" * 80: True}, curve=(), state="diverged")
+    assert "<path" in figures.sweep([diverged])
+    assert "<path" in figures.training_curves({"student": {"s": [{"epoch": 1, "loss": 2.0}]}})
+    assert "<path" in figures.fusion_weights({"only": 1.0}, {"x": 0.5, "y": -0.5})
