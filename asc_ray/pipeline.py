@@ -445,7 +445,21 @@ def _build_report(work: _Work) -> None:
 
     artifact = work.plan.report
     folder = artifact.open_partial()
-    write_report(work.plan, folder / REPORT)
+    plan = work.plan
+    write_report(
+        folder / REPORT,
+        title=plan.config.name,
+        parts=plan.config.partition,
+        student_config=plan.student_config(),
+        config=_dump(plan.config),
+        clips=plan.clips,
+        teachers=plan.teachers,
+        fusion=plan.fusion,
+        sweep=plan.sweep,
+        student=plan.student,
+        int8=plan.int8,
+        evaluation=plan.evaluation,
+    )
     artifact.finish({})
     work.tracker.log_file("", artifact.path / REPORT)
     work.tracker.log_file("", work.plan.int8.path / "model.pt2", "int8")

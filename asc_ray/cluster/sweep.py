@@ -15,7 +15,6 @@ from ray.tune.search import Searcher
 from asc_ray.artifacts import Artifact, write_atomically
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, settle, slots
-from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.training import search
 from asc_ray.training.dataset import Dataset, PartitionConfig
@@ -85,11 +84,6 @@ def run_sweep(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             settle()
-    if len(course.ended) < sweep.trials:
-        missing = sorted(set(range(sweep.trials)) - {result.number for result in course.ended})
-        raise UserError(
-            f"sweep: trials {missing} failed {retries + 1} times: {course.errors}; the same command tries them again"
-        )
     return sorted(course.ended, key=lambda result: result.number)
 
 
@@ -123,12 +117,13 @@ class _Course:
             return True
         return False
 
-    def close(self, number: int) -> None:
+    def close(self, number: int, failed: bool) -> None:
         result = TrialResult(
             number=number,
             parameters=self.parameters[number],
             curve=tuple(self.curves.get(number, ())),
-            state=self.states.get(number, "complete"),  # type: ignore[arg-type]
+            state="failed" if failed else self.states.get(number, "complete"),  # type: ignore[arg-type]
+            error=self.errors.get(number, "its worker died every time") if failed else "",
         )
         write_atomically(self.folder / f"{number:04d}.json", result.model_dump_json())
         shutil.rmtree(self.folder / f"{number:04d}.checkpoints", ignore_errors=True)
@@ -161,10 +156,7 @@ class _Proposals(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
-        if error:
-            self._course.errors[number] = "its worker died or raised an error every time"
-        else:
-            self._course.close(number)
+        self._course.close(number, failed=error)
 
     def get_state(self) -> dict:
         return {}
@@ -187,6 +179,11 @@ class _Halving(FIFOScheduler):
         stop = self._course.hear(trial.config["number"], result)
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        lines = str(trial.get_error() or "").strip().splitlines()
+        if lines:
+            self._course.errors[trial.config["number"]] = lines[-1]
+
 
 def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     """One trial on a worker."""
@@ -199,7 +196,7 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     try:
         fit_student(model, student, data, work["targets"], checkpoints, tune.report)
     except Diverged as error:
-        tune.report({"diverged": True, search.METRIC: 0.0, "error": str(error)})
+        tune.report({"diverged": True, search.METRIC: 0.0, "message": str(error)})
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -14,10 +14,12 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, ValidationError, model_validator
 
+from asc_ray.errors import UserError
 from asc_ray.section import Section
 from asc_ray.training.systems import StudentConfig
 
 METRIC = "validation_macro_accuracy"
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study tells a user nothing
 
 
 class Parameter(Section):
@@ -87,16 +89,17 @@ class SweepConfig(Section):
 
 
 class TrialResult(Section):
-    """How a trial ended: `curve` holds the metric after each epoch; a diverged trial has what came before."""
+    """How a trial ended: `curve` holds the metric after each epoch; a diverged or failed one has what came before."""
 
     number: int
     parameters: dict[str, Any]
     curve: tuple[float, ...]
-    state: Literal["complete", "stopped", "diverged"]
+    state: Literal["complete", "stopped", "diverged", "failed"]
+    error: str = ""
 
     @property
     def value(self) -> float:
-        return self.curve[-1] if self.curve and self.state != "diverged" else 0.0
+        return self.curve[-1] if self.curve and self.state in {"complete", "stopped"} else 0.0
 
 
 def apply_overrides(raw: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -168,8 +171,14 @@ def should_stop(config: SweepConfig, number: int, curve: Sequence[float], ended:
 
 
 def best(ended: Sequence[TrialResult]) -> TrialResult:
-    """The finished trial with the best last value, the first of equals."""
-    complete = [r for r in ended if r.state == "complete"] or list(ended)
+    """The trial with the best last value among those that ran to the end, the first of equals.
+
+    Raises UserError when none did.
+    """
+    complete = [r for r in ended if r.state == "complete"]
+    if not complete:
+        states = "; ".join(f"trial {r.number} {r.state} {r.error}".strip() for r in ended)
+        raise UserError(f"sweep: no trial ran to its end ({states}); make the space smaller")
     return max(complete, key=lambda r: (r.value, -r.number))
 
 

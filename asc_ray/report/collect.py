@@ -1,0 +1,93 @@
+"""What the report shows, gathered from the artifacts of a finished configuration."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from asc_ray.artifacts import Artifact
+from asc_ray.data.corpus import unseen_devices
+from asc_ray.fusion import Fusion
+from asc_ray.report.page import ComplexityRow, CorpusSummary, ReportData, SystemResult, render
+from asc_ray.training.dataset import Dataset, PartitionConfig
+from asc_ray.training.ensemble import FUSION, read_evaluation
+from asc_ray.training.search import TrialResult
+from asc_ray.training.systems import StudentConfig
+
+LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")
+
+
+def write_report(
+    out: Path,
+    *,
+    title: str,
+    parts: PartitionConfig,
+    student_config: StudentConfig,
+    config: Mapping[str, object],
+    clips: Artifact,
+    teachers: Mapping[str, Artifact],
+    fusion: Artifact,
+    sweep: Artifact | None,
+    student: Artifact,
+    int8: Artifact,
+    evaluation: Artifact,
+) -> None:
+    """Gather everything and write the page to `out`."""
+    data = Dataset.open(clips.path, parts)
+    store, facts = data.store, clips.facts()
+    trained, cost = student.facts(), int8.facts()
+    threshold = student_config.augment.dir.threshold
+    train = store.split == "train"
+    histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
+    best = "" if sweep is None else (sweep.path / "best.yaml").read_text()
+    model = student_config.model
+    size = getattr(model, "size", None)
+    lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, student, int8, evaluation)}
+    render(
+        ReportData(
+            title=title,
+            corpus=CorpusSummary(
+                name=facts["corpus"],
+                clips={part: len(rows) for part, rows in data.parts.items()},
+                labels=store.labels,
+                devices=store.devices,
+                unseen_devices=unseen_devices(store.clips),
+                bad_clips=len(facts["skipped"]),
+                notes=tuple(f"{note}: {count} clips" for note, count in sorted(facts["notes"].items())),
+            ),
+            systems=[
+                SystemResult(name=name, kind=_kind(name), evaluation=result)
+                for name, result in read_evaluation(evaluation.path).items()
+            ],
+            complexity=[
+                ComplexityRow(
+                    model=f"{model.name} {size}" if size else model.name,
+                    parameters=trained["parameters"],
+                    macs=trained["macs"],
+                    bytes_fp32=trained["bytes"]["float32"],
+                    bytes_int8=cost["bytes"].get("int8", trained["bytes"]["int8"]),
+                )
+            ],
+            fusion=Fusion.load(fusion.path / FUSION),
+            fusion_log_loss={name: f["log_loss"] for name, f in fusion.facts()["validation"].items()},
+            energies=np.asarray(store.energy[train]),
+            energy_threshold=data.mean_energy if threshold == "auto" else threshold,
+            curves=histories | {"student fp32": trained["history"], "student int8": cost["history"]},
+            trials=[] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]],
+            best_config=best,
+            config=yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False),
+            versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+            lineage=lineage,
+        ),
+        out,
+    )
+
+
+def _kind(name: str) -> str:
+    if name.startswith("student"):
+        return "student"
+    return "fusion" if name in {"average", "fusion"} else "teacher"

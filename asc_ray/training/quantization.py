@@ -1,0 +1,294 @@
+"""Quantization-aware training and int8 models: the 'fbgemm' scheme, on exported graphs (torch.export and torchao PT2E).
+
+The scheme: weights int8, symmetric, one scale a channel; activations uint8, affine, one scale a tensor, ranges by moving
+averages of minimum and maximum, and 7 of the 8 bits used (reduced range: the sum of two u8 x s8 products fits 16 bits).
+Every convolution with its folded batch norm and ReLU, every residual sum, pool and linear layer computes from 8-bit
+values. The normalization between the stages keeps its statistics and its output in float, and so do the logits.
+"""
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from asc_ray.errors import UserError
+
+# What torch and torchao say that nobody who runs this can act upon, by logger.
+_NOISE = {
+    "torchao": "Failed to load",  # kernels of other GPUs and Python versions, which PT2E does without
+    "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao's own use of a deprecated registration
+}
+for _logger, _start in _NOISE.items():
+    logging.getLogger(_logger).addFilter(lambda record, start=_start: not record.getMessage().startswith(start))
+
+from torchao.quantization.pt2e import (  # noqa: E402
+    FusedMovingAvgObsFakeQuantize,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+)
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e  # noqa: E402
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer  # noqa: E402
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY  # noqa: E402
+
+aten = torch.ops.aten
+LAYERS = (aten.conv2d.default, aten.linear.default)
+SUMS = (aten.add.Tensor, aten.add_.Tensor)
+RELUS = (aten.relu.default, aten.relu_.default)
+POOLS = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
+BATCH_NORM = aten.batch_norm.default
+DEQUANTIZE = (
+    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+    torch.ops.quantized_decomposed.dequantize_per_channel.default,
+)
+QUANTIZE = (
+    torch.ops.quantized_decomposed.quantize_per_tensor.default,
+    torch.ops.quantized_decomposed.quantize_per_channel.default,
+)
+
+
+class FakeQuantize(FusedMovingAvgObsFakeQuantize):
+    """Observes and rounds in one kernel, and converts with the very grid it trained with.
+
+    torchao's own `calculate_qparams` works scale and zero point out again from minimum and maximum, by a formula that
+    differs from the kernel's (max / 127.5 instead of max / 127 for weights).
+    """
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())  # the kernel knows no bfloat16, which autocast may bring
+
+
+ACTIVATION = QuantizationSpec(
+    dtype=torch.uint8,
+    quant_min=0,
+    quant_max=127,
+    qscheme=torch.per_tensor_affine,
+    observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+)
+WEIGHT = QuantizationSpec(
+    dtype=torch.int8,
+    quant_min=-128,
+    quant_max=127,
+    qscheme=torch.per_channel_symmetric,
+    ch_axis=0,
+    observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver),
+)
+
+
+class FbgemmQuantizer(Quantizer):
+    """Says where in an exported graph the scheme quantizes.
+
+    A sum is residual when one of its terms is a convolution's output: the sums of RN and GRN are not, and stay float.
+    """
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        convolved = set()
+        for node in model.graph.nodes:
+            if node.target in LAYERS:
+                inputs = {node.args[0]: ACTIVATION, node.args[1]: WEIGHT}
+            elif node.target in POOLS:
+                inputs = {node.args[0]: ACTIVATION}
+            elif node.target in SUMS and convolved.intersection(node.all_input_nodes):
+                inputs = dict.fromkeys(node.all_input_nodes, ACTIVATION)
+            else:
+                continue
+            _annotate(node, inputs, None)
+            if node.target is aten.conv2d.default or node.target in SUMS:
+                end = _end_of_block(node)
+                _annotate(end, inputs if end is node else {}, ACTIVATION)
+                convolved.add(end)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to refuse: `convert` checks what came of it."""
+
+
+def _annotate(node: Node, inputs: dict[Node, QuantizationSpec], output: QuantizationSpec | None) -> None:
+    node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+        input_qspec_map=dict(inputs), output_qspec=output, _annotated=True
+    )
+
+
+def _end_of_block(node: Node) -> Node:
+    """The batch norm or ReLU that ends what is computed with `node` in one go."""
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in (BATCH_NORM, *RELUS):
+        node = user
+    return node
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch copies its own deprecated tree specs.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*isinstance\\(treespec, LeafSpec\\)")
+        yield
+
+
+def prepare(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of the trained `model` for quantization-aware training; `example` (2, 1, F, T) gives the input's shape.
+
+    Call it like any network, with any batch size; `set_training` stands in for `train` and `eval`, which exported
+    graphs lack. The ranges of the activations start with the first batch in training, and an evaluation before that is
+    meaningless. Its state dict loads into another module prepared from the same configuration.
+    """
+    with _quiet():
+        graph = _export(copy.deepcopy(model).train(), example)
+        _drop_batch_counts(graph)
+        return prepare_qat_pt2e(graph, FbgemmQuantizer())
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Training: batch norms take the batch's statistics, fake quantization follows the ranges. Evaluation: neither."""
+    assert isinstance(model, GraphModule)
+    for node in model.graph.nodes:
+        if node.target is BATCH_NORM:
+            node.update_arg(5, training)
+    model.recompile()
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.enable_observer(training)
+
+
+def freeze(model: nn.Module) -> None:
+    """Fix ranges and batch-norm statistics as they are while the weights go on learning, until `set_training`."""
+    set_training(model, False)  # the networks have no layer, as dropout, whose training form would be missed
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """The int8 model of a prepared and trained `model`, which stays as it is; on the CPU.
+
+    Raises RuntimeError if a batch norm was not folded or a convolution or linear layer has weights other than int8.
+    """
+    with _quiet():
+        model = copy.deepcopy(model).cpu()
+        set_training(model, False)
+        int8 = convert_pt2e(model, fold_quantize=True)
+        _batch_norms_to_affine(int8)
+        _drop_unused(int8)
+    _check(int8)
+    return int8
+
+
+def operators(model: nn.Module) -> list[tuple[str, str, str]]:
+    """(name, operator, "int8" | "float32") of all that a converted model computes, in order.
+
+    An operator is int8 if all it takes was 8-bit before, and it has an 8-bit kernel: with quantization and dequantization
+    around it, an engine for int8 needs no float there.
+    """
+    int8: set[Node] = set()
+    rows = []
+    for node in _graph(model).nodes:
+        if node.op != "call_function" or node.target in (*QUANTIZE, *DEQUANTIZE):
+            continue
+        has_kernel = node.target in (*LAYERS, *SUMS, *RELUS, *POOLS, aten.flatten.using_ints)
+        computed = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        if has_kernel and all(source.target in DEQUANTIZE or source in int8 for source in computed):
+            int8.add(node)
+        rows.append((node.name, str(node.target), "int8" if node in int8 else "float32"))
+    return rows
+
+
+def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
+    """Bytes of all tensors a converted model holds: int8 weights, float32 scales and biases, integer zero points."""
+    count: Counter[str] = Counter()
+    for tensor in model.state_dict().values():
+        count[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    return dict(count)
+
+
+def save(model: nn.Module, file: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a converted model to `file` (.pt2), with `metadata` as JSON inside, under another name and renamed."""
+    placeholder = next(node for node in _graph(model).nodes if node.op == "placeholder")
+    example = torch.zeros(2, *placeholder.meta["val"].shape[1:])
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with _quiet(), temporary.open("wb") as stream:
+        program = torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH)
+        torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(metadata)})
+    temporary.rename(file)
+
+
+def load(file: Path) -> nn.Module:
+    """What `save` wrote: (B, 1, F, T) float32 to logits (B, classes), equal to the bit. Raises UserError."""
+    try:
+        with _quiet():
+            return torch.export.load(file).module()
+    except Exception as error:
+        raise UserError(f"{file} is no readable int8 model ({error}); run the stage qat again") from error
+
+
+_FREE_BATCH = ({0: torch.export.Dim("batch")},)
+
+
+def _export(model: nn.Module, example: Tensor) -> GraphModule:
+    return torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH).module()
+
+
+def _graph(model: nn.Module) -> torch.fx.Graph:
+    assert isinstance(model, GraphModule)
+    return model.graph
+
+
+def _drop_batch_counts(model: GraphModule) -> None:
+    """Remove `num_batches_tracked += 1`, which would count in evaluation too; nothing reads it."""
+    for node in list(model.graph.nodes):
+        if node.target is aten.add_.Tensor and node.args[0].op == "get_attr":
+            assert node.args[0].target.endswith("num_batches_tracked"), node.args[0].target
+            model.graph.erase_node(node)
+    _drop_unused(model)
+
+
+def _drop_unused(model: GraphModule) -> None:
+    """Remove parameters and buffers that the graph does not read, such as the float weights of folded layers."""
+    model.graph.eliminate_dead_code()
+    used = {node.target for node in model.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
+        if name not in used:
+            owner, _, attribute = name.rpartition(".")
+            delattr(model.get_submodule(owner), attribute)
+    model.recompile()
+
+
+def _batch_norms_to_affine(model: GraphModule) -> None:
+    """Write batch norms that follow no convolution (`normalization.kind: bn`) as x * scale + shift, in float."""
+    for node in list(model.graph.nodes):
+        if node.target is not BATCH_NORM:
+            continue
+        x, *tensors = node.args[:5]
+        weight, bias, mean, variance = (_attribute(model, tensor.target) for tensor in tensors)
+        scale = weight / torch.sqrt(variance + node.args[7])
+        values = {"scale": scale, "shift": bias - mean * scale}
+        with model.graph.inserting_before(node):
+            for name, value in values.items():
+                model.register_buffer(f"{node.name}_{name}", value.detach().reshape(-1, 1, 1))
+            scaled = model.graph.call_function(aten.mul.Tensor, (x, model.graph.get_attr(f"{node.name}_scale")))
+            result = model.graph.call_function(aten.add.Tensor, (scaled, model.graph.get_attr(f"{node.name}_shift")))
+        node.replace_all_uses_with(result)
+        model.graph.erase_node(node)
+
+
+def _attribute(model: GraphModule, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def _check(model: GraphModule) -> None:
+    for node in model.graph.nodes:
+        if "batch_norm" in str(node.target):
+            raise RuntimeError(f"conversion left a batch norm: {node.format_node()}")
+        if node.target in LAYERS:
+            weight = node.args[1]
+            stored = weight.args[0] if weight.target in DEQUANTIZE else weight
+            if stored.op != "get_attr" or _attribute(model, stored.target).dtype != torch.int8:
+                raise RuntimeError(f"conversion left a layer without int8 weights: {node.format_node()}")
