@@ -16,6 +16,7 @@ from asc_ray.cluster.resources import ClusterConfig, Resources
 from asc_ray.data.corpus import CorpusConfig
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import FusionConfig
+from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section
 from asc_ray.training.dataset import PartitionConfig
 from asc_ray.training.loop import Recipe
@@ -91,7 +92,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         try:
             apply_overrides(raw, {key: yaml.safe_load(text)})
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from None
+            raise ConfigError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from None
     _resolve_teachers(raw, path)
     try:
         return Config.model_validate(raw)
@@ -119,7 +120,7 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({str(error).replace(chr(10), ' ')})") from None
+        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -131,6 +132,10 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not base_path.is_file():
         raise ConfigError(f"{path}: base: {base}: no such file")
     return merged(_compose(base_path, (*above, path)), raw)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,9 +167,8 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
         recipe = _compose(_teacher_file(name, path))
         model = recipe.get("model", {}).get("name")
         recipes[name] = merged(recipe, override.get(model, {}))
-    unused = set(override) - {recipe["model"]["name"] for recipe in recipes.values()}
-    if unused:
-        raise ConfigError(f"{path}: teachers.override.{sorted(unused)[0]}: no teacher has a model of this name")
+    if unknown := sorted(set(override) - set(NETWORKS)):
+        raise ConfigError(f"{path}: teachers.override.{unknown[0]}: unknown model; allowed: {', '.join(NETWORKS)}")
     teachers["recipes"] = merged(recipes, teachers.get("recipes", {}))
 
 
@@ -201,7 +205,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _is_union_tag(part: Any) -> bool:
-    return part in {"passt", "cp_resnet", "ds_flexinet", "cp_mobile"}
+    return part in NETWORKS
 
 
 def _allowed_keys(loc: tuple[Any, ...]) -> list[str]:

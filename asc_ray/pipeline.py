@@ -188,7 +188,8 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                     "student_resources": config.student_resources,
                 }
             )
-            with tracker.parent(_dump(config)):
+            complete = {a.key for artifacts in plan.by_stage().values() for a in artifacts if a.complete}
+            with tracker.parent(_dump(config), complete):
                 for stage in todo:
                     with progress.stage(stage):
                         _BUILDERS[stage](_Work(plan, tracker, progress))

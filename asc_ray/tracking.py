@@ -7,7 +7,7 @@ configuration; runs that nobody takes up again are ended as KILLED, so none stay
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,12 @@ class Tracker:
         self.parent_id = ""
 
     @contextmanager
-    def parent(self, parameters: Mapping[str, Any]) -> Iterator["Tracker"]:
-        """The parent run for the duration; it and its children end FINISHED, FAILED, or KILLED on an interrupt."""
-        self._end_stale()
+    def parent(self, parameters: Mapping[str, Any], complete: Container[str] = ()) -> Iterator["Tracker"]:
+        """The parent run for the duration; it and its children end FINISHED, FAILED, or KILLED on an interrupt.
+
+        `complete`: keys of what is finished, though its driver may have died before it could say so.
+        """
+        self._end_stale(complete)
         self.parent_id = self._take_up(self._name, {KEY_TAG: self._key}, parameters)
         status = "FAILED"
         try:
@@ -121,13 +124,14 @@ class Tracker:
             self._client.log_batch(run.info.run_id, params=flat[start : start + 100])
         return run.info.run_id
 
-    def _end_stale(self) -> None:
+    def _end_stale(self, complete: Container[str]) -> None:
         """End what a killed driver of this storage left RUNNING; the storage's lock says that none is alive."""
         running = RunStatus.to_string(RunStatus.RUNNING)
         query = f"attributes.status = '{running}' and tags.`{STORAGE_TAG}` = '{self._storage}'"
         while found := self._client.search_runs([self.experiment_id], query, max_results=500):
             for run in found:
-                self._client.set_terminated(run.info.run_id, "KILLED")
+                status = "FINISHED" if run.data.tags.get(KEY_TAG) in complete else "KILLED"
+                self._client.set_terminated(run.info.run_id, status)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:

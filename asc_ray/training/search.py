@@ -5,6 +5,7 @@ Parallel searches usually depend on which trial ends first. Here a decision abou
 of workers, and a search that was killed goes on as if it had not been.
 """
 
+import builtins
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -27,7 +28,7 @@ class Parameter(Section):
 
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
-    int: tuple[int, int] | None = None
+    int: tuple[builtins.int, builtins.int] | None = None
     choice: tuple[Any, ...] | None = None
 
     @model_validator(mode="after")

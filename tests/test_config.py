@@ -1,0 +1,148 @@
+"""Configurations: composition, overrides, and one clear line for everything that is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from asc_ray.config import PRESETS, load_config
+from asc_ray.errors import ConfigError
+from asc_ray.pipeline import Plan
+
+TWELVE = [
+    f"{kind}_{number}"
+    for kind in ("passt_dirfms", "passt_fms", "cpr_128k_dirfms", "cpr_128k_fms")
+    for number in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(PRESETS.glob("*.yaml"))])
+def test_every_preset_loads_and_has_the_twelve_teachers(name):
+    config = load_config(name)
+    assert list(config.teachers.recipes) == TWELVE
+    assert config.storage.is_absolute()
+
+
+def test_the_twelve_recipes_are_those_of_the_reading():
+    recipes = load_config("tau22").teachers.recipes
+    passt, cpr = recipes["passt_dirfms_2"], recipes["cpr_128k_dirfms_3"]
+    assert (passt.seed, cpr.seed) == (2, 3)
+    assert (passt.optimizer.epochs, passt.optimizer.batch_size) == (25, 80)
+    assert (cpr.optimizer.epochs, cpr.optimizer.batch_size) == (150, 256)
+    assert (passt.optimizer.learning_rate, passt.optimizer.weight_decay) == (1e-5, 1e-3)
+    assert (cpr.optimizer.learning_rate, cpr.optimizer.weight_decay) == (1e-3, 1e-3)
+    assert tuple(passt.optimizer.schedule.model_dump().values()) == (3, 3, 10, 0.01)
+    assert tuple(cpr.optimizer.schedule.model_dump().values()) == (15, 50, 85, 0.005)
+    assert (passt.augment.roll, passt.augment.freq_mask, passt.augment.time_mask) == (10000, 48, 20)
+    assert (cpr.augment.roll, cpr.augment.freq_mask, cpr.augment.time_mask) == (4000, 48, 0)
+    assert (passt.augment.freq_mixstyle.p, cpr.augment.freq_mixstyle.p) == (0.4, 0.8)
+    for name, recipe in recipes.items():
+        p = (0.6 if name.startswith("passt") else 0.4) if "dirfms" in name else 0.0
+        assert recipe.augment.dir.p == p
+        assert recipe.augment.dir.apply_to == ("a",)
+        assert recipe.augment.freq_mixstyle.alpha == 0.4
+
+
+def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
+    (tmp_path / "below.yaml").write_text("base: sub/lower.yaml\nstudent: {optimizer: {epochs: 7}}\n")
+    (tmp_path / "sub").mkdir()
+    lower = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    lower["base"] = str(PRESETS / "tau22.yaml")
+    (tmp_path / "sub" / "lower.yaml").write_text(yaml.safe_dump(lower))
+    config = load_config(tmp_path / "below.yaml", ["student.optimizer.batch_size=8", "storage=/tmp/x"])
+    assert config.student.optimizer.epochs == 7
+    assert config.student.optimizer.batch_size == 8
+    assert config.student.optimizer.learning_rate == load_config("demo").student.optimizer.learning_rate
+    assert config.storage == Path("/tmp/x")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.optimizer.epoch=3", r"student\.optimizer\.epoch: unknown key; allowed here: .*epochs.* did you mean epochs"),
+        ("studnet.seed=3", r"studnet: unknown key; allowed here: .* did you mean student"),
+        ("student.model.depth=3", r"student\.model\.depth: unknown key; allowed here: name, normalization, plan, size"),
+        ("teachers.recipes.passt_fms_1.model.size=3", r"passt_fms_1\.model\.size: unknown key; allowed here: depth"),
+        ("student.optimizer.epochs=many", r"student\.optimizer\.epochs: found 'many'"),
+        ("student.optimizer.epochs=0", r"student\.optimizer\.epochs: found 0: .*greater than or equal to 1"),
+        ("student.optimizer.learning_rate=-1", r"learning_rate: found -1"),
+        ("student.model.size=sm9", r"student\.model\.size: found 'sm9': .*'sm1', 'sm2', 'sm3' or 'sm4'"),
+        ("student.model.name=resnet", r"student\.model: .*'passt', 'cp_resnet', 'cp_mobile', 'ds_flexinet'"),
+        ("student.distillation.soft_target=fuzed", r"soft_target: 'fuzed' is unknown; allowed: none, average, fused, passt"),
+        ("teachers.systems=[passt_fms_9]", r"unknown teacher 'passt_fms_9'; did you mean passt_fms_\d\?"),
+        ("teachers.systems=[passt_fms_1, passt_fms_1]", "a name occurs twice"),
+        ("teachers.systems=[]", r"teachers\.recipes: "),
+        ("teachers.override.resnet.seed=1", r"teachers\.override\.resnet: unknown model; allowed: passt, cp_resnet"),
+        ("sweep.space.augment.rol.uniform=[0,1]", r"sweep\.space"),
+        ("storage=s3://bucket/x", "is a URI"),
+        ("student.seed", r"expected KEY\.PATH=VALUE"),
+        ("student.seed=[", "not valid YAML"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_with_the_key(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("demo", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a list", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("base: absent.yaml", r"base: absent\.yaml: no such file"),
+        ("base: this.yaml", "lead back to the file itself"),
+        ("storage: x", r"teachers: is required"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, content, message):
+    file = tmp_path / "this.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+
+
+def test_keys_follow_what_an_artifact_is_made_of_and_nothing_else(tmp_path):
+    def keys(*overrides):
+        plan = Plan(load_config("demo", [f"storage={tmp_path}", *overrides]))
+        return {stage: [a.key for a in artifacts] for stage, artifacts in plan.by_stage().items()}
+
+    base = keys()
+    assert keys("name=other", "cluster.retries=9", "tracking.experiment=x", "student_resources.cpus=2") == base
+    qat = keys("qat.epochs=5")
+    assert {stage for stage in base if qat[stage] != base[stage]} == {"qat", "evaluate", "report"}
+    teacher = keys("teachers.recipes.passt_fms_2.seed=9")
+    assert sum(a != b for a, b in zip(teacher["teachers"], base["teachers"], strict=True)) == 1
+    assert teacher["ingest"] == base["ingest"]
+    assert teacher["fuse"] != base["fuse"]
+    corpus = keys("corpus.demo.seed=1")
+    assert all(corpus[stage] != base[stage] for stage in base)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["pipeline", "--set", "student.optimizer.epoch=3"], 2, "student.optimizer.epoch: unknown key"),
+        (["teachers", "--config", "absent.yaml"], 2, "presets demo"),
+        (["pipeline", "--set", "corpus.path=/nowhere"], 1, "/nowhere/meta.csv"),
+        (["teachres"], 2, "No such command"),
+        (["student", "--confg", "demo"], 2, "No such option"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, arguments, code, message):
+    command = [sys.executable, "-m", "asc_ray.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_names_the_one_that_it_needs(tmp_path):
+    command = [sys.executable, "-m", "asc_ray.cli", "student", "--set", f"storage={tmp_path}/s"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "run `asc-ray fuse`" in done.stderr

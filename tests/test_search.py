@@ -1,0 +1,111 @@
+"""The search: proposals and stopping follow from earlier results alone, whatever ended when."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from asc_ray.errors import UserError
+from asc_ray.training.search import Parameter, SweepConfig, TrialResult, best, may_start, propose, should_stop, trial_config
+from asc_ray.training.systems import StudentConfig
+
+SPACE = {
+    "distillation.label_weight": {"uniform": [0.0, 1.0]},
+    "optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    "augment.roll": {"int": [0, 8000]},
+    "augment.dir.threshold": {"choice": [None, "auto", 323.0]},
+}
+SWEEP = SweepConfig.model_validate(
+    {"trials": 20, "epochs": 9, "startup_trials": 4, "lookback": 3, "grace_epochs": 1, "reduction": 3, "space": SPACE}
+)
+STUDENT = StudentConfig.model_validate({"model": {"name": "ds_flexinet"}})
+
+
+def result(number, curve, state="complete"):
+    return TrialResult(number=number, parameters=propose(SWEEP, number, []), curve=tuple(curve), state=state)
+
+
+def test_a_proposal_depends_on_what_it_may_see_and_on_nothing_else():
+    ended = [result(n, [0.1 * n], "complete") for n in range(12)]
+    known = propose(SWEEP, 10, ended)
+    assert known == propose(SWEEP, 10, random.Random(1).sample(ended, len(ended)))
+    assert known == propose(SWEEP, 10, ended[:8])  # trials 8 and 9 may still run
+    assert known != propose(SWEEP, 10, [result(n, [1.0 - 0.1 * n]) for n in range(12)])
+    assert propose(SWEEP, 0, []) != propose(SWEEP, 1, [])
+
+
+@given(st.integers(0, 3), st.integers(0, 50))
+def test_proposals_lie_in_the_space_and_make_a_valid_student(number, seed):
+    parameters = propose(SWEEP.model_copy(update={"seed": seed}), number, [])
+    config = trial_config(STUDENT, parameters)
+    assert 0.0 <= config.distillation.label_weight <= 1.0
+    assert 1e-4 <= config.optimizer.learning_rate <= 1e-2
+    assert config.augment.dir.threshold in (None, "auto", 323.0)
+    assert config.model == STUDENT.model
+
+
+def test_tpe_prefers_what_did_well():
+    sweep = SWEEP.model_copy(update={"space": {"distillation.label_weight": Parameter(uniform=(0.0, 1.0))}})
+    ended = []
+    for n in range(40):
+        parameters = propose(sweep, n, ended)
+        value = 1.0 - abs(parameters["distillation.label_weight"] - 0.7)
+        ended.append(TrialResult(number=n, parameters=parameters, curve=(value,), state="complete"))
+    late = [r.value for r in ended[25:]]
+    assert sum(late) / len(late) > 0.85 > 0.75  # uniform proposals have a mean of 0.71
+
+
+def test_a_trial_waits_for_those_it_learns_from():
+    assert may_start(SWEEP, 2, [])
+    assert not may_start(SWEEP, 3, [])
+    assert may_start(SWEEP, 3, [result(0, [0.1])])
+    assert not may_start(SWEEP, 5, [result(0, [0.1]), result(2, [0.2])])
+
+
+def test_halving_keeps_the_best_third_at_a_rung():
+    ended = [result(n, [0.1 * n] * 9) for n in range(9)]
+    assert should_stop(SWEEP, 11, [0.5], ended)
+    assert not should_stop(SWEEP, 11, [0.6], ended)
+    assert should_stop(SWEEP, 11, [0.9, 0.9, 0.5], ended)  # rung 3
+    assert not should_stop(SWEEP, 11, [0.9, 0.0], ended)  # between rungs
+    assert not should_stop(SWEEP, 11, [0.0] * 9, ended)  # the end is no rung
+    assert not should_stop(SWEEP, 2, [0.0], ended)  # it may see nobody
+
+
+def test_the_best_ran_to_its_end_and_the_first_of_equals_wins():
+    ended = [result(0, [0.9], "stopped"), result(1, [0.2, 0.5]), result(2, [0.1, 0.5]), result(3, [0.99], "diverged")]
+    assert best(ended).number == 1
+    with pytest.raises(UserError, match="trial 0 stopped"):
+        best(ended[:1])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ({}, "exactly one"),
+        ({"uniform": [0, 1], "choice": [1]}, "exactly one"),
+        ({"uniform": [1, 0]}, "not below"),
+        ({"loguniform": [0, 1]}, "not positive"),
+        ({"choice": []}, "at least one value"),
+        ({"normal": [0, 1]}, "Extra inputs"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(parameter, message):
+    with pytest.raises(ValidationError, match=message):
+        Parameter.model_validate(parameter)
+
+
+@pytest.mark.parametrize(
+    ("key", "parameter", "message"),
+    [
+        ("distillation.tau", {"uniform": [1, 2]}, r"sweep\.space\.distillation\.tau"),
+        ("distillation.label_weight", {"uniform": [0, 2]}, r"label_weight=2"),
+        ("augment.dir.threshold", {"choice": ["sometimes"]}, r"threshold='sometimes'"),
+    ],
+)
+def test_a_space_that_makes_no_valid_student_is_refused(key, parameter, message):
+    sweep = SweepConfig.model_validate({"space": {key: parameter}})
+    with pytest.raises(ValueError, match=message):
+        sweep.check(STUDENT)

@@ -1,0 +1,93 @@
+"""MLflow through a real sqlite store: what every run ends as, and that a cut-off run is taken up again."""
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from asc_ray.errors import UserError
+from asc_ray.tracking import Tracker, default_uri
+
+
+def tracker(storage, key="k"):
+    return Tracker(None, "asc-ray", storage, "demo", key)
+
+
+def runs(storage):
+    client = MlflowClient(default_uri(storage))
+    experiment = client.get_experiment_by_name("asc-ray")
+    found = client.search_runs([experiment.experiment_id])
+    return {run.info.run_name: run for run in found}
+
+
+def test_a_pipeline_is_a_parent_with_children_and_their_curves(tmp_path):
+    with tracker(tmp_path).parent({"a": {"b": 1, "c": [1, 2]}}) as t:
+        t.start("teacher", "t1", {"optimizer": {"epochs": 2}})
+        for epoch in (1, 2):
+            t.log("teacher", {"loss": 1.0 / epoch, "note": "text"}, epoch)
+        t.end("teacher")
+        t.log_summary({"accuracy": 0.5})
+        (tmp_path / "report.html").write_text("x")
+        t.log_file("", tmp_path / "report.html")
+    found = runs(tmp_path)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    parent, child = found["demo"], found["teacher"]
+    assert parent.data.params == {"a.b": "1", "a.c": "[1, 2]"}
+    assert parent.data.metrics == {"accuracy": 0.5}
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.metrics == {"loss": 0.5}
+    client = MlflowClient(default_uri(tmp_path))
+    assert [m.step for m in client.get_metric_history(child.info.run_id, "loss")] == [1, 2]
+    assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
+
+
+@pytest.mark.parametrize(("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")])
+def test_what_is_open_when_a_run_breaks_off_is_closed(tmp_path, raised, status):
+    def broken():
+        with tracker(tmp_path).parent({}) as t:
+            t.start("teacher", "t1", {})
+            raise raised
+
+    with pytest.raises(raised):
+        broken()
+    assert {run.info.status for run in runs(tmp_path).values()} == {status}
+
+
+def abandon(storage):
+    """A driver that was killed: its runs stay RUNNING."""
+    parent = tracker(storage).parent({})
+    t = parent.__enter__()
+    t.start("done", "finished-artifact", {})
+    t.start("half", "half-artifact", {})
+    t.log("half", {"loss": 1.0}, 1)
+    return {name: run.info.run_id for name, run in runs(storage).items()}, parent
+
+
+def test_the_same_configuration_takes_its_runs_up_again(tmp_path):
+    before, _killed = abandon(tmp_path)
+    with tracker(tmp_path).parent({}, complete={"finished-artifact"}) as t:
+        t.start("half", "half-artifact", {})
+        t.log("half", {"loss": 0.5}, 2)
+        t.end("half")
+    found = runs(tmp_path)
+    assert {name: run.info.run_id for name, run in found.items()} == before
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+
+def test_runs_that_nobody_takes_up_again_end_as_killed(tmp_path):
+    _before, _killed = abandon(tmp_path)
+    with tracker(tmp_path, key="another configuration").parent({}, complete={"finished-artifact"}):
+        pass
+    client = MlflowClient(default_uri(tmp_path))
+    experiment = client.get_experiment_by_name("asc-ray")
+    found = client.search_runs([experiment.experiment_id])
+    assert sorted((run.info.run_name, run.info.status) for run in found) == [
+        ("demo", "FINISHED"),
+        ("demo", "KILLED"),
+        ("done", "FINISHED"),
+        ("half", "KILLED"),
+    ]
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"tracking\.uri http://127\.0\.0\.1:9"):
+        Tracker("http://127.0.0.1:9", "asc-ray", tmp_path, "demo", "k")

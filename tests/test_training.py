@@ -1,0 +1,213 @@
+"""Schedules, objective, checkpoints and the loop against closed forms, and resuming against not having stopped."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
+from asc_ray.data.corpus import read_corpus
+from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.models.registry import build
+from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
+from asc_ray.training.dataset import IMPULSE_RESPONSES, Dataset, PartitionConfig, save_bank
+from asc_ray.training.distillation import DistillationConfig, objective
+from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
+from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
+from asc_ray.training.systems import student_clips
+
+
+def test_schedule_is_the_closed_form():
+    schedule = ScheduleConfig(warm_up=15, ramp_down_start=50, ramp_down_length=85, last_factor=0.005)
+    assert learning_rate_factor(0, schedule) == pytest.approx(math.exp(-5 * (1 - 0.5 / 15) ** 2))
+    assert learning_rate_factor(6, schedule) == pytest.approx(math.exp(-5 * 0.6**2))
+    assert learning_rate_factor(15, schedule) == learning_rate_factor(50, schedule) == 1.0
+    assert learning_rate_factor(50 + 17, schedule) == pytest.approx(1 - 0.995 / 5)
+    assert learning_rate_factor(135, schedule) == learning_rate_factor(149, schedule) == pytest.approx(0.005)
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_a_scaled_schedule_stays_in_proportion(epochs, target):
+    config = OptimizerConfig(epochs=epochs, schedule=ScheduleConfig(warm_up=0, ramp_down_start=0, ramp_down_length=epochs))
+    scaled = config.scaled_to(target)
+    assert scaled.epochs == scaled.schedule.ramp_down_length == target
+    assert scaled.learning_rate == config.learning_rate
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31 - 1), st.floats(0.5, 8.0), st.floats(0.0, 1.0))
+def test_objective_is_eq_5_and_its_gradient_is_the_divergence_s(seed, tau, weight):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    soft = 3 * torch.randn(5, 4, generator=g, dtype=torch.float64)
+    target = torch.nn.functional.one_hot(torch.randint(4, (5,), generator=g), 4).double()
+    config = DistillationConfig(label_weight=weight, temperature=tau)
+    losses = objective(logits, target, soft, config)
+    label = torch.nn.functional.cross_entropy(logits, target.argmax(1), reduction="none")
+    torch.testing.assert_close(losses["label"], label)
+    torch.testing.assert_close(losses["total"], weight * label + (1 - weight) * losses["distillation"])
+    divergence = torch.nn.functional.kl_div(
+        torch.log_softmax(logits / tau, 1), torch.softmax(soft / tau, 1), reduction="sum"
+    )
+    (ours,) = torch.autograd.grad(losses["distillation"].sum(), logits, retain_graph=True)
+    (reference,) = torch.autograd.grad(tau**2 * divergence, logits)
+    torch.testing.assert_close(ours, reference)
+
+
+def test_objective_without_soft_targets_is_the_label_loss():
+    logits, target = torch.randn(3, 2), torch.eye(2)[[0, 1, 1]]
+    losses = objective(logits, target, None, None)
+    assert set(losses) == {"total", "label"}
+    assert torch.equal(losses["total"], losses["label"])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus") / "demo"
+    make_demo_corpus(
+        root,
+        DemoConfig(train_clips_per_scene=6, train_locations_per_scene=6, test_seconds_per_scene=1, test_locations_per_scene=1),
+    )  # fmt: skip
+    corpus = read_corpus(root)
+    folder = tmp_path_factory.mktemp("clips")
+    for index, shard in enumerate(plan_shards(corpus, 64)):
+        write_shard(root, shard, corpus.labels, corpus.devices, shard_file(folder, index), fingerprint="x")
+    save_bank(ImpulseBank.load(root / "dirs"), folder / IMPULSE_RESPONSES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(clips):
+    return Dataset.open(clips, PartitionConfig(fusion=0.2, validation=0.2))
+
+
+RECIPES = {
+    "cp_resnet": {"model": {"name": "cp_resnet", "width": 4}, "frontend": {"hop": 2000}},
+    "passt": {
+        "model": {"name": "passt", "width": 16, "depth": 1, "heads": 2, "patchout_freq": 2},
+        "frontend": {"n_fft": 1024, "window": 800, "hop": 640, "mels": 128},
+    },
+}
+AUGMENT = {
+    "roll": 4000,
+    "dir": {"p": 0.5, "apply_to": "all", "threshold": "auto"},
+    "freq_mixstyle": {"p": 0.5},
+    "freq_mask": 16,
+    "mixup_alpha": 0.3,
+}
+
+
+def recipe(name, epochs=4, **changes):
+    optimizer = {"epochs": epochs, "batch_size": 16, "learning_rate": 1e-3, **changes}
+    return Recipe.model_validate({**RECIPES[name], "augment": AUGMENT, "optimizer": optimizer})
+
+
+def train(name, data, folder, until=None, soft=None, **changes):
+    """Train four epochs; `until` raises after that many, as a killed worker would leave it."""
+    config = recipe(name, **changes)
+    model = build(config.model, 10, seed=1)
+
+    def stop(metrics):
+        if metrics["epoch"] == until:
+            raise KeyboardInterrupt
+
+    distillation = DistillationConfig(label_weight=0.3) if soft is not None else None
+    try:
+        history = fit(
+            model, config, data, data.parts["train"], folder, on_epoch=stop, soft_logits=soft, distillation=distillation
+        )
+    except KeyboardInterrupt:
+        return None, None
+    return model.state_dict(), history
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(name, data, tmp_path):
+    whole, history = train(name, data, tmp_path / "whole")
+    train(name, data, tmp_path / "cut", until=2)
+    resumed, resumed_history = train(name, data, tmp_path / "cut")
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+    timeless = [{k: v for k, v in m.items() if k != "clips_per_second"} for m in history]
+    assert timeless == [{k: v for k, v in m.items() if k != "clips_per_second"} for m in resumed_history]
+
+
+def test_training_learns_and_another_seed_differs(data, tmp_path):
+    _, history = train("cp_resnet", data, tmp_path / "a", epochs=6, learning_rate=3e-3)
+    assert history[-1]["loss"] < history[0]["loss"]
+    model = build(recipe("cp_resnet").model, 10, seed=2).state_dict()
+    assert any(not torch.equal(v, model[k]) for k, v in build(recipe("cp_resnet").model, 10, seed=1).state_dict().items())
+
+
+def test_soft_targets_change_the_result_and_only_through_their_clips(data, tmp_path):
+    soft = np.zeros((len(data.store), 10), dtype=np.float32)
+    first, _ = train("cp_resnet", data, tmp_path / "1", soft=soft, epochs=1)
+    others = soft.copy()
+    others[data.parts["test"]] = 7.0
+    same, _ = train("cp_resnet", data, tmp_path / "2", soft=others, epochs=1)
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    others[data.parts["train"][0], 0] = 9.0
+    changed, _ = train("cp_resnet", data, tmp_path / "3", soft=others, epochs=1)
+    assert any(not torch.equal(first[k], changed[k]) for k in first)
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
+    whole, _ = train("cp_resnet", data, tmp_path / "whole")
+    train("cp_resnet", data, tmp_path / "cut", until=3)
+    newest = sorted((tmp_path / "cut").glob("epoch-*"))[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert load_checkpoint(tmp_path / "cut").epoch == 2
+    resumed, _ = train("cp_resnet", data, tmp_path / "cut")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_checkpoints_keep_the_last_two_and_every_tensor(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for epoch in range(1, 5):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        save_checkpoint(tmp_path, model, optimizer, [{"epoch": e} for e in range(1, epoch + 1)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-00003", "epoch-00004"]
+    checkpoint = load_checkpoint(tmp_path)
+    assert torch.equal(checkpoint.model["weight"], model.weight)
+    state = optimizer.state_dict()["state"]
+    assert torch.equal(checkpoint.optimizer["0.exp_avg"], state[0]["exp_avg"])
+    assert checkpoint.history == [{"epoch": e} for e in range(1, 5)]
+
+
+def test_no_checkpoint_is_no_checkpoint(tmp_path):
+    assert load_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_diverging_training_names_epoch_step_and_clips(data, tmp_path):
+    with pytest.raises(Diverged, match=r"epoch 1, step \d+; clips audio/") as caught:
+        soft = np.zeros((len(data.store), 10), dtype=np.float32)
+        soft[data.parts["train"][5]] = np.inf
+        train("cp_resnet", data, tmp_path, soft=soft)
+    assert load_checkpoint(tmp_path) is None
+    assert caught.value.exit_code == 1
+
+
+def test_parts_are_disjoint_by_location_and_students_never_see_validation_or_test(data):
+    places = {part: set(data.store.location[rows]) for part, rows in data.parts.items()}
+    names = list(places)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not places[a] & places[b], (a, b)
+    clips = set(student_clips(data))
+    assert clips == set(data.parts["train"]) | set(data.parts["fusion"])
+
+
+def test_a_clip_store_is_enough_for_training(clips, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(clips, copy)
+    data = Dataset.open(copy, PartitionConfig(fusion=0.2, validation=0.2))
+    assert len(data.bank.names) == len(ImpulseBank.load(None).names) or len(data.bank.names) > 0
+    energy = ClipStore(copy).energy[data.store.split == "train"]
+    assert data.mean_energy == pytest.approx(float(energy.mean()), rel=1e-5)
