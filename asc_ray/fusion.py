@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,15 +19,20 @@ from pydantic import Field
 from asc_ray.errors import UserError
 from asc_ray.section import Section
 
+RIDGES = tuple(float(10**e) for e in np.arange(-4.0, 1.1, 0.5))
+FOLDS = 5
 BLOCK = 4096  # clips held in float64 at a time
 TOLERANCE = 1e-9  # of the gradient's largest entry, relative to its value at the average (or to the ridge, or 1)
 MAX_PASSES = 200  # over the clips; without separable classes 5 to 20 are needed
 
 
 class FusionConfig(Section):
-    """`class_prior`: every clip weighs the same (empirical), or every class does (uniform)."""
+    """`ridge: auto` takes the one with the least log loss in cross-validation over groups of clips.
 
-    ridge: float = Field(1e-4, ge=0.0)
+    `class_prior`: every clip weighs the same (empirical), or every class does (uniform).
+    """
+
+    ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
     class_prior: Literal["empirical", "uniform"] = "empirical"
 
 
@@ -93,9 +98,13 @@ def fit(
     *,
     systems: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    groups: ArrayLike | None = None,
     config: FusionConfig | None = None,
 ) -> Fusion:
     """The minimum of J for logits (S, N, K) and class indices `labels` (N,), on clips no system was trained on.
+
+    `groups` (N,) are the clips' places: clips of one group are never on both sides of the cross-validation that chooses
+    the ridge. Without them every clip is a group.
 
     Memory beyond the inputs does not grow with N; memory-mapped logits are read in blocks. Raises UserError for shapes
     that do not agree, logits that are not finite, classes without a clip, and a search that does not converge (only
@@ -116,16 +125,60 @@ def fit(
     config = config or FusionConfig()
     labels = np.asarray(labels)
     systems, classes = _check(logits, labels, systems, classes)
+    ridge = config.ridge
+    if ridge == "auto":
+        ridge = _choose_ridge(logits, labels, np.arange(len(labels)) if groups is None else np.asarray(groups), config)
+    theta, before, after, iterations = _minimize(logits, labels, config.class_prior, ridge)
+    count_s = len(systems)
+    return Fusion(
+        weights=theta[:count_s],
+        biases=theta[count_s:] - theta[count_s:].mean(),
+        systems=systems,
+        labels=classes,
+        ridge=ridge,
+        class_prior=config.class_prior,
+        clips=len(labels),
+        objective_before=before,
+        objective_after=after,
+        iterations=iterations,
+    )
+
+
+def _choose_ridge(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: FusionConfig) -> float:
+    """The one of RIDGES with the least log loss on the groups left out, over FOLDS folds of whole groups."""
+    names = np.unique(groups)
+    np.random.default_rng(0).shuffle(names)
+    losses = np.zeros(len(RIDGES))
+    for fold in range(min(FOLDS, len(names))):
+        held = np.isin(groups, names[fold::FOLDS])
+        if held.all():  # one group alone: nothing can be left out
+            return RIDGES[-1]
+        rest, left_out = np.flatnonzero(~held), np.flatnonzero(held)
+        for index, ridge in enumerate(RIDGES):
+            theta, *_ = _minimize(logits[:, rest], labels[rest], config.class_prior, ridge)
+            z = _fuse(logits[:, left_out].astype(np.float64), theta[: len(logits)], theta[len(logits) :])
+            z -= z.max(axis=1, keepdims=True)
+            at_label = z[np.arange(len(left_out)), labels[left_out]]
+            losses[index] += float((np.log(np.exp(z).sum(axis=1)) - at_label).sum())
+    return RIDGES[int(losses.argmin())]
+
+
+def _minimize(
+    logits: np.ndarray, labels: np.ndarray, class_prior: str, ridge: float
+) -> tuple[np.ndarray, float, float, int]:
+    """(theta, J at the average, J at theta, iterations) of Newton's search; theta = (w, b)."""
     count_s, _, count_k = logits.shape
     counts = np.bincount(labels, minlength=count_k)
-    clip_weights = 1.0 / (count_k * counts) if config.class_prior == "uniform" else np.full(count_k, 1.0 / counts.sum())
+    # A fold of the cross-validation may lack a class; its weight then meets no clip.
+    uniform = 1.0 / (count_k * np.maximum(counts, 1))
+    clip_weights = uniform if class_prior == "uniform" else np.full(count_k, 1.0 / counts.sum())
 
     def evaluate(theta: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        return _objective(theta, logits, labels, clip_weights, config.ridge)
+        return _objective(theta, logits, labels, clip_weights, ridge)
 
     theta = np.concatenate([np.full(count_s, 1.0 / count_s), np.zeros(count_k)])
     value, gradient, hessian = evaluate(theta)
-    before, tolerance = value, TOLERANCE * max(1.0, config.ridge, np.abs(gradient).max())
+    before, tolerance = value, TOLERANCE * max(1.0, ridge, np.abs(gradient).max())
     iterations, passes = 0, 1
     while np.abs(gradient).max() > tolerance:
         # The least-norm step: without a ridge the Hessian is singular along b + constant, and along w of equal systems.
@@ -136,8 +189,8 @@ def fit(
             if passes == MAX_PASSES:
                 raise UserError(
                     f"fusion: no minimum after {passes} passes over the clips (largest gradient entry "
-                    f"{np.abs(gradient).max():.1e}) with fusion.ridge {config.ridge:g}; set fusion.ridge higher, "
-                    f"e.g. {max(1e-4, 10 * config.ridge):g}"
+                    f"{np.abs(gradient).max():.1e}) with fusion.ridge {ridge:g}; set fusion.ridge higher, "
+                    f"e.g. {max(1e-4, 10 * ridge):g}"
                 )
             candidate = evaluate(theta + scale * step)
             passes += 1
@@ -148,18 +201,7 @@ def fit(
         theta = theta + scale * step
         value, gradient, hessian = candidate
         iterations += 1
-    return Fusion(
-        weights=theta[:count_s],
-        biases=theta[count_s:] - theta[count_s:].mean(),
-        systems=systems,
-        labels=classes,
-        ridge=config.ridge,
-        class_prior=config.class_prior,
-        clips=len(labels),
-        objective_before=before,
-        objective_after=value,
-        iterations=iterations,
-    )
+    return theta, before, value, iterations
 
 
 def _objective(

@@ -43,6 +43,7 @@ def fuse_systems(
         store.scene[learn],
         systems=systems,
         classes=store.labels,
+        groups=store.location[learn],
         config=config,
     )
     fusion.save(folder / FUSION)
@@ -65,6 +66,7 @@ def fuse_systems(
             "weights": dict(zip(systems, map(float, fusion.weights), strict=True)),
             "biases": dict(zip(store.labels, map(float, fusion.biases), strict=True)),
             "clips": len(learn),
+            "ridge": fusion.ridge,
             "objective_before": fusion.objective_before,
             "objective_after": fusion.objective_after,
             "iterations": fusion.iterations,

@@ -7,9 +7,9 @@ values. The normalization between the stages keeps its statistics and its output
 """
 
 import copy
+import io
 import json
 import logging
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from asc_ray.artifacts import write_atomically
 from asc_ray.errors import UserError
 
 # What torch and torchao say that nobody who runs this can act upon, by logger.
 _NOISE = {
     "torchao": "Failed to load",  # kernels of other GPUs and Python versions, which PT2E does without
     "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao's own use of a deprecated registration
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
 }
 for _logger, _start in _NOISE.items():
     logging.getLogger(_logger).addFilter(lambda record, start=_start: not record.getMessage().startswith(start))
@@ -182,6 +184,8 @@ def convert(model: nn.Module) -> nn.Module:
         int8 = convert_pt2e(folded, fold_quantize=True)
         _drop_unused(int8)
     _check(int8)
+    for module in int8.modules():
+        module.training = False  # an exported graph refuses eval()
     return int8.requires_grad_(False)
 
 
@@ -214,13 +218,11 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 
 def save(model: nn.Module, file: Path, metadata: Mapping[str, Any]) -> None:
     """Write a converted model to `file` (.pt2), with `metadata` as JSON inside, under another name and renamed."""
-    placeholder = next(node for node in _graph(model).nodes if node.op == "placeholder")
-    example = torch.zeros(2, *placeholder.meta["val"].shape[1:])
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with _quiet(), temporary.open("wb") as stream:
-        program = torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH)
+    stream = io.BytesIO()
+    with _quiet():
+        program = torch.export.export(model, (_example(model),), dynamic_shapes=_FREE_BATCH)
         torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(metadata)})
-    temporary.rename(file)
+    write_atomically(file, stream.getvalue())
 
 
 def load(file: Path) -> nn.Module:
@@ -228,8 +230,23 @@ def load(file: Path) -> nn.Module:
     try:
         with _quiet():
             return torch.export.load(file).module()
-    except Exception as error:
+    except Exception as error:  # of many kinds: files of another version, cut short, of another format
         raise UserError(f"{file} is no readable int8 model ({error}); run the stage qat again") from error
+
+
+def export_onnx(model: nn.Module, file: Path) -> None:
+    """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`, any batch.
+
+    Needs onnx and onnxscript. ONNX rounds to the whole of uint8, so an activation beyond its range is cut off there at
+    twice the range: logits differ a little where that happens.
+    """
+    with _quiet():
+        program = torch.onnx.export(
+            model, (_example(model),), dynamo=True, verbose=False, dynamic_shapes=_FREE_BATCH,
+            input_names=["mel"], output_names=["logits"],
+        )  # fmt: skip
+    assert program is not None
+    write_atomically(file, program.model_proto.SerializeToString())
 
 
 _FREE_BATCH = ({0: torch.export.Dim("batch")},)
@@ -237,6 +254,12 @@ _FREE_BATCH = ({0: torch.export.Dim("batch")},)
 
 def _export(model: nn.Module, example: Tensor) -> GraphModule:
     return torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH).module()
+
+
+def _example(model: nn.Module) -> Tensor:
+    """Zeros of the shape that the model was exported with, two clips of them."""
+    taken = next(node for node in _graph(model).nodes if node.op == "placeholder")
+    return torch.zeros(2, *taken.meta["val"].shape[1:])
 
 
 def _graph(model: nn.Module) -> torch.fx.Graph:

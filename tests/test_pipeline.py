@@ -1,0 +1,226 @@
+"""The whole pipeline as a user runs it: what it leaves behind, twice the same, killed and started again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import TINY, command, environment
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from asc_ray.artifacts import damaged_files, read_manifest
+from asc_ray.config import load_config
+from asc_ray.data.clips import ClipStore
+from asc_ray.data.logits import join, read_logits
+from asc_ray.fusion import Fusion
+from asc_ray.pipeline import STAGES, Plan
+from asc_ray.training.dataset import Dataset
+from asc_ray.training.ensemble import read_evaluation
+from asc_ray.training.search import TrialResult, propose
+from asc_ray.training.systems import load_int8
+
+pytestmark = pytest.mark.timeout(1200)
+
+
+def plan_of(run):
+    return Plan(load_config(TINY, [f"storage={run.storage}"]))
+
+
+@pytest.fixture(scope="module")
+def plan(finished):
+    return plan_of(finished)
+
+
+def artifacts(plan):
+    return [artifact for group in plan.by_stage().values() for artifact in group]
+
+
+def test_every_stage_ends_as_a_sound_artifact_with_its_lineage(plan):
+    keys = {artifact.key for artifact in artifacts(plan)}
+    for artifact in artifacts(plan):
+        assert artifact.complete, artifact
+        assert damaged_files(artifact.path) == []
+        inputs = read_manifest(artifact.path)["inputs"]
+        assert set(inputs.values()) <= keys
+    assert not list(plan.config.storage.rglob("*.partial"))
+    assert not list(plan.config.storage.rglob("*.tmp"))
+
+
+def test_the_output_tells_every_stage_and_where_things_are(finished, plan):
+    for stage in STAGES:
+        assert f"{stage} done in" in finished.output
+    for path in (plan.report.path / "report.html", plan.int8.path / "model.pt2", finished.storage / "mlflow.db"):
+        assert str(path) in finished.output
+        assert path.is_file()
+
+
+def test_the_clip_store_keeps_its_contract(plan):
+    files = sorted(plan.clips.path.glob("shard-*.arrow"))
+    assert len(files) == 3  # 120 + 90 clips in shards of 100
+    schema = pa.ipc.open_file(pa.memory_map(str(files[0]))).schema
+    assert schema.names == ["clip_id", "scene", "device", "location", "split", "energy", "pcm"]
+    assert schema.field("pcm").type == pa.list_(pa.int16(), 32000)
+    assert all(pa.types.is_dictionary(schema.field(name).type) for name in ("scene", "device", "location", "split"))
+    store = ClipStore(plan.clips.path)
+    assert len(store) == 210
+    assert set(store.device[store.split == "train"]) < set(store.device[store.split == "test"])
+    assert plan.clips.facts()["notes"]["resampled 44100 Hz"] == 210
+
+
+def test_logits_cover_every_clip_and_fit_their_teachers(plan):
+    store = ClipStore(plan.clips.path)
+    systems = [read_logits(artifact.path) for artifact in plan.logits.values()]
+    assert join(systems, store.ids).shape == (2, 210, 10)
+    for system, teacher in zip(systems, plan.teachers.values(), strict=True):
+        weights = read_manifest(teacher.path)["files"]["model.safetensors"]["sha256"]
+        assert system.metadata["checkpoint"] == weights
+        assert system.metadata["corpus"] == store.corpus
+
+
+def test_soft_targets_are_eq_4_of_the_training_clips_alone(plan):
+    store = ClipStore(plan.clips.path)
+    soft = read_logits(plan.fusion.path / "targets" / "fused")
+    assert set(soft.ids) == set(store.ids[store.split == "train"])
+    fusion = Fusion.load(plan.fusion.path / "fusion.json")
+    logits = join([read_logits(a.path) for a in plan.logits.values()], soft.ids).astype(np.float64)
+    expected = np.einsum("s,snk->nk", fusion.weights, logits) + fusion.biases
+    np.testing.assert_allclose(soft.values, expected, rtol=1e-4, atol=1e-5)
+    assert abs(fusion.biases.sum()) < 1e-9
+
+
+def test_the_fusion_learned_on_places_that_no_teacher_saw(plan):
+    data = Dataset.open(plan.clips.path, plan.config.partition)
+    assert plan.fusion.facts()["clips"] == len(data.parts["fusion"])
+    places = data.store.location
+    assert not set(places[data.parts["fusion"]]) & set(places[data.parts["train"]])
+
+
+def test_the_sweep_s_best_is_a_student_s_configuration(plan):
+    trials = [TrialResult.model_validate(t) for t in plan.sweep.facts()["trials"]]
+    assert [t.number for t in trials] == [0, 1, 2]
+    for trial in trials:
+        assert trial.parameters == propose(plan.config.sweep, trial.number, trials)
+    best = plan.student_config()
+    assert best.model == plan.config.student.model
+    assert best.distillation.label_weight in [t.parameters["distillation.label_weight"] for t in trials]
+    again = load_config(TINY, [f"storage={plan.config.storage}"]).model_copy(update={"student": best})
+    assert again.student.optimizer.epochs == plan.config.student.optimizer.epochs
+
+
+def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
+    assert plan.int8.facts()["bytes"]["int8"] == pytest.approx(plan.student.facts()["parameters"], rel=0.1)
+    model = load_int8(plan.int8.path)
+    assert model(torch.zeros(3, 1, 256, 64)).shape == (3, 10)
+    scores = read_evaluation(plan.evaluation.path)
+    assert list(scores) == [*plan.teachers, "average", "fusion", "student fp32", "student int8"]
+    for result in scores.values():
+        assert result.clips == 90
+        assert set(result.per_device) == {"a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6"}
+        total = sum(d.clips * d.accuracy for d in result.per_device.values())
+        assert total == pytest.approx(90 * result.accuracy)
+
+
+def test_the_report_is_one_file_that_shows_every_system(plan):
+    html = (plan.report.path / "report.html").read_text()
+    for name in [*plan.teachers, "average", "fusion", "student fp32", "student int8"]:
+        assert name in html
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
+    assert html.count("<svg") >= 6
+
+
+def test_mlflow_has_one_parent_and_a_finished_child_for_everything_trained(finished, plan):
+    client = MlflowClient(f"sqlite:///{finished.storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == ["tiny"]
+    children = {run.info.run_name: run for run in runs if run not in parents}
+    trained = {*plan.teachers, "student", "int8"}
+    assert set(children) == {*trained, "fusion", "evaluation", "trial-000", "trial-001", "trial-002"}
+    for name in trained:
+        history = client.get_metric_history(children[name].info.run_id, "validation_accuracy")
+        assert len(history) == (2 if name == "int8" else 3)
+    assert {f.path for f in client.list_artifacts(parents[0].info.run_id)} >= {"report.html", "best.yaml"}
+    assert "test/student_int8/accuracy" in parents[0].data.metrics
+
+
+def test_a_second_run_does_nothing_and_says_so(finished, plan):
+    before = {path: path.stat().st_mtime_ns for path in finished.storage.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        command("pipeline", *finished.arguments), capture_output=True, text=True, env=environment(), check=True
+    )
+    assert "Nothing to do" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.storage.rglob("*") if path.is_file()} == before
+
+
+def test_status_names_every_artifact(finished, plan):
+    done = subprocess.run(
+        command("status", *finished.arguments), capture_output=True, text=True, env=environment(), check=True
+    )
+    for artifact in artifacts(plan):
+        assert f"{artifact.path}" in done.stdout
+    assert "missing" not in done.stdout
+
+
+# In each of these stages the driver is killed as soon as the file shows that the stage is half-done.
+HALF_DONE = (
+    "clips/*.partial/shard-*.json",
+    "teachers/*.partial/checkpoints/epoch-00001",
+    "logits/*.partial/part-*.arrow",
+    "sweep/*.partial/trials/0000.json",
+    "students/*.partial/checkpoints/epoch-00001",
+    "int8/*.partial/checkpoints/epoch-00001",
+)
+
+
+def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run(finished, plan, tmp_path):
+    storage = tmp_path / "storage"
+    arguments = ("pipeline", "--config", TINY, "--set", f"storage={storage}")
+    for pattern in HALF_DONE:
+        driver = subprocess.Popen(
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+        )
+        while driver.poll() is None and not list(storage.glob(pattern)):
+            time.sleep(0.01)
+        assert driver.poll() is None, f"never saw {pattern}: {driver.stdout.read().decode()}"
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        driver.stdout.close()
+        done_before = {p: p.stat().st_mtime_ns for p in storage.rglob("manifest.json")}
+        last = subprocess.run(command("status", *arguments[1:]), capture_output=True, text=True, check=True)
+        assert "interrupted" in last.stdout
+    end = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), check=False)
+    assert end.returncode == 0, end.stdout + end.stderr
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done_before.items())
+
+    broken = plan_of(type(finished)(storage, ""))
+    for ours, theirs in zip(artifacts(broken), artifacts(plan), strict=True):
+        assert ours.key == theirs.key
+    for one, other in [*zip(broken.teachers.values(), plan.teachers.values(), strict=True), (broken.student, plan.student)]:
+        mine, whole = load_file(one.path / "model.safetensors"), load_file(other.path / "model.safetensors")
+        assert all(torch.equal(mine[name], whole[name]) for name in whole), one.name
+    assert broken.sweep.facts() == plan.sweep.facts()
+    scores = [json.loads((p.evaluation.path / "evaluation.json").read_text()) for p in (broken, plan)]
+    assert scores[0] == scores[1]
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
+
+
+def test_more_resources_than_the_cluster_has_are_refused_before_any_work(tmp_path):
+    arguments = ("--config", TINY, "--set", f"storage={tmp_path}/s", "--set", "teachers.resources.gpus=64")
+    done = subprocess.run(
+        command("pipeline", *arguments), capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 2
+    assert "teachers.resources: asks for 1 CPUs and 64 GPUs" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "s").glob("clips/*"))
