@@ -5,6 +5,7 @@ A file may begin with `base: other.yaml` (relative to itself): it is merged over
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Config(Section):
     def _absolute(cls, value: Path) -> Path:
         if "://" in str(value) or str(value).startswith(("s3:", "gs:")):
             raise ValueError("is a URI; allowed is a folder that every node of the cluster can reach")
+        if not value.expanduser().is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            raise ValueError("in a Ray job it must be absolute: the working directory is a temporary copy")
         return value.expanduser().absolute()
 
     @model_validator(mode="after")

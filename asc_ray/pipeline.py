@@ -14,7 +14,7 @@ from asc_ray.artifacts import Artifact, content_key, exclusive, write_atomically
 from asc_ray.config import Config
 from asc_ray.data.corpus import Corpus, read_corpus
 from asc_ray.data.demo import make_demo_corpus
-from asc_ray.errors import CorpusError, UserError
+from asc_ray.errors import UserError
 from asc_ray.progress import Progress
 from asc_ray.training.systems import StudentConfig
 
@@ -260,28 +260,18 @@ def _build_clips(work: _Work) -> None:
 
     plan, config = work.plan, work.plan.config
     corpus = plan.source or read_corpus(plan.corpus_root(), config.corpus.on_bad_clip)
-    try:
-        ingest(
-            plan.clips,
-            corpus,
-            plan.impulse_responses(),
-            skip_bad=config.corpus.on_bad_clip == "skip",
-            shard_clips=config.corpus.shard_clips,
-            retries=config.cluster.retries,
-            on_event=work.progress.event,
-        )
-    except CorpusError as error:
-        keep_problems(config.storage, error)
-        raise
+    ingest(
+        plan.clips,
+        corpus,
+        plan.impulse_responses(),
+        skip_bad=config.corpus.on_bad_clip == "skip",
+        shard_clips=config.corpus.shard_clips,
+        retries=config.cluster.retries,
+        on_event=work.progress.event,
+    )
     facts = plan.clips.facts()
     for line in ingest_summary(facts):
         work.progress.note(line)
-
-
-def keep_problems(storage: Path, error: CorpusError) -> None:
-    """The whole list beside the storage, for the corpora whose problems do not fit a screen."""
-    storage.mkdir(parents=True, exist_ok=True)
-    write_atomically(storage / "corpus-problems.txt", f"{error}\n")
 
 
 def ingest_summary(facts: Mapping[str, Any]) -> list[str]:

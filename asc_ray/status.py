@@ -7,9 +7,6 @@ from asc_ray.artifacts import Artifact, is_locked
 from asc_ray.pipeline import REPORT, Plan
 from asc_ray.training.systems import INT8_MODEL
 
-# A training notes every epoch; one that is silent for longer than this is called slow rather than running.
-SILENT_SECONDS = 3600
-
 
 def state_of(artifact: Artifact) -> tuple[str, str]:
     """(state, where): done, running, interrupted, or missing, with what is known of its progress."""
@@ -28,7 +25,7 @@ def _progress(artifact: Artifact) -> str:
         text = f", epoch {entry['epoch']}/{entry['epochs']}, loss {entry['loss']:.3f}"
         text += f", validation {100 * entry['validation_accuracy']:.1f} %, {entry['clips_per_second']:.0f} clips/s"
         ago = time.time() - note.stat().st_mtime
-        return text + (f", {ago:.0f} s ago" if ago < SILENT_SECONDS else f", {ago / 3600:.1f} h ago")
+        return text + (f", {ago:.0f} s ago" if ago < 3600 else f", {ago / 3600:.1f} h ago")
     if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("part-*.arrow")):
         return f", {len(shards)} shards"
     if trials := list(artifact.partial.glob("trials/*.json")):
@@ -43,8 +40,8 @@ def where_things_are(plan: Plan) -> list[str]:
     lines = []
     if plan.evaluation.complete:
         figures = plan.evaluation.facts()
-        for name in ("fusion", "student fp32", "student int8"):
-            lines.append(f"  {name:<13} {100 * figures[name]['accuracy']:5.1f} % of the test clips right")
+        shown = ("fusion", "student fp32", "student int8")
+        lines += [f"  {name:<13} {100 * figures[name]['accuracy']:5.1f} % of the test clips right" for name in shown]
     if plan.report.complete:
         lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
     if plan.int8.complete:

@@ -61,7 +61,10 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("student.optimizer.epoch=3", r"student\.optimizer\.epoch: unknown key; allowed here: .*epochs.* did you mean epochs"),
+        (
+            "student.optimizer.epoch=3",
+            r"student\.optimizer\.epoch: unknown key; allowed here: .*epochs.* did you mean epochs",
+        ),
         ("studnet.seed=3", r"studnet: unknown key; allowed here: .* did you mean student"),
         ("student.model.depth=3", r"student\.model\.depth: unknown key; allowed here: name, normalization, plan, size"),
         ("teachers.recipes.passt_fms_1.model.size=3", r"passt_fms_1\.model\.size: unknown key; allowed here: depth"),
@@ -70,7 +73,10 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
         ("student.optimizer.learning_rate=-1", r"learning_rate: found -1"),
         ("student.model.size=sm9", r"student\.model\.size: found 'sm9': .*'sm1', 'sm2', 'sm3' or 'sm4'"),
         ("student.model.name=resnet", r"student\.model: .*'passt', 'cp_resnet', 'cp_mobile', 'ds_flexinet'"),
-        ("student.distillation.soft_target=fuzed", r"soft_target: 'fuzed' is unknown; allowed: none, average, fused, passt"),
+        (
+            "student.distillation.soft_target=fuzed",
+            r"soft_target: 'fuzed' is unknown; allowed: none, average, fused, passt",
+        ),
         ("teachers.systems=[passt_fms_9]", r"unknown teacher 'passt_fms_9'; did you mean passt_fms_\d\?"),
         ("teachers.systems=[passt_fms_1, passt_fms_1]", "a name occurs twice"),
         ("teachers.systems=[]", r"teachers\.recipes: "),

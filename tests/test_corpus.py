@@ -185,14 +185,13 @@ def test_symlinks_inside_the_corpus_are_fine(root):
     assert len(read_corpus(root).clips) == len(META)
 
 
-def test_long_lists_are_cut_in_print_and_counted(root):
+def test_every_offending_file_is_listed_however_many(root):
     extra = [(f"audio/x{i}.wav", "park", "rome-5", "a") for i in range(50)]
     write_meta(root, [*META, *extra])
     write_train(root, [row[:2] for row in [*TRAIN, *extra]])
     with pytest.raises(CorpusError, match="50 problem") as caught:
         read_corpus(root)
-    assert str(caught.value).count("no such file") == 20
-    assert "... and 30 more" in str(caught.value)
+    assert all(f"audio/x{i}.wav: no such file" in str(caught.value) for i in range(50))
 
 
 # --- partition --------------------------------------------------------------------------------------------------------

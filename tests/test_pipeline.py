@@ -203,7 +203,10 @@ def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run
     broken = plan_of(type(finished)(storage, ""))
     for ours, theirs in zip(artifacts(broken), artifacts(plan), strict=True):
         assert ours.key == theirs.key
-    for one, other in [*zip(broken.teachers.values(), plan.teachers.values(), strict=True), (broken.student, plan.student)]:
+    for one, other in [
+        *zip(broken.teachers.values(), plan.teachers.values(), strict=True),
+        (broken.student, plan.student),
+    ]:
         mine, whole = load_file(one.path / "model.safetensors"), load_file(other.path / "model.safetensors")
         assert all(torch.equal(mine[name], whole[name]) for name in whole), one.name
     assert broken.sweep.facts() == plan.sweep.facts()

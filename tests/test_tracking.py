@@ -39,7 +39,9 @@ def test_a_pipeline_is_a_parent_with_children_and_their_curves(tmp_path):
     assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
 
 
-@pytest.mark.parametrize(("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")])
+@pytest.mark.parametrize(
+    ("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
 def test_what_is_open_when_a_run_breaks_off_is_closed(tmp_path, raised, status):
     def broken():
         with tracker(tmp_path).parent({}) as t:

@@ -49,7 +49,8 @@ def ingest(
     reports |= {report["index"]: report for report in finished}
     bad = [BadClip(**entry) for report in reports.values() for entry in report["bad"]]
     if bad and not skip_bad:
-        refuse(corpus.root, [f"{clip.clip_id}: {clip.reason}" for clip in bad], skippable=True)
+        refuse(corpus.root, list(map(str, bad)), skippable=True)
+    refuse(corpus.root, _lost_scenes(corpus, {clip.clip_id for clip in bad}), skippable=False)
     save_bank(ImpulseBank.load(impulse_responses), folder / IMPULSE_RESPONSES)
     notes: Counter[str] = Counter()
     for report in reports.values():
@@ -67,6 +68,13 @@ def ingest(
         },
         scratch=("shard-*.json",),
     )
+
+
+def _lost_scenes(corpus: Corpus, bad: set[str]) -> list[str]:
+    """What the corpus lacks without its bad clips."""
+    left = {(clip.split, clip.scene) for clip in corpus.clips if clip.clip_id not in bad}
+    lost = [f"scene {label!r}: no usable training clip" for label in corpus.labels if ("train", label) not in left]
+    return lost if any(split == "test" for split, _ in left) else [*lost, "no usable clip in the test split"]
 
 
 def _ingest_shard(

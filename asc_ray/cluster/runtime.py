@@ -1,5 +1,6 @@
 """The Ray cluster the pipeline runs on: joined or embedded, checked before work starts, and tasks on it."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     try:
-        ray.init(address=config.address, log_to_driver=False, logging_level="error", include_dashboard=False)
+        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         address = config.address or os.environ.get("RAY_ADDRESS", "local")
         raise UserError(f"cluster.address {address}: Ray cannot be reached ({str(error).splitlines()[0]})") from None
@@ -91,7 +92,7 @@ def run_tasks(tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: O
     A task whose worker died is started again, up to `retries` times. The first error ends the others, and is raised
     as what it was on the worker.
     """
-    events = Events.remote() if any(task.reports for task in tasks) else None
+    events = Events.remote() if any(task.reports for task in tasks) else None  # type: ignore[attr-defined]
     running = {
         _run.options(**task.resources.options(), max_retries=retries, name=task.name).remote(
             task.function, task.arguments, task.resources.threads, task.name, events if task.reports else None

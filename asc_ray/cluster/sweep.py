@@ -122,7 +122,7 @@ class _Course:
             number=number,
             parameters=self.parameters[number],
             curve=tuple(self.curves.get(number, ())),
-            state="failed" if failed else self.states.get(number, "complete"),  # type: ignore[arg-type]
+            state="failed" if failed else self.states.get(number, "complete"),
             error=self.errors.get(number, "its worker died every time") if failed else "",
         )
         write_atomically(self.folder / f"{number:04d}.json", result.model_dump_json())

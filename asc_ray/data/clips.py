@@ -203,7 +203,7 @@ class ClipStore:
         columns = (self.ids, np.array(self.labels)[self.scene], self.device, self.location, self.split)
         return [Clip(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def index_of(self, ids: Sequence[str]) -> np.ndarray:
+    def index_of(self, ids: Sequence[str] | np.ndarray) -> np.ndarray:
         """(len(ids),) int64 rows. Raises UserError for clips that the store does not hold."""
         if missing := [clip_id for clip_id in ids if clip_id not in self._row_of]:
             raise UserError(f"{self.folder}: holds no clip {', '.join(missing[:3])} ({len(missing)} missing)")

@@ -27,7 +27,6 @@ from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.section import Section
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
-MESSAGES_SHOWN = 20
 Split = Literal["train", "test"]
 
 
@@ -158,12 +157,11 @@ def refuse(root: Path, problems: Sequence[str], skippable: bool) -> None:
     """Raise CorpusError listing `problems`, if any. `skippable`: on_bad_clip=skip would leave them out."""
     if not problems:
         return
-    shown = "".join(f"\n  {problem}" for problem in problems[:MESSAGES_SHOWN])
-    more = f"\n  ... and {len(problems) - MESSAGES_SHOWN} more" if len(problems) > MESSAGES_SHOWN else ""
+    listed = "".join(f"\n  {problem}" for problem in problems)
     advice = (
         "Mend the files, or leave these clips out with corpus.on_bad_clip=skip." if skippable else "Mend the files."
     )
-    raise CorpusError(f"{root}: {len(problems)} problem(s) in the corpus:{shown}{more}\n{advice}")
+    raise CorpusError(f"{root}: {len(problems)} problem(s) in the corpus:{listed}\n{advice}")
 
 
 def _read_table(file: Path, columns: tuple[str, ...], digest, problems: list[str]) -> list[tuple[int, dict[str, str]]]:

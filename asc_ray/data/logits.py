@@ -25,7 +25,7 @@ class Logits:
     metadata: dict[str, str]
 
 
-def write_logits(file: Path, ids: Sequence[str], logits: np.ndarray, metadata: dict[str, str]) -> None:
+def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray, metadata: dict[str, str]) -> None:
     """Write (N, K) float32 logits of the N clips `ids`, whole or not at all.
 
     `metadata` holds at least system, labels (a JSON list, the columns' order) and corpus (its fingerprint); config
@@ -84,7 +84,7 @@ def read_logits(source: Path | Sequence[Path]) -> Logits:
     )
 
 
-def join(systems: Sequence[Logits], ids: Sequence[str]) -> np.ndarray:
+def join(systems: Sequence[Logits], ids: Sequence[str] | np.ndarray) -> np.ndarray:
     """(S, N, K) float32: the S systems' logits of the N clips `ids`, in that order, joined by clip_id.
 
     A system may hold further clips. Raises UserError for systems of different corpora or label orders, two systems of

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from asc_ray.training.evaluation import Evaluation
 from asc_ray.training.search import TrialResult
@@ -29,7 +30,7 @@ INK = "#010203"  # stands for the page's text color
 ACCENT, MUTED = "#3f7fc4", "#8a94a3"
 # Mid-tones that stand out from white and from near-black.
 PALETTE = ("#3f7fc4", "#e0832f", "#3aa676", "#9b6fc8", "#d0566b", "#37a8bd", "#b0903a", "#8a94a3")
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -239,7 +240,7 @@ def sweep(trials: Sequence[TrialResult]) -> Figure:
         course.step([t.number for t in finished], so_far, where="post", color=PALETTE[1], lw=1.3, label="best so far")
     course.set(xlabel="trial", ylabel="value, %")
     course.set_xlim(-0.7, max(t.number for t in trials) + 0.7)
-    course.xaxis.get_major_locator().set_params(integer=True)
+    course.xaxis.set_major_locator(MaxNLocator(integer=True))
     course.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0)
     course.grid()
     for i, name in enumerate(parameters):

@@ -88,7 +88,7 @@ def fit(
     Raises Diverged with epoch, step and clip ids when the loss is not finite.
     """
     device = training_device()
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     front_end = LogMel(recipe.frontend).to(device)
     augment = Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy)
     soft = None if soft_logits is None else torch.from_numpy(soft_logits)

@@ -1,9 +1,9 @@
-"""Quantization-aware training and int8 models: the 'fbgemm' scheme, on exported graphs (torch.export and torchao PT2E).
+"""Quantization-aware training and int8 models: the 'fbgemm' scheme on exported graphs (torch.export, torchao PT2E).
 
-The scheme: weights int8, symmetric, one scale a channel; activations uint8, affine, one scale a tensor, ranges by moving
-averages of minimum and maximum, and 7 of the 8 bits used (reduced range: the sum of two u8 x s8 products fits 16 bits).
-Every convolution with its folded batch norm and ReLU, every residual sum, pool and linear layer computes from 8-bit
-values. The normalization between the stages keeps its statistics and its output in float, and so do the logits.
+The scheme: weights int8, symmetric, one scale a channel; activations uint8, affine, one scale a tensor, ranges by
+moving averages of minimum and maximum, and 7 of the 8 bits used (reduced range: the sum of two u8 x s8 products fits
+16 bits). Every convolution with its folded batch norm and ReLU, every residual sum, pool and linear layer computes from
+8-bit values. The normalization between the stages is computed in float, and the logits are float.
 """
 
 import copy
@@ -28,10 +28,17 @@ from asc_ray.errors import UserError
 _NOISE = {
     "torchao": "Failed to load",  # kernels of other GPUs and Python versions, which PT2E does without
     "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao's own use of a deprecated registration
+    "torch.export": "Ran into the following error when deserializing",  # `load` tells the user
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
 }
+
+
+def _silence(logger: str, start: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(start))
+
+
 for _logger, _start in _NOISE.items():
-    logging.getLogger(_logger).addFilter(lambda record, start=_start: not record.getMessage().startswith(start))
+    _silence(_logger, _start)
 
 from torchao.quantization.pt2e import (  # noqa: E402
     FusedMovingAvgObsFakeQuantize,
@@ -93,12 +100,12 @@ WEIGHT = QuantizationSpec(
 class FbgemmQuantizer(Quantizer):
     """Says where in an exported graph the scheme quantizes.
 
-    A sum is residual when one of its terms is a convolution's output that nothing else takes: the sums inside RN and GRN
-    are not, and stay float.
+    A sum is residual when one of its terms is a convolution's output that nothing else takes: the sums inside RN and
+    GRN are not, and stay float.
     """
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        convolved = set()
+        convolved: set[Node] = set()
         for node in model.graph.nodes:
             if node.target in LAYERS:
                 inputs = {node.args[0]: ACTIVATION, node.args[1]: WEIGHT}
@@ -179,6 +186,7 @@ def convert(model: nn.Module) -> nn.Module:
     """
     with _quiet():
         folded = copy.deepcopy(model).cpu()
+        assert isinstance(folded, GraphModule)
         set_training(folded, False)
         _fold_batch_norms(folded)
         int8 = convert_pt2e(folded, fold_quantize=True)
@@ -192,8 +200,8 @@ def convert(model: nn.Module) -> nn.Module:
 def operators(model: nn.Module) -> list[tuple[str, str, str]]:
     """(name, operator, "int8" | "float32") of all that a converted model computes, in order.
 
-    An operator is int8 if all it takes was 8-bit before, and it has an 8-bit kernel: with quantization and dequantization
-    around it, an engine for int8 needs no float there.
+    An operator is int8 if it has an 8-bit kernel and all it takes was 8-bit before: an engine that joins it with the
+    quantization and dequantization around it needs no float there.
     """
     int8: set[Node] = set()
     rows = []
@@ -235,7 +243,7 @@ def load(file: Path) -> nn.Module:
 
 
 def export_onnx(model: nn.Module, file: Path) -> None:
-    """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`, any batch.
+    """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`.
 
     Needs onnx and onnxscript. ONNX rounds to the whole of uint8, so an activation beyond its range is cut off there at
     twice the range: logits differ a little where that happens.

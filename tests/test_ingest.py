@@ -1,0 +1,116 @@
+"""Ingest by its command, on a corpus with every kind of bad file."""
+
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import TINY, command, environment
+
+from asc_ray.config import load_config
+from asc_ray.data.clips import ClipStore
+from asc_ray.data.demo import make_demo_corpus
+from asc_ray.pipeline import Plan
+
+pytestmark = pytest.mark.timeout(600)
+TONE = 0.1 * np.sin(np.arange(44_100) / 20)
+
+
+def spoil(corpus):
+    """Overwrite files of the corpus; {name: the reason expected}, and the names of those that can be mended."""
+    names = sorted(str(path.relative_to(corpus)) for path in corpus.glob("audio/*-a.wav"))
+    absent, empty, garbage, silent, nan, short, long, *good = names
+    (corpus / absent).unlink()
+    (corpus / empty).write_bytes(b"")
+    (corpus / garbage).write_bytes(b"RIFF of nothing")
+    sf.write(corpus / silent, np.zeros(44_100), 44_100)
+    sf.write(corpus / nan, np.full(44_100, np.nan, dtype=np.float32), 44_100, subtype="FLOAT")
+    sf.write(corpus / short, TONE[:20_000], 44_100)
+    sf.write(corpus / long, np.tile(TONE, 3), 44_100)
+    bad = {
+        absent: "no such file",
+        empty: "empty",
+        garbage: "unreadable",
+        silent: "silent",
+        nan: "not finite|NaN|number",
+        short: "s",
+        long: "s",
+    }
+    sf.write(corpus / good[0], np.stack([TONE, TONE], axis=1), 44_100)
+    sf.write(corpus / good[1], TONE[:16_000], 16_000)
+    sf.write(corpus / good[2], TONE[:43_500], 44_100)
+    return bad
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    root = tmp_path / "corpus"
+    make_demo_corpus(root, load_config(TINY, [f"storage={tmp_path}"]).corpus.demo)
+    return root
+
+
+def ingest(corpus, storage, *more):
+    arguments = ("--config", TINY, "--set", f"corpus.path={corpus}", "--set", f"storage={storage}", *more)
+    done = subprocess.run(
+        command("ingest", *arguments), capture_output=True, text=True, env=environment(), check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_bad_clips_are_all_named_or_left_out_and_recorded(corpus, tmp_path):
+    bad = spoil(corpus)
+    absent_and_empty = list(bad)[:2]
+    refused = ingest(corpus, tmp_path / "storage")
+    assert refused.returncode == 1
+    for name in absent_and_empty:  # seen before any file is decoded
+        assert name in refused.stderr
+    for name in absent_and_empty:
+        sf.write(corpus / name, TONE, 44_100)
+    refused = ingest(corpus, tmp_path / "storage")
+    assert refused.returncode == 1
+    decoded = list(bad)[2:]
+    for name in decoded:
+        assert name in refused.stderr
+    assert "corpus.on_bad_clip=skip" in refused.stderr
+
+    for name in absent_and_empty:
+        (corpus / name).unlink()
+    skipped = ingest(corpus, tmp_path / "storage", "--set", "corpus.on_bad_clip=skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "7 bad clips left out" in skipped.stdout
+    overrides = [f"corpus.path={corpus}", f"storage={tmp_path}/storage", "corpus.on_bad_clip=skip"]
+    clips = Plan(load_config(TINY, overrides)).clips
+    assert {clip["clip_id"] for clip in clips.facts()["skipped"]} == set(bad)
+    assert not set(ClipStore(clips.path).ids) & set(bad)
+    notes = clips.facts()["notes"]
+    assert notes["stereo mixed down"] == 1
+    assert notes["resampled 16000 Hz"] == 1
+    assert notes["padded"] == 1
+
+
+def test_files_that_were_mended_are_decoded_again_and_the_others_are_not(corpus, tmp_path):
+    name = next(iter(sorted(str(p.relative_to(corpus)) for p in corpus.glob("audio/*-a.wav"))))
+    good = (corpus / name).read_bytes()
+    (corpus / name).write_bytes(good[:44] + b"\0" * (len(good) - 44))  # silent, of the same size
+    assert ingest(corpus, tmp_path / "storage").returncode == 1
+    partial = next((tmp_path / "storage" / "clips").glob("*.partial"))
+    stamps = {path.name: path.stat().st_mtime_ns for path in partial.glob("shard-*.arrow")}
+    (corpus / name).write_bytes(good)
+    assert ingest(corpus, tmp_path / "storage").returncode == 0
+    clips = next(path for path in (tmp_path / "storage" / "clips").iterdir())
+    kept = [n for n, stamp in stamps.items() if (clips / n).stat().st_mtime_ns == stamp]
+    assert len(kept) == len(stamps) - 1
+    assert name in ClipStore(clips).ids
+
+
+def test_a_corpus_that_loses_a_scene_without_its_bad_clips_is_refused(corpus, tmp_path):
+    train = (corpus / "evaluation_setup" / "fold1_train.csv").read_text().splitlines()[1:]
+    scene = train[0].split("\t")[1]
+    for line in train:
+        name, label = line.split("\t")
+        if label == scene:
+            sf.write(corpus / name, np.zeros(44_100), 44_100)
+    done = ingest(corpus, tmp_path / "storage", "--set", "corpus.on_bad_clip=skip")
+    assert done.returncode == 1
+    assert f"scene '{scene}': no usable training clip" in done.stderr

@@ -1,0 +1,266 @@
+"""Quantization-aware training and the int8 model: what is rounded, what it agrees with, resuming, saving."""
+
+import copy
+import io
+import json
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asc_ray.errors import UserError
+from asc_ray.models.cp_mobile import CPMobileConfig
+from asc_ray.models.ds_flexinet import DSFlexiNetConfig, Plan, Stage
+from asc_ray.models.normalization import NormalizationConfig
+from asc_ray.models.registry import build
+from asc_ray.training import quantization
+
+SHAPE = (1, 32, 16)
+CLASSES = 10
+STAGES = (
+    Stage(channels=16, blocks=2),
+    Stage(channels=24, blocks=1, stride=(2, 2)),
+)  # a sum with, one without projection
+PLAN = Plan(stem=(8, 16), stages=STAGES)
+TINY = DSFlexiNetConfig(size=None, plan=PLAN)
+PATTERNS = torch.randn(CLASSES, *SHAPE, generator=torch.Generator().manual_seed(99))
+
+
+def labelled(seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Clips that are their scene's pattern in as much noise."""
+    generator = torch.Generator().manual_seed(seed)
+    scene = torch.randint(CLASSES, (size,), generator=generator)
+    return PATTERNS[scene] + 2.5 * torch.randn(size, *SHAPE, generator=generator), scene
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.02)
+
+
+def train(model: nn.Module, steps: range, size: int = 32) -> None:
+    update = optimizer(model)
+    for step in steps:
+        x, scene = labelled(step, size)
+        update.zero_grad()
+        F.cross_entropy(model(x), scene).backward()
+        update.step()
+
+
+def accuracy(logits: Tensor, scene: Tensor) -> float:
+    return float((logits.argmax(1) == scene).float().mean())
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    float32: nn.Module
+    fresh: nn.Module
+    fake: nn.Module
+    int8: nn.Module
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    torch.manual_seed(0)
+    model = build(TINY, CLASSES).train()
+    train(model, range(40))
+    fresh = quantization.prepare(model, torch.zeros(2, *SHAPE))
+    fake = copy.deepcopy(fresh)
+    quantization.set_training(fake, True)
+    train(fake, range(40, 60))
+    quantization.freeze(fake)
+    train(fake, range(60, 65))
+    return Trained(model.eval(), fresh, fake, quantization.convert(fake))
+
+
+def test_int8_computes_what_fake_quantization_trained(trained):
+    x, _ = labelled(1000, 512)
+    fake, real = trained.fake(x).detach(), trained.int8(x)
+    assert (fake.argmax(1) == real.argmax(1)).float().mean() >= 0.99
+    # Rounding of sums in float may move a value by one step of its grid; a wrong grid would move all of them.
+    assert (fake - real).abs().mean() < 0.002 * real.std()
+
+
+def test_int8_recognizes_what_float_does(trained):
+    x, scene = labelled(2000, 512)
+    expected = accuracy(trained.float32(x), scene)
+    assert expected > 0.7
+    assert accuracy(trained.int8(x), scene) > expected - 0.05
+
+
+def test_weights_are_the_folded_ones_on_the_symmetric_grid_of_their_channel(trained):
+    tensors = trained.fake.state_dict()
+    conv = tensors["features.stem.0.weight"]
+    scale = tensors["features.stem.1.weight"] / torch.sqrt(tensors["features.stem.1.running_var"] + 1e-5)
+    folded = conv * scale.reshape(-1, 1, 1, 1)
+    node = next(node for node in trained.int8.graph.nodes if node.target is torch.ops.aten.conv2d.default)
+    stored, grid, zero = (trained.int8.get_buffer(source.target) for source in node.args[1].args[:3])
+    assert stored.dtype == torch.int8
+    assert not zero.any()
+    assert torch.equal(stored, torch.round(folded / grid.reshape(-1, 1, 1, 1)).clamp(-128, 127).to(torch.int8))
+    shift = tensors["features.stem.1.bias"] - tensors["features.stem.1.running_mean"] * scale
+    torch.testing.assert_close(trained.int8.get_parameter(node.args[2].target), shift)
+
+
+def test_every_layer_and_sum_is_int8_and_normalization_is_float(trained):
+    rows = quantization.operators(trained.int8)
+    count = {
+        kind: sum(row[1:] == (f"aten.{kind}", "int8") for row in rows) for kind in ("conv2d.default", "add.Tensor")
+    }
+    assert count == {"conv2d.default": 12, "add.Tensor": 3}
+    assert ("linear", "aten.linear.default", "int8") in rows
+    assert {operator for _, operator, dtype in rows if dtype == "float32"} == {
+        f"aten.{name}" for name in ("mean.dim", "sub.Tensor", "mul.Tensor", "add.Tensor", "rsqrt.default")
+    }
+    statistics = [node for node in trained.int8.graph.nodes if node.target is torch.ops.aten.mean.dim]
+    assert len(statistics) == 2
+    for node in statistics:
+        assert not any(user.target in quantization.QUANTIZE for user in node.users)
+
+
+def test_bytes_are_one_a_weight_and_four_a_scale_zero_point_and_bias(trained):
+    layers = [m for m in trained.float32.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    channels = sum(layer.weight.shape[0] for layer in layers)
+    lambdas = 1
+    assert quantization.bytes_by_dtype(trained.int8) == {
+        "int8": weights,
+        "float32": 4 * (2 * channels + lambdas),
+        "int32": 4 * channels,
+    }
+
+
+def test_saved_and_loaded_is_equal_to_the_bit(trained, tmp_path):
+    file = tmp_path / "model.pt2"
+    quantization.save(trained.int8, file, {"labels": ["bus", "metro"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    loaded = quantization.load(file)
+    x, _ = labelled(3000, 33)
+    for size in (1, 2, 33):
+        assert torch.equal(loaded(x[:size]), trained.int8(x[:size]))
+    assert quantization.bytes_by_dtype(loaded) == quantization.bytes_by_dtype(trained.int8)
+    extra = {"metadata.json": ""}
+    torch.export.load(io.BytesIO(file.read_bytes()), extra_files=extra)
+    assert json.loads(extra["metadata.json"]) == {"labels": ["bus", "metro"]}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+def test_an_unreadable_file_is_the_users_to_know(tmp_path, content, caplog):
+    file = tmp_path / "model.pt2"
+    if content is not None:
+        file.write_bytes(content)
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="model.pt2 is no readable int8 model"):
+        quantization.load(file)
+    assert not caplog.records
+
+
+def test_resumed_training_ends_with_the_same_bits(trained, tmp_path):
+    whole, first = copy.deepcopy(trained.fresh), copy.deepcopy(trained.fresh)
+    quantization.set_training(whole, True)
+    train(whole, range(4))
+    quantization.set_training(first, True)
+    train(first, range(2))
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    second = quantization.prepare(build(TINY, CLASSES), torch.zeros(2, *SHAPE))
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    quantization.set_training(second, True)
+    train(second, range(2, 4))
+    expected, found = state(whole), state(second)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "frozen"])
+def test_statistics_and_ranges_rest(trained, mode):
+    model = copy.deepcopy(trained.fresh)
+    quantization.set_training(model, True)
+    train(model, range(2))
+    before = state(model)
+    if mode == "evaluation":
+        quantization.set_training(model, False)
+        model(labelled(5)[0])
+        moved = set()
+    else:
+        quantization.freeze(model)
+        train(model, range(2, 4))
+        moved = {name for name, _ in model.named_parameters()}
+    after = state(model)
+    switches = {name for name in before if name.endswith("observer_enabled")}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == moved | switches
+
+
+def test_evaluation_does_not_depend_on_the_batch_and_training_does(trained):
+    model = copy.deepcopy(trained.fake)
+    x, _ = labelled(6, 7)
+    alone, together = model(x[:1]), model(x)[:1]
+    torch.testing.assert_close(alone, together)
+    quantization.set_training(model, True)
+    assert not torch.allclose(model(x[:1]), model(x)[:1], atol=0.01)
+
+
+def test_the_given_model_is_left_alone():
+    model = build(TINY, CLASSES).eval()
+    before = state(model)
+    prepared = quantization.prepare(model, torch.zeros(2, *SHAPE))
+    quantization.set_training(prepared, True)
+    train(prepared, range(1), size=5)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind="bn", eps=0.01)),
+        DSFlexiNetConfig(size="sm2", normalization=NormalizationConfig(kind="none")),
+        DSFlexiNetConfig(size="sm3", normalization=NormalizationConfig(kind="rn_frequency")),
+        DSFlexiNetConfig(size="sm4"),
+        CPMobileConfig(width=16),
+    ],
+    ids=lambda config: getattr(config, "size", config.name),
+)
+def test_networks_convert_to_what_they_trained(config):
+    fake = quantization.prepare(build(config, CLASSES), torch.zeros(2, *SHAPE))
+    quantization.set_training(fake, True)
+    train(fake, range(3), size=8)
+    int8 = quantization.convert(fake)
+    quantization.set_training(fake, False)
+    x, _ = labelled(7, 64)
+    expected = fake(x).detach()
+    assert (int8(x) - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_a_batch_norm_that_cannot_be_folded_is_refused():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=True), nn.BatchNorm2d(4))
+    fake = quantization.prepare(model, torch.zeros(2, *SHAPE))
+    fake(torch.randn(4, *SHAPE))
+    with pytest.raises(RuntimeError, match="no rule folds the batch norm"):
+        quantization.convert(fake)
+
+
+def test_onnxruntime_agrees(trained, tmp_path):
+    """In 8-bit kernels: after the engine's own optimization no convolution in float is left."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    quantization.export_onnx(trained.int8, tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert {"QLinearConv", "QLinearAdd"} <= kinds
+    assert not {"Conv", "FusedConv"} & kinds
+    x, _ = labelled(8, 256)
+    for size in (1, 256):
+        found = torch.from_numpy(session.run(["logits"], {"mel": x[:size].numpy()})[0])
+        expected = trained.int8(x[:size])
+        assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.97
+        assert (found - expected).abs().max() < 0.2 * expected.std()
