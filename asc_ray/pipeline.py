@@ -88,6 +88,18 @@ class Plan:
             "report": [self.report],
         }
 
+    def trial(self, number: int) -> Artifact:
+        """A trial as MLflow sees it; its result is a file of the sweep's artifact."""
+        assert self.sweep is not None
+        return Artifact(self.config.storage, "sweep", "trial", f"{self.sweep.key}-{number}", {}, {})
+
+    def complete_keys(self) -> set[str]:
+        """Keys of all that is finished: artifacts, and trials of a half-done sweep."""
+        keys = {artifact.key for artifacts in self.by_stage().values() for artifact in artifacts if artifact.complete}
+        if self.sweep is not None:
+            keys |= {self.trial(int(file.stem)).key for file in self.sweep.partial.glob("trials/*.json")}
+        return keys
+
     def corpus_root(self) -> Path:
         return self.demo.path if self.demo else self.config.corpus.path  # type: ignore[return-value]
 
@@ -188,8 +200,7 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                     "student_resources": config.student_resources,
                 }
             )
-            complete = {a.key for artifacts in plan.by_stage().values() for a in artifacts if a.complete}
-            with tracker.parent(_dump(config), complete):
+            with tracker.parent(_dump(config), plan.complete_keys()):
                 for stage in todo:
                     with progress.stage(stage):
                         _BUILDERS[stage](_Work(plan, tracker, progress))
@@ -347,10 +358,7 @@ def _build_sweep(work: _Work) -> None:
     assert plan.sweep is not None
     assert config.sweep is not None
     work.progress.expect("sweep", {f"trial-{n:03d}": config.sweep.epochs for n in range(config.sweep.trials)})
-    trials = {
-        f"trial-{n:03d}": Artifact(config.storage, "sweep", "trial", f"{plan.sweep.key}-{n}", {}, {})
-        for n in range(config.sweep.trials)
-    }
+    trials = {f"trial-{n:03d}": plan.trial(n) for n in range(config.sweep.trials)}
 
     def listener(name: str, event: dict[str, Any]) -> None:
         if "parameters" in event:

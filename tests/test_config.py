@@ -147,6 +147,20 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, argum
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_demo_corpus_is_one_command_and_never_overwrites(tmp_path):
+    sizes = ["corpus.demo.train_clips_per_scene=4", "corpus.demo.train_locations_per_scene=2"]
+    sizes += ["corpus.demo.test_seconds_per_scene=1", "corpus.demo.test_locations_per_scene=1"]
+    arguments = [sys.executable, "-m", "asc_ray.cli", "corpus", "demo", str(tmp_path / "out")]
+    arguments += [word for size in sizes for word in ("--set", size)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "--set corpus.path=" in done.stdout
+    assert len(list((tmp_path / "out" / "audio").glob("*.wav"))) == 10 * 4 + 10 * 9
+    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert str(tmp_path / "out") in again.stderr
+    assert "Traceback" not in again.stderr
+
+
 def test_a_stage_names_the_one_that_it_needs(tmp_path):
     command = [sys.executable, "-m", "asc_ray.cli", "student", "--set", f"storage={tmp_path}/s"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

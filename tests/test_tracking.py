@@ -1,5 +1,13 @@
 """MLflow through a real sqlite store: what every run ends as, and that a cut-off run is taken up again."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -93,3 +101,48 @@ def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match=r"tracking\.uri http://127\.0\.0\.1:9"):
         Tracker("http://127.0.0.1:9", "asc-ray", tmp_path, "demo", "k")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A real tracking server on a port of its own."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    arguments = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/files"]
+    node = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{uri}/health").close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield uri
+    finally:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+def test_runs_and_files_go_to_a_tracking_server(server, tmp_path):
+    with Tracker(server, "scenes", tmp_path / "storage", "demo", "k").parent({"a": 1}) as t:
+        t.start("teacher", "t1", {})
+        t.log("teacher", {"loss": 0.25}, 1)
+        t.end("teacher")
+        (tmp_path / "report.html").write_text("a report")
+        t.log_file("", tmp_path / "report.html")
+    client = MlflowClient(server)
+    found = client.search_runs([client.get_experiment_by_name("scenes").experiment_id])
+    assert sorted((run.info.run_name, run.info.status) for run in found) == [
+        ("demo", "FINISHED"),
+        ("teacher", "FINISHED"),
+    ]
+    parent = next(run for run in found if run.info.run_name == "demo")
+    assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
+    assert list((tmp_path / "files").rglob("report.html"))
