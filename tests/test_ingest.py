@@ -51,9 +51,7 @@ def corpus(tmp_path):
 
 def ingest(corpus, storage, *more):
     arguments = ("--config", TINY, "--set", f"corpus.path={corpus}", "--set", f"storage={storage}", *more)
-    done = subprocess.run(
-        command("ingest", *arguments), capture_output=True, text=True, env=environment(), check=False
-    )
+    done = subprocess.run(command("ingest", *arguments), capture_output=True, text=True, env=environment(), check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

@@ -30,22 +30,22 @@ def head(tmp_path):
     """Environment of a client of a head node of its own; the node ends with the test."""
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment["PATH"] = f"{RAY.parent}:{environment['PATH']}"  # where the node finds the job's `python`
     start = ["start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
     start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    start += [f"--dashboard-agent-listen-port={agent}"]  # another Ray on this machine may have the default one
     log = (tmp_path / "head.log").open("w")
     node = subprocess.Popen([RAY, *start], env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(120):
-            listing = subprocess.run(
-                [RAY, "job", "list", "--address", address], env=environment, capture_output=True, check=False
-            )
-            if listing.returncode == 0:
+        for _ in range(60):  # the agent that starts jobs comes up after the server that takes them
+            ready = [RAY, "job", "submit", "--address", address, "--", "true"]
+            if subprocess.run(ready, env=environment, capture_output=True, check=False).returncode == 0:
                 break
-            time.sleep(0.5)
+            time.sleep(1)
         else:
             pytest.fail((tmp_path / "head.log").read_text())
         yield environment | {"RAY_API_SERVER_ADDRESS": address}
@@ -63,7 +63,7 @@ def test_the_pipeline_runs_as_a_submitted_job(head, tmp_path):
     done = subprocess.run(
         [*submit, "--config", "tests/tiny.yaml", "--set", f"storage={storage}", "--set", "sweep=null"],
         cwd=ROOT,
-        env=head | {"PATH": f"{RAY.parent}:{head['PATH']}"},
+        env=head,
         capture_output=True,
         text=True,
         check=False,

@@ -109,7 +109,12 @@ def server(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/files"]
+    arguments = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        f"{tmp_path}/files",
+    ]
     node = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *arguments],
         stdout=subprocess.DEVNULL,

@@ -1,8 +1,8 @@
 """Quantization-aware training and int8 models: the 'fbgemm' scheme on exported graphs (torch.export, torchao PT2E).
 
 The scheme: weights int8, symmetric, one scale a channel; activations uint8, affine, one scale a tensor, ranges by
-moving averages of minimum and maximum, and 7 of the 8 bits used (reduced range: the sum of two u8 x s8 products fits
-16 bits). Every convolution with its folded batch norm and ReLU, every residual sum, pool and linear layer computes from
+moving averages of minimum and maximum, which fall on 0..127 (reduced range: the sum of two u8 x s8 products fits 16
+bits). Every convolution with its folded batch norm and ReLU, every residual sum, pool and linear layer computes from
 8-bit values. The normalization between the stages is computed in float, and the logits are float.
 """
 
@@ -41,7 +41,7 @@ for _logger, _start in _NOISE.items():
     _silence(_logger, _start)
 
 from torchao.quantization.pt2e import (  # noqa: E402
-    FusedMovingAvgObsFakeQuantize,
+    FakeQuantize,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
 )
@@ -66,26 +66,27 @@ QUANTIZE = (
 )
 
 
-class FakeQuantize(FusedMovingAvgObsFakeQuantize):
-    """Observes and rounds in one kernel, and converts with the very grid it trained with.
+class FakeQuantizeActivation(FakeQuantize):
+    """The range falls on 0..127, and what exceeds it is cut off at 255, as engines do that know no smaller uint8."""
 
-    torchao's own `calculate_qparams` works scale and zero point out again from minimum and maximum, by a formula that
-    differs from the kernel's (max / 127.5 instead of max / 127 for weights).
-    """
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        return self.scale, self.zero_point
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.quant_max = 255  # of the rounding here and after conversion; the observer keeps 127
+        self.enable_fake_quant(False)  # in the base class, which would cut off at 127
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())  # the kernel knows no bfloat16, which autocast may bring
+        x = super().forward(x.float())  # autocast may bring another type
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
+# Not torchao's fused kernel: its grids differ from those it converts to, even in the zero point of a channel of weights
+# that are all of one sign.
 ACTIVATION = QuantizationSpec(
     dtype=torch.uint8,
     quant_min=0,
     quant_max=127,
     qscheme=torch.per_tensor_affine,
-    observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+    observer_or_fake_quant_ctr=FakeQuantizeActivation.with_args(observer=MovingAverageMinMaxObserver),
 )
 WEIGHT = QuantizationSpec(
     dtype=torch.int8,
@@ -194,6 +195,9 @@ def convert(model: nn.Module) -> nn.Module:
     _check(int8)
     for module in int8.modules():
         module.training = False  # an exported graph refuses eval()
+    for zero_point in int8.buffers():
+        if zero_point.dtype == torch.int64:
+            zero_point.data = zero_point.int()
     return int8.requires_grad_(False)
 
 
@@ -245,8 +249,7 @@ def load(file: Path) -> nn.Module:
 def export_onnx(model: nn.Module, file: Path) -> None:
     """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`.
 
-    Needs onnx and onnxscript. ONNX rounds to the whole of uint8, so an activation beyond its range is cut off there at
-    twice the range: logits differ a little where that happens.
+    Needs onnx and onnxscript.
     """
     with _quiet():
         program = torch.onnx.export(
