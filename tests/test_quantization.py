@@ -19,6 +19,9 @@ from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.registry import build
 from asc_ray.training import quantization
 
+# Copying an exported graph, torch uses what it deprecated itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
 SHAPE = (1, 32, 16)
 CLASSES = 4
 STAGES = (
@@ -66,6 +69,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Trained:
     float32: nn.Module
+    before: dict[str, Tensor]
     fresh: nn.Module
     fake: nn.Module
     int8: nn.Module
@@ -76,13 +80,14 @@ def trained() -> Trained:
     torch.manual_seed(0)
     model = build(TINY, CLASSES).train()
     train(model, range(60))
+    before = state(model.eval())
     fresh = quantization.prepare(model, torch.zeros(2, *SHAPE))
     fake = copy.deepcopy(fresh)
     quantization.set_training(fake, True)
     train(fake, range(60, 90))
     quantization.freeze(fake)
     train(fake, range(90, 95))
-    return Trained(model.eval(), fresh, fake, quantization.convert(fake))
+    return Trained(model, before, fresh, fake, quantization.convert(fake))
 
 
 def test_int8_computes_what_fake_quantization_trained(trained):
@@ -94,21 +99,22 @@ def test_int8_computes_what_fake_quantization_trained(trained):
 
 
 def test_rounding_alone_changes_little(trained):
-    """Without an update of the weights: ranges and batch-norm statistics follow the data, then all is rounded."""
-    calibrated = copy.deepcopy(trained.fresh)
-    quantization.set_training(calibrated, True)
+    """Without an update of the weights: both networks take batch-norm statistics from the same clips."""
+    float32, fake = copy.deepcopy(trained.float32).train(), copy.deepcopy(trained.fresh)
+    quantization.set_training(fake, True)
     with torch.no_grad():
         for step in range(40):
-            calibrated(labelled(step)[0])
-    x, _ = labelled(1500, 512)
-    expected, found = trained.float32(x), quantization.convert(calibrated)(x)
+            float32(labelled(step)[0])
+            fake(labelled(step)[0])
+        x, _ = labelled(1500, 512)
+        expected, found = float32.eval()(x), quantization.convert(fake)(x)
     assert (found - expected).abs().mean() < 0.1 * expected.std()
 
 
 def test_observed_ranges_take_half_of_uint8(trained):
     """Reduced range: minimum to maximum, zero included, is 127 steps."""
     observed = [m for m in trained.fake.modules() if isinstance(m, quantization.FakeQuantizeActivation)]
-    assert len(observed) == 23
+    assert len(observed) == 18
     for module in observed:
         low, high = module.activation_post_process.min_val.clamp(max=0), module.activation_post_process.max_val
         torch.testing.assert_close(127 * module.scale[0], high - low)
@@ -234,23 +240,16 @@ def test_evaluation_does_not_depend_on_the_batch_and_training_does(trained):
     assert not torch.allclose(model(x[:1]), model(x)[:1], atol=0.01)
 
 
-def test_the_given_model_is_left_alone():
-    model = build(TINY, CLASSES).eval()
-    before = state(model)
-    prepared = quantization.prepare(model, torch.zeros(2, *SHAPE))
-    quantization.set_training(prepared, True)
-    train(prepared, range(1), size=5)
-    assert not model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_the_given_model_is_left_alone(trained):
+    assert all(torch.equal(value, trained.before[name]) for name, value in trained.float32.state_dict().items())
 
 
 @pytest.mark.parametrize(
     "config",
     [
         DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind="bn", eps=0.01)),
-        DSFlexiNetConfig(size="sm2", normalization=NormalizationConfig(kind="none")),
         DSFlexiNetConfig(size="sm3", normalization=NormalizationConfig(kind="rn_frequency")),
-        DSFlexiNetConfig(size="sm4"),
+        DSFlexiNetConfig(size="sm4", normalization=NormalizationConfig(kind="none")),
         CPMobileConfig(width=16),
     ],
     ids=lambda config: getattr(config, "size", config.name),

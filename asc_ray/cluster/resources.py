@@ -23,7 +23,7 @@ class Resources(Section):
 
 
 class ClusterConfig(Section):
-    """`address`: a Ray cluster to join; without one, RAY_ADDRESS, a running local cluster, or an embedded one."""
+    """`address`: a Ray cluster to join; without one, that of RAY_ADDRESS; without that, an embedded one."""
 
     address: str | None = None
     retries: int = Field(3, ge=0, description="how often a training is resumed after its worker died")

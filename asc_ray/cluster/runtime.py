@@ -21,14 +21,13 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
     """A connection to Ray for the duration; an embedded cluster is shut down at the end. Raises UserError."""
-    # One place decides how many lines Ray writes: the progress shown to the user is ours.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    # Tune would write every trial's curve three more times.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # "local" and not None: that would join whatever cluster was last started on this machine, or wait for a dead one.
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
-        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        address = config.address or os.environ.get("RAY_ADDRESS", "local")
         raise UserError(f"cluster.address {address}: Ray cannot be reached ({str(error).splitlines()[0]})") from None
     try:
         yield
