@@ -116,6 +116,7 @@ def test_the_sweep_s_best_is_a_student_s_configuration(plan):
 
 def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
     assert plan.int8.facts()["bytes"]["int8"] == pytest.approx(plan.student.facts()["parameters"], rel=0.1)
+    assert plan.int8.facts()["agreement_with_onnxruntime"] >= 0.95
     model = load_int8(plan.int8.path)
     assert model(torch.zeros(3, 1, 256, 64)).shape == (3, 10)
     scores = read_evaluation(plan.evaluation.path)

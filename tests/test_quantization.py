@@ -6,6 +6,8 @@ import json
 import logging
 from dataclasses import dataclass
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -275,8 +277,6 @@ def test_a_batch_norm_that_cannot_be_folded_is_refused():
 
 def test_onnxruntime_agrees(trained, tmp_path):
     """In 8-bit kernels: after the engine's own optimization no convolution in float is left."""
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     quantization.export_onnx(trained.int8, tmp_path / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")

@@ -58,7 +58,7 @@ def ingest(
     splits = Counter(clip.split for clip in corpus.clips)
     artifact.finish(
         {
-            "corpus": corpus.root.name,
+            "corpus": artifact.name,
             "clips": sum(report["rows"] for report in reports.values()),
             "listed": dict(splits),
             "labels": corpus.labels,

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from itertools import groupby
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -17,7 +16,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from asc_ray.training.evaluation import Evaluation
 from asc_ray.training.search import TrialResult
@@ -84,7 +82,7 @@ def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str]
     strangers = sum(d in unseen for d in names)
     if strangers:
         left, right = len(names) - strangers - 0.5, len(names) - 0.5
-        axes.axvspan(left, right, color=MUTED, alpha=0.14, lw=0)
+        axes.axvspan(left, right, color=MUTED, alpha=0.14, lw=0, zorder=0)
         axes.text(
             (left + right) / 2, 0.985, "not in training", ha="center", va="top", transform=axes.get_xaxis_transform()
         )
@@ -107,18 +105,20 @@ def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str]
 def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> Figure:
     """Share of every scene's clips (a row) that got an answer (a column), one matrix a system."""
     labels = next(iter(systems.values())).labels
-    count = len(labels)
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.38 * count + 0.05 * max(map(len, labels))))
-    for axes, (system, e) in zip(figure.subplots(1, max(2, len(systems)), squeeze=False)[0], systems.items()):  # noqa: B905
+    count, columns = len(labels), max(2, len(systems))
+    names = 0.075 * max(map(len, labels))  # inches that a label takes
+    side = WIDTH / columns - 0.55 - names
+    figure = Figure(figsize=(WIDTH, side + 0.7 * names + 0.75))
+    for axes, (system, e) in zip(figure.subplots(1, columns), systems.items(), strict=False):
         counts = np.array(e.confusion)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         for row in range(count):
             for column in range(count):
                 share = shares[row, column]
-                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colors[system], alpha=share, lw=0))
+                alpha = share**0.75  # rare confusions stay visible
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colors[system], alpha=alpha, lw=0))
                 if share >= 0.005:
-                    color = "white" if share > 0.6 else INK
-                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=7.5)
+                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
         axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), title=f"{system}: {100 * e.accuracy:.2f} %")
         axes.set_xticks(range(count), labels, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), labels)
@@ -139,10 +139,12 @@ def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) ->
     left, right = figure.subplots(1, 2)
     _bars(left, weights, ACCENT)
     left.axvline(1 / len(weights), color=PALETTE[1], ls="--", lw=1.2, label=f"average: {1 / len(weights):.3f}")
-    left.set(title="weight of each system", xlabel="weight w")
-    left.legend(loc="lower center", bbox_to_anchor=(0.85, 1.0), borderpad=0)
+    left.set_title("weight of each system", loc="left")
+    left.set_xlabel("weight w")
+    left.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
     _bars(right, biases, PALETTE[2])
-    right.set(title="bias of each scene", xlabel="bias b, nats")
+    right.set_title("bias of each scene", loc="left")
+    right.set_xlabel("bias b, nats")
     return figure
 
 
@@ -231,54 +233,54 @@ def sweep(trials: Sequence[TrialResult]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.0 + 2.1 * rows))
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.35] + [1.0] * rows)
     course = figure.add_subplot(grid[0, :])
-    for state, group in groupby(sorted(trials, key=lambda t: t.state), key=lambda t: t.state):
-        some = list(group)
-        course.scatter([t.number for t in some], [100 * t.value for t in some], label=state, **_mark(state))
+    values = [100 * t.value for t in trials if t.state != "diverged"] or [0.0]
+    margin = 0.08 * (max(values) - min(values)) + 0.5
+    floor = min(values) - margin  # where diverged trials are drawn: their value of 0 would rule the scale
+    course.set_ylim(floor, max(values) + margin)
+    _points(course, trials, [t.number for t in trials], floor)
     finished = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.number)
     if finished:
         so_far = np.maximum.accumulate([100 * t.value for t in finished])
         course.step([t.number for t in finished], so_far, where="post", color=PALETTE[1], lw=1.3, label="best so far")
     course.set(xlabel="trial", ylabel="value, %")
     course.set_xlim(-0.7, max(t.number for t in trials) + 0.7)
-    course.xaxis.set_major_locator(MaxNLocator(integer=True))
+    course.xaxis.get_major_locator().set_params(integer=True)
     course.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0)
     course.grid()
     for i, name in enumerate(parameters):
         axes = figure.add_subplot(grid[1 + i // columns, i % columns], sharey=course)
-        _scatter(axes, [t for t in trials if name in t.parameters], name)
+        having = [t for t in trials if name in t.parameters]
+        _points(axes, having, _positions(axes, [t.parameters[name] for t in having]), floor)
+        axes.set_xlabel(name if len(name) <= 36 else "…" + name[-35:], fontsize=8)
         axes.set_ylabel("value, %" if i % columns == 0 else "")
-        axes.tick_params(labelleft=i % columns == 0)
-    values = [100 * t.value for t in trials if t.state != "diverged"]
-    if values:  # diverged trials have the value 0; they stay visible at the lower edge without ruling the scale
-        margin = 0.08 * (max(values) - min(values)) + 0.5
-        course.set_ylim(max(min(values) - margin, 0.0 - margin), max(values) + margin)
+        axes.tick_params(labelsize=8, labelleft=i % columns == 0)
+        axes.grid()
     return figure
 
 
-def _mark(state: str) -> dict[str, Any]:
-    return {
+def _points(axes: Axes, trials: Sequence[TrialResult], x: Sequence[float], floor: float) -> None:
+    """Every trial's value in % at its `x`, in the mark of its state."""
+    marks: dict[str, dict[str, Any]] = {
         "complete": {"color": ACCENT, "s": 26, "zorder": 3},
         "stopped": {"facecolors": "none", "edgecolors": MUTED, "s": 20},
         "diverged": {"color": PALETTE[4], "marker": "x", "s": 24, "clip_on": False},
-    }[state]
+    }
+    for state, mark in marks.items():
+        of_state = [i for i, trial in enumerate(trials) if trial.state == state]
+        if of_state:
+            values = [floor if state == "diverged" else 100 * trials[i].value for i in of_state]
+            axes.scatter([x[i] for i in of_state], values, label=state, **mark)
 
 
-def _scatter(axes: Axes, trials: Sequence[TrialResult], name: str) -> None:
-    values = [trial.parameters[name] for trial in trials]
+def _positions(axes: Axes, values: Sequence[Any]) -> list[float]:
+    """Places of a parameter's values on the x axis: logarithmic where they crowd near zero, choices in sorted order."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        x = [float(v) for v in values]
-        if min(x) > 0 and max(x) / min(x) > 30:
+        if min(values) > 0 and max(values) > 5 * np.median(values):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.xaxis.set_minor_formatter(lambda value, _: "")
-    else:
-        choices = sorted({str(v) for v in values})
-        x = [float(choices.index(str(v))) for v in values]
-        axes.set_xticks(range(len(choices)), choices)
-        axes.set_xlim(-0.5, len(choices) - 0.5)
-    for state in sorted({trial.state for trial in trials}):
-        chosen = [i for i, trial in enumerate(trials) if trial.state == state]
-        axes.scatter([x[i] for i in chosen], [100 * trials[i].value for i in chosen], **_mark(state))
-    axes.set_xlabel(name if len(name) <= 36 else "…" + name[-35:], fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid()
+        return [float(v) for v in values]
+    choices = sorted({str(v) for v in values})
+    axes.set_xticks(range(len(choices)), choices)
+    axes.set_xlim(-0.5, len(choices) - 0.5)
+    return [float(choices.index(str(v))) for v in values]

@@ -78,12 +78,14 @@ def fit(
     on_epoch: OnEpoch = lambda metrics: None,
     set_training: Callable[[nn.Module, bool], object] = nn.Module.train,
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
+    mixed_precision: bool = True,
 ) -> list[Metrics]:
     """Train `model` in place on the store's clips `train`; returns the metrics of every epoch.
 
     `folder` takes a checkpoint an epoch; training goes on from the newest intact one, and ends with the weights that
     an uninterrupted run has. `on_epoch` hears of restored epochs too, so a listener needs no memory of its own.
     `soft_logits` (clips of the store, K) are the teachers' logits, needed where `distillation` is given.
+    `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
 
     Raises Diverged with epoch, step and clip ids when the loss is not finite.
     """
@@ -118,6 +120,7 @@ def fit(
                 _step(
                     model, optimizer, front_end, augment, data.store, train[batch], soft, distillation,
                     step_generator(recipe.seed, epoch, step, 0), settings.clip_norm,
+                    mixed_precision and device.type == "cuda",
                 )
             )  # fmt: skip
         sums = torch.stack(losses).cpu()  # the one synchronization of the epoch
@@ -150,6 +153,7 @@ def _step(
     distillation: DistillationConfig | None,
     generator: torch.Generator,
     clip_norm: float,
+    autocast: bool,
 ) -> Tensor:
     """One update on the store's `clips`; returns (summed loss, clips, right answers) without waiting for the device."""
     device = next(model.parameters()).device
@@ -163,7 +167,7 @@ def _step(
         lam, partner = draw.lam[:, None], draw.partner
         target = lam * target + (1 - lam) * target[partner]
         teacher = None if teacher is None else lam * teacher + (1 - lam) * teacher[partner]
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         mel = mel.contiguous(memory_format=torch.channels_last)
         logits = model(mel, generator) if getattr(model, "stochastic", False) else model(mel)
     losses = objective(logits.float(), target, teacher, distillation)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -247,10 +248,7 @@ def load(file: Path) -> nn.Module:
 
 
 def export_onnx(model: nn.Module, file: Path) -> None:
-    """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`.
-
-    Needs onnx and onnxscript.
-    """
+    """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`."""
     with _quiet():
         program = torch.onnx.export(
             model, (_example(model),), dynamo=True, verbose=False, dynamic_shapes=_FREE_BATCH,
@@ -258,6 +256,18 @@ def export_onnx(model: nn.Module, file: Path) -> None:
         )  # fmt: skip
     assert program is not None
     write_atomically(file, program.model_proto.SerializeToString())
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file of `export_onnx` under onnxruntime, whose integer kernels compute what torch only emulates."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    def forward(self, mel: Tensor) -> Tensor:
+        (logits,) = self._session.run(["logits"], {"mel": mel.contiguous().numpy()})
+        return torch.from_numpy(logits)
 
 
 _FREE_BATCH = ({0: torch.export.Dim("batch")},)

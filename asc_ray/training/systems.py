@@ -29,6 +29,7 @@ from asc_ray.training.loop import Metrics, OnEpoch, Recipe, fit, predict, traini
 
 WEIGHTS = "model.safetensors"
 INT8_MODEL = "model.pt2"
+ONNX_MODEL = "model.onnx"
 SCRATCH = ("checkpoints", "progress.json")
 
 
@@ -146,18 +147,23 @@ def train_int8(
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
         before_epoch=freeze_at_the_end,
+        mixed_precision=False,  # the steps of fake quantization are finer than those of bf16
     )
-    fake = predict(prepared, LogMel(config.frontend), data.store, data.parts["validation"], torch.device("cpu"))
     int8 = quantization.convert(prepared.cpu())
     quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
-    real = predict(
-        load_int8(folder), LogMel(config.frontend), data.store, data.parts["validation"], torch.device("cpu")
+    quantization.export_onnx(int8, folder / ONNX_MODEL)
+    # The same clips through fake quantization, the int8 model as read back, and onnxruntime's integer kernels.
+    front_end, clips_seen = LogMel(config.frontend), data.parts["validation"]
+    forms = (prepared, load_int8(folder), quantization.OnnxModel(folder / ONNX_MODEL))
+    fake, real, onnx = (
+        predict(form, front_end, data.store, clips_seen, torch.device("cpu")).argmax(1) for form in forms
     )
     artifact.finish(
         {
             "history": history,
             "bytes": quantization.bytes_by_dtype(int8),
-            "agreement_with_fake_quantization": float((fake.argmax(1) == real.argmax(1)).float().mean()),
+            "agreement_with_fake_quantization": float((fake == real).float().mean()),
+            "agreement_with_onnxruntime": float((onnx == real).float().mean()),
         },
         SCRATCH,
     )
