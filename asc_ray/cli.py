@@ -55,7 +55,7 @@ for _stage, _text in _HELP.items():
 @app.command()
 def pipeline(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
     """Run every stage, from the corpus to the report."""
-    from asc_ray.pipeline import STAGES
+    from asc_ray.plan import STAGES
 
     _run(config, set, STAGES)
 
@@ -78,7 +78,7 @@ def demo(
 def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
     """Show what is done, running and missing, and where."""
     from asc_ray.config import load_config
-    from asc_ray.pipeline import Plan
+    from asc_ray.plan import Plan
     from asc_ray.status import state_of
 
     plan = Plan(load_config(config, set))

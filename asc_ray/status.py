@@ -4,7 +4,7 @@ import json
 import time
 
 from asc_ray.artifacts import Artifact, is_locked
-from asc_ray.pipeline import REPORT, Plan
+from asc_ray.plan import REPORT, Plan
 from asc_ray.training.systems import INT8_MODEL
 
 

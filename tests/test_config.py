@@ -9,7 +9,7 @@ import yaml
 
 from asc_ray.config import PRESETS, load_config
 from asc_ray.errors import ConfigError
-from asc_ray.pipeline import Plan
+from asc_ray.plan import Plan
 
 TWELVE = [
     f"{kind}_{number}"

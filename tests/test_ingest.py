@@ -10,7 +10,7 @@ from conftest import TINY, command, environment
 from asc_ray.config import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.demo import make_demo_corpus
-from asc_ray.pipeline import Plan
+from asc_ray.plan import Plan
 
 pytestmark = pytest.mark.timeout(600)
 TONE = 0.1 * np.sin(np.arange(44_100) / 20)

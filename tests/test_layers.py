@@ -15,6 +15,7 @@ LAYERS = (
     {"report"},
     {"cluster", "tracking"},
     {"config", "progress"},
+    {"plan"},
     {"pipeline"},
     {"status"},
     {"cli"},

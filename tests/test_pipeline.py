@@ -20,7 +20,7 @@ from asc_ray.config import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import join, read_logits
 from asc_ray.fusion import Fusion
-from asc_ray.pipeline import STAGES, Plan
+from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.search import TrialResult, propose

@@ -43,6 +43,7 @@ class GlobalResponseNorm(nn.Module):
 def conv_bn(
     inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] = 1, groups: int = 1
 ) -> list[nn.Module]:
+    # The padding is a number: "same" would keep quantization from folding the batch norm.
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(outputs)]
 

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from asc_ray.models.cp_mobile import conv_bn
 from asc_ray.models.normalization import NormalizationConfig, normalization
 from asc_ray.section import Section
 
@@ -63,14 +64,6 @@ class DSFlexiNetConfig(Section):
     @property
     def channel_plan(self) -> Plan:
         return self.plan or PLANS[self.size or ""]
-
-
-def conv_bn(
-    inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] = 1, groups: int = 1
-) -> list[nn.Module]:
-    # The padding is a number: "same" would keep quantization from folding the batch norm.
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(outputs)]
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from asc_ray.training.evaluation import Evaluation
 from asc_ray.training.search import TrialResult
@@ -217,7 +218,7 @@ def training_curves(panels: Mapping[str, Curves]) -> Figure:
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, label=labels.pop(family, None), marker=marker)
         upper.set(title=title, ylabel="training loss, nats")
         lower.set(xlabel="epoch", ylabel="validation accuracy, %")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         upper.legend(loc="upper right", fontsize=8, ncols=1 + len(order) // 7)
         upper.grid()
         lower.grid()
@@ -244,7 +245,7 @@ def sweep(trials: Sequence[TrialResult]) -> Figure:
         course.step([t.number for t in finished], so_far, where="post", color=PALETTE[1], lw=1.3, label="best so far")
     course.set(xlabel="trial", ylabel="value, %")
     course.set_xlim(-0.7, max(t.number for t in trials) + 0.7)
-    course.xaxis.get_major_locator().set_params(integer=True)
+    course.xaxis.set_major_locator(MaxNLocator(integer=True))
     course.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0)
     course.grid()
     for i, name in enumerate(parameters):

@@ -1,0 +1,152 @@
+"""What a configuration makes: every artifact of every stage, its key, and what it is made from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asc_ray.artifacts import Artifact, content_key
+from asc_ray.config import Config
+from asc_ray.data.corpus import Corpus, read_corpus
+from asc_ray.training.systems import StudentConfig
+
+BEST_STUDENT = "best.yaml"
+REPORT = "report.html"
+
+# What each stage needs before it can run, by stage name.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "corpus": (),
+    "ingest": ("corpus",),
+    "teachers": ("ingest",),
+    "logits": ("teachers",),
+    "fuse": ("logits",),
+    "sweep": ("fuse",),
+    "student": ("fuse", "sweep"),
+    "qat": ("student",),
+    "evaluate": ("fuse", "qat"),
+    "report": ("evaluate",),
+}
+STAGES = tuple(NEEDS)
+
+
+class Plan:
+    """Every artifact of a configuration, found without building anything.
+
+    Raises CorpusError when the corpus cannot be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        corpus = config.corpus
+        self.source: Corpus | None = None
+        self.demo: Artifact | None = None
+        if corpus.path is None:
+            self.demo = self._artifact("corpus", "demo", corpus.demo, {})
+            inputs = {"corpus": self.demo.key}
+        else:
+            self.source = read_corpus(corpus.path, corpus.on_bad_clip)
+            inputs = {"corpus": self.source.fingerprint}
+        ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}
+        self.clips = self._artifact("clips", "demo" if corpus.path is None else corpus.path.name, ingest, inputs)
+        base = {"clips": self.clips.key}
+        self.teachers = {
+            name: self._artifact("teachers", name, {"recipe": dump(recipe), "partition": dump(config.partition)}, base)
+            for name, recipe in config.teachers.recipes.items()
+        }
+        self.logits = {
+            name: self._artifact("logits", name, {}, {**base, "teacher": teacher.key})
+            for name, teacher in self.teachers.items()
+        }
+        systems = {name: logits.key for name, logits in self.logits.items()}
+        fusion = {"fusion": dump(config.fusion), "partition": dump(config.partition)}
+        self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **systems})
+        soft = config.student.distillation.soft_target
+        learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
+        student = {"student": dump(config.student), "partition": dump(config.partition)}
+        self.sweep: Artifact | None = None
+        if config.sweep:
+            self.sweep = self._artifact("sweep", "sweep", {**student, "sweep": dump(config.sweep)}, learned)
+            learned = {**learned, "sweep": self.sweep.key}
+        self.student = self._artifact("students", "student", student, learned)
+        self.int8 = self._artifact("int8", "student", {"qat": dump(config.qat)}, {"student": self.student.key})
+        self.evaluation = self._artifact(
+            "evaluation", "test", {}, {**systems, "fusion": self.fusion.key, "int8": self.int8.key}
+        )
+        self.report = self._artifact("report", config.name, {}, {"evaluation": self.evaluation.key})
+
+    @property
+    def key(self) -> str:
+        """The configuration's own key: that of its last artifact."""
+        return self.report.key
+
+    def by_stage(self) -> dict[str, list[Artifact]]:
+        return {
+            "corpus": [self.demo] if self.demo else [],
+            "ingest": [self.clips],
+            "teachers": list(self.teachers.values()),
+            "logits": list(self.logits.values()),
+            "fuse": [self.fusion],
+            "sweep": [self.sweep] if self.sweep else [],
+            "student": [self.student],
+            "qat": [self.int8],
+            "evaluate": [self.evaluation],
+            "report": [self.report],
+        }
+
+    def trial(self, number: int) -> Artifact:
+        """A trial as MLflow sees it; its result is a file of the sweep's artifact."""
+        assert self.sweep is not None
+        return Artifact(self.config.storage, "sweep", "trial", f"{self.sweep.key}-{number}", {}, {})
+
+    def complete_keys(self) -> set[str]:
+        """Keys of all that is finished: artifacts, and trials of a half-done sweep."""
+        keys = {artifact.key for artifacts in self.by_stage().values() for artifact in artifacts if artifact.complete}
+        if self.sweep is not None:
+            keys |= {self.trial(int(file.stem)).key for file in self.sweep.partial.glob("trials/*.json")}
+        return keys
+
+    def corpus_root(self) -> Path:
+        return self.demo.path if self.demo else self.config.corpus.path  # type: ignore[return-value]
+
+    def impulse_responses(self) -> Path | None:
+        """The folder configured, else the corpus' own `dirs`, else none: the built-in bank."""
+        if self.config.corpus.impulse_responses:
+            return self.config.corpus.impulse_responses
+        own = self.corpus_root() / "dirs"
+        return own if own.is_dir() else None
+
+    def soft_targets(self) -> Path | None:
+        """The folder of the student's soft targets; None for labels alone."""
+        target = self.config.student.distillation.soft_target
+        if target == "none":
+            return None
+        return self.logits[target].path if target in self.logits else self.fusion.path / "targets" / target
+
+    def student_config(self) -> StudentConfig:
+        """The student's configuration: the sweep's best, where there is a sweep."""
+        if self.sweep is None:
+            return self.config.student
+        best = yaml.safe_load((self.sweep.path / BEST_STUDENT).read_text())
+        return StudentConfig.model_validate(best["student"])
+
+    def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
+        section = config if isinstance(config, dict) else dump(config)
+        key = content_key(stage=stage, config=section, inputs=dict(inputs))
+        return Artifact(self.config.storage, stage, name, key, section, dict(inputs))
+
+    def _impulse_responses_identity(self) -> Any:
+        if self.demo:
+            return str(self.config.corpus.impulse_responses or "the demo corpus' own")
+        folder = self.impulse_responses()
+        if folder is None:
+            return "built-in"
+        return sorted((file.name, file.stat().st_size) for file in folder.glob("*.wav"))
+
+    def missing(self, stage: str) -> list[Artifact]:
+        """The stage's artifacts that are not complete."""
+        return [artifact for artifact in self.by_stage()[stage] if not artifact.complete]
+
+
+def dump(section: Any) -> dict[str, Any]:
+    return section.model_dump(mode="json")
