@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
@@ -128,10 +128,15 @@ def damaged_files(folder: Path) -> list[str]:
 def exclusive(storage: Path) -> Iterator[None]:
     """Hold the storage's lock: two drivers building the same artifacts would undo each other's resume.
 
-    The kernel drops the lock with the process, however it dies. Raises UserError when another run holds it.
+    The kernel drops the lock with the process, however it dies. Raises UserError when another run holds it, and
+    ConfigError when the folder cannot be written.
     """
-    storage.mkdir(parents=True, exist_ok=True)
-    with open(storage / ".lock", "a+") as lock:
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        file = open(storage / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"storage: {storage} cannot be written ({error.strerror}); choose another folder") from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -43,7 +43,8 @@ _HELP = {
 
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
-        _run(config, set, (stage,))
+        # The demo's corpus is made by the command that reads it.
+        _run(config, set, ("corpus", "ingest") if stage == "ingest" else (stage,))
 
     return command
 

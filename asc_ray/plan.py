@@ -8,7 +8,8 @@ import yaml
 
 from asc_ray.artifacts import Artifact, content_key
 from asc_ray.config import Config
-from asc_ray.data.corpus import Corpus, read_corpus
+from asc_ray.data.corpus import Corpus, partition, read_corpus
+from asc_ray.errors import ConfigError
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
@@ -41,11 +42,17 @@ class Plan:
         corpus = config.corpus
         self.source: Corpus | None = None
         self.demo: Artifact | None = None
+        responses = corpus.impulse_responses
+        if responses is not None and not responses.is_dir():
+            raise ConfigError(
+                f"corpus.impulse_responses: {responses} is no folder; name a folder of *.wav files, or null"
+            )
         if corpus.path is None:
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
             inputs = {"corpus": self.demo.key}
         else:
             self.source = read_corpus(corpus.path, corpus.on_bad_clip)
+            self._check_corpus(self.source)
             inputs = {"corpus": self.source.fingerprint}
         ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}
         self.clips = self._artifact("clips", "demo" if corpus.path is None else corpus.path.name, ingest, inputs)
@@ -129,6 +136,20 @@ class Plan:
             return self.config.student
         best = yaml.safe_load((self.sweep.path / BEST_STUDENT).read_text())
         return StudentConfig.model_validate(best["student"])
+
+    def _check_corpus(self, corpus: Corpus) -> None:
+        """Refuse, before any work, what this corpus cannot give. Raises ConfigError or CorpusError."""
+        recipes = {f"teachers.recipes.{name}": recipe for name, recipe in self.config.teachers.recipes.items()}
+        for key, recipe in {**recipes, "student": self.config.student}.items():
+            dir_ = recipe.augment.dir
+            unknown = [] if dir_.apply_to == "all" else sorted(set(dir_.apply_to) - set(corpus.devices))
+            if dir_.p > 0 and unknown:
+                raise ConfigError(
+                    f"{key}.augment.dir.apply_to: the corpus has no device {unknown[0]!r}; "
+                    f"allowed: all, or some of {', '.join(corpus.devices)}"
+                )
+        train = [clip for clip in corpus.clips if clip.split == "train"]
+        partition(train, self.config.partition.shares, self.config.partition.seed)
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
         section = config if isinstance(config, dict) else dump(config)

@@ -83,6 +83,8 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
         ("teachers.override.resnet.seed=1", r"teachers\.override\.resnet: unknown model; allowed: passt, cp_resnet"),
         ("sweep.space.augment.rol.uniform=[0,1]", r"sweep\.space"),
         ("storage=s3://bucket/x", "is a URI"),
+        ("student.augment.freq_mask=300", r"student: augment\.freq_mask is 300, but the front end's log-mel has 256"),
+        ("teachers.recipes.passt_fms_1.frontend.mels=64", r"passt_fms_1: frontend makes 64 mels x 100 frames"),
         ("student.seed", r"expected KEY\.PATH=VALUE"),
         ("student.seed=[", "not valid YAML"),
     ],
@@ -135,6 +137,7 @@ def test_keys_follow_what_an_artifact_is_made_of_and_nothing_else(tmp_path):
         (["teachers", "--config", "absent.yaml"], 2, "presets demo"),
         (["pipeline", "--set", "corpus.path=/nowhere"], 1, "/nowhere/meta.csv"),
         (["teachres"], 2, "No such command"),
+        (["pipeline", "--set", "storage=/proc/nothing"], 2, "storage: /proc/nothing cannot be written"),
         (["student", "--confg", "demo"], 2, "No such option"),
     ],
 )

@@ -1,5 +1,6 @@
 """Ingest by its command, on a corpus with every kind of bad file."""
 
+import re
 import subprocess
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import TINY, command, environment
 from asc_ray.config import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.demo import make_demo_corpus
+from asc_ray.errors import UserError
 from asc_ray.plan import Plan
 
 pytestmark = pytest.mark.timeout(600)
@@ -100,6 +102,29 @@ def test_files_that_were_mended_are_decoded_again_and_the_others_are_not(corpus,
     kept = [n for n, stamp in stamps.items() if (clips / n).stat().st_mtime_ns == stamp]
     assert len(kept) == len(stamps) - 1
     assert name in ClipStore(clips).ids
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("corpus.impulse_responses=/nowhere", r"corpus\.impulse_responses: /nowhere is no folder"),
+        (
+            "student.augment.dir.apply_to=[a, z]",
+            r"student\.augment\.dir\.apply_to: the corpus has no device 'z'; allowed: all",
+        ),
+        ("partition.fusion=0.4", r"no split into train, fusion, validation by location"),
+    ],
+)
+def test_what_a_corpus_cannot_give_is_refused_before_any_work(corpus, tmp_path, override, message):
+    if "partition" in override:  # one place cannot be in three parts
+        meta = corpus / "meta.csv"
+        meta.write_text(
+            re.sub(r"\t(northport|eastham|southbury|westfield)-\w+\t", r"\tnorthport-1\t", meta.read_text())
+        )
+    overrides = [f"corpus.path={corpus}", f"storage={tmp_path}/storage", override]
+    with pytest.raises(UserError, match=message):
+        Plan(load_config(TINY, overrides))
+    assert not (tmp_path / "storage").exists()
 
 
 def test_a_corpus_that_loses_a_scene_without_its_bad_clips_is_refused(corpus, tmp_path):

@@ -52,6 +52,17 @@ class AugmentConfig(Section):
     mixup_alpha: float = Field(0.0, ge=0, description="waveform mixup with weight Beta(alpha, alpha), 0: off")
 
 
+def check_masks(config: AugmentConfig, frontend: FrontendConfig) -> None:
+    """Raises ConfigError for a mask wider than a one-second log-mel."""
+    limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.sample_rate)}
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            raise ConfigError(
+                f"augment.{name} is {getattr(config, name)}, but the front end's log-mel has {limit} "
+                f"{'mel bins' if name == 'freq_mask' else 'frames'}; lower it to {limit} or less"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Draw:
     """The random choices for one batch of B clips; None where an augmentation is off.
@@ -92,13 +103,7 @@ class Augment:
     """
 
     def __init__(self, config: AugmentConfig, frontend: FrontendConfig, bank: ImpulseBank, mean_energy: float) -> None:
-        limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.sample_rate)}
-        for name, limit in limits.items():
-            if getattr(config, name) > limit:
-                raise ConfigError(
-                    f"augment.{name} is {getattr(config, name)}, but the front end's log-mel has {limit} "
-                    f"{'mel bins' if name == 'freq_mask' else 'frames'}; lower it to {limit} or less"
-                )
+        check_masks(config, frontend)
         self.config = config
         self._bank = bank
         self._threshold = mean_energy if config.dir.threshold == "auto" else config.dir.threshold

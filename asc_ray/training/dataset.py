@@ -26,7 +26,11 @@ class PartitionConfig(Section):
 
     fusion: float = Field(0.12, gt=0.0, lt=0.5)
     validation: float = Field(0.12, gt=0.0, lt=0.5)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {"fusion": self.fusion, "validation": self.validation}
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,8 @@ class Dataset:
     def open(cls, clips: Path, config: PartitionConfig) -> "Dataset":
         store = ClipStore(clips)
         train = np.flatnonzero(store.split == "train")
-        shares = {"fusion": config.fusion, "validation": config.validation}
         rows = store.clips
-        parts = partition([rows[i] for i in train], shares, config.seed)
+        parts = partition([rows[i] for i in train], config.shares, config.seed)
         parts = {part: train[indices] for part, indices in parts.items()}
         parts["test"] = np.flatnonzero(store.split == "test")
         return cls(store, parts, open_bank(clips / IMPULSE_RESPONSES))

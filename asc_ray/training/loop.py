@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asc_ray.audio.augment import Augment, AugmentConfig
+from asc_ray.audio.augment import Augment, AugmentConfig, check_masks
 from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.data.batches import epoch_batches, eval_batches, step_generator, waves
 from asc_ray.data.clips import ClipStore
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
+from asc_ray.models.passt import PasstConfig
 from asc_ray.models.registry import ModelConfig
 from asc_ray.section import Section
 from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, save_checkpoint
@@ -56,6 +57,21 @@ class Recipe(Section):
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        try:
+            check_masks(self.augment, self.frontend)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if isinstance(self.model, PasstConfig):
+            mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
+            if self.model.mels != mels or self.model.frames < frames:
+                raise ValueError(
+                    f"frontend makes {mels} mels x {frames} frames of a clip, model takes {self.model.mels} x at most "
+                    f"{self.model.frames}; change frontend.mels, frontend.hop, model.mels or model.frames"
+                )
+        return self
 
 
 class Diverged(UserError):
