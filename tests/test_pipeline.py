@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -218,6 +219,44 @@ def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run
     runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
+
+
+def descendants(pid):
+    """{pid: command line} of all processes below `pid`."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, {})[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
+        except OSError:  # it ended meanwhile
+            continue
+    found, waiting = {}, [pid]
+    while waiting:
+        below = children.get(waiting.pop(), {})
+        found |= below
+        waiting += below
+    return found
+
+
+def test_a_killed_worker_is_started_again_and_goes_on(plan, tmp_path):
+    storage = tmp_path / "storage"
+    arguments = ("--config", TINY, "--set", f"storage={storage}")
+    subprocess.run(command("ingest", *arguments), env=environment(), capture_output=True, check=True)
+    driver = subprocess.Popen(
+        command("teachers", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+    )
+    while driver.poll() is None and not list(storage.glob("teachers/*.partial/checkpoints/epoch-00001")):
+        time.sleep(0.01)
+    workers = [pid for pid, line in descendants(driver.pid).items() if "RayTrainWorker" in line]
+    assert workers, driver.stdout.read().decode()
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    output, _ = driver.communicate()
+    assert driver.returncode == 0, output.decode()
+    for name, whole in plan.teachers.items():
+        mine = load_file(storage / "teachers" / whole.path.name / "model.safetensors")
+        reference = load_file(whole.path / "model.safetensors")
+        assert all(torch.equal(mine[key], reference[key]) for key in reference), name
 
 
 def test_more_resources_than_the_cluster_has_are_refused_before_any_work(tmp_path):
