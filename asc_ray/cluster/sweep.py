@@ -15,6 +15,7 @@ from ray.tune.search import Searcher
 from asc_ray.artifacts import Artifact, write_atomically
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, settle, slots
+from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.training import search
 from asc_ray.training.dataset import Dataset, PartitionConfig
@@ -84,6 +85,10 @@ def run_sweep(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             settle()
+    if len(course.ended) < sweep.trials:
+        raise UserError(
+            f"sweep: {sweep.trials - len(course.ended)} of {sweep.trials} trials did not end; the same command goes on"
+        )
     return sorted(course.ended, key=lambda result: result.number)
 
 
