@@ -21,7 +21,7 @@ from asc_ray.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
-FORMAT = 1
+FORMAT = 2
 
 
 def content_key(**parts: Any) -> str:
@@ -122,6 +122,30 @@ def damaged_files(folder: Path) -> list[str]:
         for name, entry in read_manifest(folder)["files"].items()
         if not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"]
     ]
+
+
+def mirrored(artifact: Path, cache: Path) -> Path:
+    """The finished artifact's copy in `cache`, a folder of this node; the first who asks makes it, the others wait.
+
+    Raises UserError when it cannot be copied whole.
+    """
+    copy = cache / artifact.name
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f".{artifact.name}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (copy / MANIFEST).is_file():
+                partial = copy.with_name(f"{copy.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(artifact, partial)
+                if damaged := damaged_files(partial):
+                    raise UserError(f"{partial}: copied from {artifact}, but {'; '.join(damaged)}")
+                os.rename(partial, copy)
+    except (OSError, shutil.Error) as error:
+        raise UserError(
+            f"data.cache: {artifact} cannot be copied to {cache} ({error}); name a folder with more room, or null"
+        ) from None
+    return copy
 
 
 @contextmanager

@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teachers, fusion, search, distillation and int8 for tiny acoustic scene classifiers.",
 )
-corpus_app = typer.Typer(no_args_is_help=True, help="Make a corpus.")
+corpus_app = typer.Typer(no_args_is_help=True, help="Make or fetch a corpus.")
 app.add_typer(corpus_app, name="corpus")
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")]
@@ -73,6 +73,59 @@ def demo(
 
     make_demo_corpus(out, load_config(config, set).corpus.demo)
     typer.echo(f"{out}: a synthetic corpus; use it with --set corpus.path={out}")
+
+
+@corpus_app.command("download")
+def download_corpus(
+    name: Annotated[str, typer.Argument(help="tau22: TAU Urban Acoustic Scenes 2022 Mobile, development.")],
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet, is empty, or holds a part of it.")],
+) -> None:
+    """Fetch a public corpus (tau22: 27.5 GB, for non-commercial use); once stopped, the same command goes on."""
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    from asc_ray.data.download import download
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Bars(*columns, console=Console(highlight=False, soft_wrap=True)) as bars:
+
+        def show(archive: str, done: int, total: int) -> None:
+            if archive not in tasks:
+                tasks[archive] = bars.add_task(archive.split(".", 1)[1], completed=done, total=total)
+            bars.update(tasks[archive], completed=done)
+
+        fetched = download(name, out, on_progress=show, on_note=lambda text: bars.console.print(text, markup=False))
+    done = "downloaded" if fetched else "nothing to do, the download is complete"
+    typer.echo(f"{out}: {done}; use it with --set corpus.path={out}")
+
+
+@app.command()
+def verify(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders with a manifest.json.")],
+) -> None:
+    """Compare every file of finished artifacts with the manifest's checksums; exit code 1 if one differs."""
+    from asc_ray.artifacts import damaged_files, read_manifest
+
+    damaged = 0
+    for folder in artifacts:
+        files = read_manifest(folder)["files"]
+        found = damaged_files(folder)
+        damaged += len(found)
+        for line in found:
+            typer.echo(f"{folder}/{line}", err=True)
+        size = sum(entry["bytes"] for entry in files.values())
+        typer.echo(f"{folder}: {len(files) - len(found)} of {len(files)} files as written, {size / 1e6:.1f} MB")
+    if damaged:
+        raise UserError(
+            f"{damaged} damaged file(s). Delete the artifact's folder and run the stage again: it is made anew, equal"
+        )
 
 
 @app.command()

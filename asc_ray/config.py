@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from asc_ray.cluster.resources import ClusterConfig, Resources
+from asc_ray.data.batches import DataConfig
 from asc_ray.data.corpus import CorpusConfig
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import FusionConfig
@@ -50,6 +51,7 @@ class Config(Section):
     name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$")
     storage: Path
     corpus: CorpusConfig = CorpusConfig()
+    data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     teachers: TeachersConfig
     logits: LogitsConfig = LogitsConfig()

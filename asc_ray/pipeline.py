@@ -16,6 +16,7 @@ from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
 from asc_ray.plan import BEST_STUDENT, NEEDS, REPORT, STAGES, Plan, dump
 from asc_ray.progress import Progress
+from asc_ray.training.dataset import Source
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -70,6 +71,12 @@ class _Work:
     tracker: Any
     progress: Progress
     _started: set[str] = field(default_factory=set)
+
+    @property
+    def source(self) -> Source:
+        from asc_ray.cluster.stream import stream
+
+        return Source(self.plan.clips.path, self.plan.config.partition, self.plan.config.data, stream)
 
     @contextmanager
     def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
@@ -162,8 +169,7 @@ def _build_teachers(work: _Work) -> None:
     with work.tracked(todo) as on_event:
         train_teachers(
             {name: Teacher(artifact, recipes[name]) for name, artifact in todo.items()},
-            plan.clips.path,
-            config.partition,
+            work.source,
             config.teachers.resources,
             config.cluster.retries,
             on_event,
@@ -180,7 +186,7 @@ def _build_logits(work: _Work) -> None:
             for name, artifact in plan.logits.items()
             if not artifact.complete
         },
-        plan.clips.path,
+        work.source,
         config.corpus.shard_clips,
         config.logits.batch_size,
         config.logits.resources,
@@ -194,7 +200,7 @@ def _build_fusion(work: _Work) -> None:
 
     plan, config = work.plan, work.plan.config
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
-    work.alone("fusion", plan.fusion, fuse_systems, plan.clips.path, logits, config.fusion, config.partition)
+    work.alone("fusion", plan.fusion, fuse_systems, work.source, logits, config.fusion)
     facts = plan.fusion.facts()
     figures = facts["validation"]
     single = min(plan.logits, key=lambda name: figures[name]["log_loss"])
@@ -223,11 +229,10 @@ def _build_sweep(work: _Work) -> None:
     with work.tracked(trials) as on_event:
         results = run_sweep(
             plan.sweep,
-            plan.clips.path,
+            work.source,
             plan.soft_targets(),
             config.student,
             config.sweep,
-            config.partition,
             config.student_resources,
             config.cluster.retries,
             listener,
@@ -248,9 +253,7 @@ def _build_student(work: _Work) -> None:
     plan = work.plan
     config = plan.student_config()
     work.progress.expect("student", {"student": config.optimizer.epochs})
-    work.alone(
-        "student", plan.student, train_student, plan.clips.path, plan.soft_targets(), config, plan.config.partition
-    )
+    work.alone("student", plan.student, train_student, work.source, plan.soft_targets(), config)
     facts = plan.student.facts()
     work.progress.note(f"{facts['parameters']:,} parameters, {facts['macs'] / 1e6:.2f} M MACs")
 
@@ -264,12 +267,11 @@ def _build_int8(work: _Work) -> None:
         "int8",
         plan.int8,
         train_int8,
-        plan.clips.path,
+        work.source,
         plan.soft_targets(),
         plan.student.path,
         plan.student_config(),
         plan.config.qat,
-        plan.config.partition,
     )
 
 
@@ -282,13 +284,12 @@ def _build_evaluation(work: _Work) -> None:
         "evaluation",
         plan.evaluation,
         evaluate_systems,
-        plan.clips.path,
+        work.source,
         logits,
         plan.fusion.path,
         plan.student.path,
         plan.student_config(),
         plan.int8.path,
-        plan.config.partition,
     )
     for name, figures in plan.evaluation.facts().items():
         work.tracker.log_summary({f"test/{name}/{key}".replace(" ", "_"): v for key, v in figures.items()})

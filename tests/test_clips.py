@@ -1,4 +1,4 @@
-"""Decoding, the clip store, and the batches drawn from it."""
+"""The clip store, and the batches drawn from it."""
 
 import json
 import pickle
@@ -9,108 +9,32 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile as sf
-import soxr
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.data import clips as clips_module
-from asc_ray.data.batches import epoch_batches, eval_batches, step_generator, waves
+from asc_ray.data.batches import Waves, epoch_batches, eval_batches, step_generator
 from asc_ray.data.clips import (
-    CLIP_SAMPLES,
-    SAMPLE_RATE,
-    BadAudio,
     ClipStore,
-    decode,
     plan_shards,
     shard_file,
     write_shard,
 )
 from asc_ray.data.corpus import Clip, Corpus
+from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.errors import UserError
 
 LABELS, DEVICES = ("metro", "park"), ("a", "s1")
+
+
+def sine(rate: int, frequency=1000.0, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(rate) / rate)
 
 
 def wav(path: Path, samples, rate=SAMPLE_RATE, subtype="FLOAT") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, np.asarray(samples, dtype=np.float32), rate, subtype=subtype)
     return path
-
-
-def sine(rate: int, seconds=1.0, frequency=1000.0, amplitude=0.5):
-    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
-
-
-def test_a_16_bit_clip_at_32_khz_is_kept_bit_for_bit(tmp_path):
-    pcm = np.random.default_rng(0).integers(-32768, 32768, CLIP_SAMPLES).astype(np.int16)
-    sf.write(tmp_path / "x.wav", pcm, SAMPLE_RATE, subtype="PCM_16")
-    decoded = decode(tmp_path / "x.wav")
-    assert decoded.pcm.dtype == np.int16
-    assert (decoded.pcm == pcm).all()
-    assert decoded.notes == frozenset()
-
-
-@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
-def test_resampling_keeps_a_sine_and_is_soxr_hq(tmp_path, rate):
-    decoded = decode(wav(tmp_path / "x.wav", sine(rate), rate))
-    assert decoded.notes == {f"resampled {rate} Hz"}
-    middle = slice(1000, -1000)  # the filter's ends ring
-    assert np.abs(decoded.pcm / 32768 - sine(SAMPLE_RATE))[middle].max() < 2e-4
-    reference = soxr.resample(sine(rate).astype(np.float32), rate, SAMPLE_RATE, quality="HQ")
-    assert (decoded.pcm == np.rint(reference * 32768)).all()
-
-
-def test_stereo_is_the_mean_of_the_channels(tmp_path):
-    left, right = sine(SAMPLE_RATE, frequency=300), sine(SAMPLE_RATE, frequency=700)
-    decoded = decode(wav(tmp_path / "x.wav", np.stack([left, right], 1)))
-    assert decoded.notes == {"stereo mixed down"}
-    assert np.abs(decoded.pcm - 32768 * (left + right) / 2).max() <= 0.51
-
-
-@pytest.mark.parametrize(("seconds", "note"), [(0.95, "padded"), (1.05, "cropped")])
-def test_small_differences_in_length_are_mended(tmp_path, seconds, note):
-    x = sine(SAMPLE_RATE, seconds)
-    decoded = decode(wav(tmp_path / "x.wav", x))
-    expected = np.zeros(CLIP_SAMPLES)
-    expected[: min(len(x), CLIP_SAMPLES)] = x[:CLIP_SAMPLES]
-    assert decoded.notes == {note}
-    assert np.abs(decoded.pcm - 32768 * expected).max() <= 0.51
-
-
-def test_beyond_full_scale_is_clipped_and_said(tmp_path):
-    decoded = decode(wav(tmp_path / "x.wav", sine(SAMPLE_RATE, amplitude=1.5)))
-    assert decoded.notes == {"clipped"}
-    assert (decoded.pcm.min(), decoded.pcm.max()) == (-32768, 32767)
-
-
-NAN = sine(SAMPLE_RATE)
-NAN = np.where(np.arange(len(NAN)) < 3, np.nan, NAN)
-BAD = {
-    "not a wav": (lambda p: p.write_bytes(b"RIFF nonsense"), "unreadable"),
-    "absent": (lambda p: None, "unreadable"),
-    "empty": (lambda p: p.write_bytes(b""), "unreadable"),
-    "no samples": (lambda p: wav(p, np.zeros(0)), "no samples"),
-    "silent": (lambda p: wav(p, np.zeros(CLIP_SAMPLES)), "silent"),
-    "below half a bit": (lambda p: wav(p, 1e-6 * sine(SAMPLE_RATE)), "silent"),
-    "NaN": (lambda p: wav(p, NAN), "3 samples are not finite"),
-    "infinite": (lambda p: wav(p, np.where(np.isnan(NAN), np.inf, NAN)), "not finite"),
-    "too short": (lambda p: wav(p, sine(SAMPLE_RATE, 0.85)), "0.85 s"),
-    "too long": (lambda p: wav(p, sine(SAMPLE_RATE, 1.2)), "1.20 s"),
-    "low rate": (lambda p: wav(p, sine(4000), 4000), "4000 Hz"),
-    "cut off": (
-        lambda p: wav(p, sine(SAMPLE_RATE), subtype="PCM_16") and p.write_bytes(p.read_bytes()[:30_000]),
-        "s long",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_audio_is_refused_with_a_reason(tmp_path, case):
-    make, reason = BAD[case]
-    make(tmp_path / "x.wav")
-    with pytest.raises(BadAudio, match=reason):
-        decode(tmp_path / "x.wav")
 
 
 # --- store ------------------------------------------------------------------------------------------------------------
@@ -169,7 +93,8 @@ def test_pcm_is_bit_equal_and_in_the_order_asked_for(corpus, folder):
     assert store.pcm(indices, out=out) is out
     assert (out == expected).all()
     assert (store.pcm(indices) == expected).all()
-    assert (waves(store, indices, "cpu").numpy() == np.array(expected) / np.float32(32768)).all()
+    (wave,) = Waves(store, indices, torch.device("cpu")).batches([np.arange(len(indices))])
+    assert (wave.numpy() == np.array(expected) / np.float32(32768)).all()
     with pytest.raises(IndexError):
         store.pcm(np.array([7]))
     with pytest.raises(IndexError):
@@ -184,7 +109,7 @@ def test_pcm_is_mapped_not_copied(folder):
 
 
 def test_energy_is_the_sum_of_squares(tmp_path):
-    wav(tmp_path / "x.wav", sine(SAMPLE_RATE, amplitude=0.5))
+    wav(tmp_path / "x.wav", sine(SAMPLE_RATE))
     clip = Clip("x.wav", "park", "a", "rome-1", "train")
     write_shard(tmp_path, [clip], LABELS, DEVICES, shard_file(tmp_path, 0), fingerprint="")
     # A whole number of periods: N A^2 / 2.
@@ -261,13 +186,6 @@ def test_stores_that_are_none(corpus, folder, tmp_path):
     write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, shard_file(folder, 3), fingerprint="beef")
     with pytest.raises(UserError, match=r"shard-00003\.arrow: not of one store"):
         ClipStore(folder)
-
-
-def test_audio_over_an_hour_is_not_read(tmp_path, monkeypatch):
-    wav(tmp_path / "x.wav", np.zeros(200_000) + 0.1, 8000)
-    monkeypatch.setattr(clips_module.sf.SoundFile, "read", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(BadAudio, match=r"25\.00 s long"):
-        decode(tmp_path / "x.wav")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

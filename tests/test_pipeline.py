@@ -22,7 +22,7 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import join, read_logits
 from asc_ray.fusion import Fusion
 from asc_ray.plan import STAGES, Plan
-from asc_ray.training.dataset import Dataset
+from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.search import TrialResult, propose
 from asc_ray.training.systems import load_int8
@@ -97,7 +97,7 @@ def test_soft_targets_are_eq_4_of_the_training_clips_alone(plan):
 
 
 def test_the_fusion_learned_on_places_that_no_teacher_saw(plan):
-    data = Dataset.open(plan.clips.path, plan.config.partition)
+    data = Source(plan.clips.path, plan.config.partition).open()
     assert plan.fusion.facts()["clips"] == len(data.parts["fusion"])
     places = data.store.location
     assert not set(places[data.parts["fusion"]]) & set(places[data.parts["train"]])

@@ -15,7 +15,7 @@ from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.models.registry import build
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
-from asc_ray.training.dataset import IMPULSE_RESPONSES, Dataset, PartitionConfig, save_bank
+from asc_ray.training.dataset import IMPULSE_RESPONSES, PartitionConfig, Source, save_bank
 from asc_ray.training.distillation import DistillationConfig, objective
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
@@ -83,7 +83,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(clips):
-    return Dataset.open(clips, PartitionConfig(fusion=0.2, validation=0.2))
+    return Source(clips, PartitionConfig(fusion=0.2, validation=0.2)).open()
 
 
 RECIPES = {
@@ -208,7 +208,7 @@ def test_parts_are_disjoint_by_location_and_students_never_see_validation_or_tes
 def test_a_clip_store_is_enough_for_training(clips, tmp_path):
     copy = tmp_path / "elsewhere"
     shutil.copytree(clips, copy)
-    data = Dataset.open(copy, PartitionConfig(fusion=0.2, validation=0.2))
+    data = Source(copy, PartitionConfig(fusion=0.2, validation=0.2)).open()
     assert len(data.bank.names) == len(ImpulseBank.load(None).names) or len(data.bank.names) > 0
     energy = ClipStore(copy).energy[data.store.split == "train"]
     assert data.mean_energy == pytest.approx(float(energy.mean()), rel=1e-5)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from asc_ray.audio.frontend import FMAX_STEP, MASKED, FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.audio.resample import fft_size
 from asc_ray.errors import ConfigError
 from asc_ray.section import Section
 
@@ -184,7 +185,7 @@ class Augment:
         if key not in self._spectra:
             # What comes after the clip's length in a response cannot reach the part that is kept.
             responses = self._bank.responses[:, :samples].to(device)
-            size = _fft_size(samples + responses.shape[1] - 1)
+            size = fft_size(samples + responses.shape[1] - 1)
             self._spectra[key] = size, torch.fft.rfft(responses, n=size)
         return self._spectra[key]
 
@@ -228,9 +229,3 @@ def _freq_mixstyle(mel: Tensor, weight: Tensor, partner: Tensor) -> Tensor:
     weight = weight[:, None, None, None]
     ratio = torch.lerp(sigma[partner], sigma, weight) / sigma
     return torch.addcmul(torch.lerp(mean[partner], mean, weight) - mean * ratio, mel, ratio)
-
-
-def _fft_size(least: int) -> int:
-    """The smallest even number >= `least` whose prime factors are 2, 3 and 5: fast on the CPU and on the GPU."""
-    odd = [3**i * 5**j for i in range(12) for j in range(8)]
-    return min(factor << max(1, (-(-least // factor) - 1).bit_length()) for factor in odd)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 
+from asc_ray.audio.resample import resample
 from asc_ray.errors import UserError
 
 SYNTHETIC = 32
@@ -54,11 +54,13 @@ def _read(folder: Path, sample_rate: int) -> ImpulseBank:
         if not np.isfinite(mono).all():
             refused.append(f"{path.name}: holds values that are not finite")
             continue
-        response = mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate, quality="HQ")
+        response = torch.from_numpy(mono).float()
+        if rate != sample_rate:
+            response = resample(response[None], rate, sample_rate)[0]
         if not response.any():
             refused.append(f"{path.name}: {'silent' if len(response) else 'empty'} at {sample_rate} Hz")
             continue
-        responses.append(torch.from_numpy(response).float())
+        responses.append(response)
     if refused:
         raise UserError(f"impulse responses in {folder} cannot be used; mend or remove:\n  " + "\n  ".join(refused))
     return ImpulseBank(tuple(path.stem for path in paths), torch.nn.utils.rnn.pad_sequence(responses, batch_first=True))

@@ -15,7 +15,7 @@ from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
 from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
-from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
+from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank
 from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import infer
 
@@ -100,7 +100,7 @@ def _report_file(folder: Path, index: int) -> Path:
 
 def store_logits(
     systems: Mapping[str, tuple[Artifact, Path, Recipe]],
-    clips: Path,
+    source: Source,
     shard_clips: int,
     batch_size: int,
     resources: Resources,
@@ -108,7 +108,7 @@ def store_logits(
     on_event: OnEvent,
 ) -> None:
     """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folder, recipe)."""
-    rows = np.arange(len(ClipStore(clips)))
+    rows = np.arange(len(ClipStore(source.clips)))
     shards = [rows[start : start + shard_clips] for start in range(0, len(rows), shard_clips)]
     tasks, done = [], 0
     for name, (artifact, teacher, recipe) in systems.items():
@@ -119,7 +119,7 @@ def store_logits(
             if file.is_file():
                 done += 1
                 continue
-            arguments = (teacher, recipe, clips, shard, file, metadata, batch_size)
+            arguments = (teacher, recipe, source, shard, file, metadata, batch_size)
             tasks.append(Task(f"{name}-{index:05d}", infer, arguments, resources))
     total = len(tasks) + done
     on_event("logits", {"done": done, "total": total})

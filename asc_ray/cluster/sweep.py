@@ -18,7 +18,7 @@ from asc_ray.cluster.runtime import OnEvent, settle, slots
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.training import search
-from asc_ray.training.dataset import Dataset, PartitionConfig
+from asc_ray.training.dataset import Source
 from asc_ray.training.loop import Diverged
 from asc_ray.training.search import SweepConfig, TrialResult
 from asc_ray.training.systems import StudentConfig, fit_student
@@ -28,11 +28,10 @@ TRIALS = "trials"
 
 def run_sweep(
     artifact: Artifact,
-    clips: Path,
+    source: Source,
     targets: Path | None,
     student: StudentConfig,
     sweep: SweepConfig,
-    parts: PartitionConfig,
     resources: Resources,
     retries: int,
     on_event: OnEvent,
@@ -53,11 +52,10 @@ def run_sweep(
                 _trial,
                 work={
                     "folder": folder,
-                    "clips": clips,
+                    "source": source,
                     "targets": targets,
                     "student": student,
                     "epochs": sweep.epochs,
-                    "parts": parts,
                     "threads": resources.threads,
                 },
             ),
@@ -195,7 +193,7 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     torch.set_num_threads(work["threads"])
     student = search.trial_config(work["student"], config["parameters"])
     student = student.model_copy(update={"optimizer": student.optimizer.scaled_to(work["epochs"])})
-    data = Dataset.open(work["clips"], work["parts"])
+    data = work["source"].open()
     model = build(student.model, len(data.store.labels), student.seed)
     checkpoints = work["folder"] / f"{config['number']:04d}.checkpoints"
     try:

@@ -26,7 +26,7 @@ from asc_ray.artifacts import Artifact
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, pass_on, settle, slots
 from asc_ray.errors import UserError
-from asc_ray.training.dataset import PartitionConfig
+from asc_ray.training.dataset import Source
 from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import train_teacher
 
@@ -89,8 +89,7 @@ class Queue:
 
 def train_teachers(
     teachers: Mapping[str, Teacher],
-    clips: Path,
-    parts: PartitionConfig,
+    source: Source,
     resources: Resources,
     retries: int,
     on_event: OnEvent,
@@ -103,7 +102,7 @@ def train_teachers(
     lanes = min(len(names), slots(resources))
     queue = Queue.remote(names, retries)  # type: ignore[attr-defined]
     scratch = teachers[names[0]].artifact.storage / ".ray-train" / uuid.uuid4().hex
-    work = {"queue": queue, "teachers": dict(teachers), "clips": clips, "parts": parts, "threads": resources.threads}
+    work = {"queue": queue, "teachers": dict(teachers), "source": source, "threads": resources.threads}
     crashes: list[str] = []
 
     def run_lane(number: int) -> None:
@@ -158,9 +157,8 @@ def _work_through_queue(work: dict[str, Any]) -> None:
             if not teacher.artifact.complete:
                 train_teacher(
                     teacher.artifact,
-                    work["clips"],
+                    work["source"],
                     teacher.recipe,
-                    work["parts"],
                     on_epoch=lambda metrics, name=name: queue.post.remote(name, metrics),  # type: ignore[misc]
                 )
         except Exception as error:

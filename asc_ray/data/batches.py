@@ -1,9 +1,44 @@
-"""Which clips make which batch, and each training step's generator: functions of (seed, epoch, step, rank) only."""
+"""Which clips make which batch, each training step's generator, and how a batch reaches the device.
+
+What is in a batch and what is drawn for it are functions of (seed, epoch, step, rank) alone: the same mapped, resident
+or streamed, and the same after a restart.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.errors import ConfigError
+from asc_ray.section import Section
+
+Mode = Literal["mapped", "resident", "stream"]
+# Reads rows of the clip store in a folder, batch by batch, from wherever it is: (B, 32000) int16 each.
+Stream = Callable[[Path, Sequence[np.ndarray]], Iterator[np.ndarray]]
+
+
+class DataConfig(Section):
+    """How clips reach the device. It changes no result, so it is in no key.
+
+    `mapped` reads the memory-mapped store, `resident` keeps the whole split on the device, `stream` has other nodes
+    read ahead through Ray Data; `auto` is resident on a GPU where it fits, else mapped.
+    """
+
+    mode: Literal["auto"] | Mode = "auto"
+    resident_share: float = Field(
+        0.5, gt=0.0, le=1.0, description="share of the device's free memory that a resident split may take"
+    )
+    cache: Path | None = Field(
+        None, description="a folder on every node's own disk, where one copy of the clip store is kept and mapped"
+    )
+
 
 # The first word of every spawn key: the two streams never meet, whatever the other words are.
 _ORDER, _STEP = 0, 1
@@ -40,6 +75,68 @@ def step_generator(seed: int, epoch: int, step: int, rank: int) -> torch.Generat
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-def waves(store: ClipStore, indices: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """(B, 32000) float32 in [-1, 1) on `device`; int16 crosses the bus."""
-    return torch.from_numpy(store.pcm(indices)).to(device).to(torch.float32).div_(32768)
+MAPPED = DataConfig(mode="mapped")
+
+
+class Waves:
+    """The waveforms of the store's clips `rows`, batch by batch, on `device`.
+
+    Raises ConfigError where `resident` is asked for and does not fit.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        rows: np.ndarray,
+        device: torch.device,
+        config: DataConfig = MAPPED,
+        stream: Stream | None = None,
+    ) -> None:
+        self._store, self._rows, self._device, self._stream = store, rows, device, stream
+        self.mode = delivery(config, len(rows), device)
+        if self.mode == "stream" and stream is None:
+            raise ConfigError("data.mode: stream needs a Ray cluster; allowed without: auto, mapped, resident")
+        if self.mode == "resident":
+            self._resident = torch.empty((len(rows), CLIP_SAMPLES), dtype=torch.int16, device=device)
+            for part in eval_batches(len(rows), 4096):
+                self._resident[part[0] : part[-1] + 1] = torch.from_numpy(store.pcm(rows[part]))
+
+    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """(B, 32000) float32 in [-1, 1) of each batch of positions in `rows`; int16 crosses the bus."""
+        for pcm in self._pcm(batches):
+            yield pcm.to(torch.float32).div_(32768)
+
+    def _pcm(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        if self.mode == "resident":
+            for batch in batches:
+                yield self._resident.index_select(0, moved(torch.from_numpy(batch), self._device))
+            return
+        rows = [self._rows[batch] for batch in batches]
+        read = self._stream(self._store.folder, rows) if self._stream and self.mode == "stream" else None
+        for pcm in read or map(self._store.pcm, rows):
+            yield moved(torch.from_numpy(pcm), self._device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def delivery(config: DataConfig, clips: int, device: torch.device) -> Mode:
+    """What `config.mode` comes to for so many clips. Raises ConfigError where resident does not fit."""
+    if config.mode in ("mapped", "stream") or (config.mode == "auto" and device.type != "cuda"):
+        return "stream" if config.mode == "stream" else "mapped"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    needed = clips * CLIP_SAMPLES * 2
+    if needed <= free * config.resident_share:
+        return "resident"
+    if config.mode == "auto":
+        return "mapped"
+    raise ConfigError(
+        f"data.mode: resident takes {needed / 1e9:.2f} GB for {clips} clips, and data.resident_share "
+        f"{config.resident_share:g} of the {free / 1e9:.2f} GB free on {device} is less; use auto, mapped or stream"
+    )
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

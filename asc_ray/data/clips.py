@@ -10,72 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import soundfile as sf
-import soxr
 
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.corpus import BadClip, Clip, Corpus
+from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
 from asc_ray.errors import UserError
 
-SAMPLE_RATE = 32_000
-CLIP_SAMPLES = 32_000
 SHARD_CLIPS = 4_096
 SPLITS = ("train", "test")
-LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second: padded or cropped
-LOWEST_RATE = 8_000
-
-
-class BadAudio(Exception):
-    """A clip that cannot be used; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    pcm: np.ndarray  # (32000,) int16
-    notes: frozenset[str]  # what was done to the recording beyond reading it
-
-
-def decode(path: Path) -> Decoded:
-    """Read a recording as one second of mono int16 at 32 kHz.
-
-    Channels are averaged, other rates resampled (soxr HQ), lengths within 10 % of a second cropped or zero-padded at
-    the end, samples beyond full scale clipped. A 16-bit mono file of one second at 32 kHz comes back bit for bit.
-    Raises BadAudio: unreadable, empty, silent, not finite, sampled below 8 kHz, shorter than 0.9 s, longer than 1.1 s.
-    """
-    try:
-        with sf.SoundFile(path) as file:
-            rate, seconds = file.samplerate, file.frames / file.samplerate
-            if rate < LOWEST_RATE:
-                raise BadAudio(f"sampled at {rate} Hz, at least {LOWEST_RATE} Hz is needed")
-            if not 0 < seconds <= 1 + LENGTH_TOLERANCE:  # before reading: it may be hours
-                raise BadAudio("no samples" if seconds == 0 else f"{seconds:.2f} s long, one second is expected")
-            wave = file.read(dtype="float32", always_2d=True)  # (samples, channels)
-    except (sf.SoundFileError, OSError) as error:
-        raise BadAudio(f"unreadable ({str(error).rpartition(': ')[2]})") from error
-    if (seconds := len(wave) / rate) < 1 - LENGTH_TOLERANCE:
-        raise BadAudio(f"{seconds:.2f} s long, one second is expected")
-    if not np.isfinite(wave).all():
-        raise BadAudio(f"{int((~np.isfinite(wave)).sum())} samples are not finite")
-    if not wave.any():
-        raise BadAudio("silent: every sample is zero")
-
-    notes = set()
-    if wave.shape[1] > 1:
-        notes.add("stereo mixed down" if wave.shape[1] == 2 else f"{wave.shape[1]} channels mixed down")
-    mono = wave.mean(axis=1)
-    if rate != SAMPLE_RATE:
-        notes.add(f"resampled {rate} Hz")
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-    if len(mono) != CLIP_SAMPLES:
-        notes.add("cropped" if len(mono) > CLIP_SAMPLES else "padded")
-        mono = np.pad(mono[:CLIP_SAMPLES], (0, max(0, CLIP_SAMPLES - len(mono))))
-    scaled = np.rint(mono * 32768)
-    if scaled.max() > 32767 or scaled.min() < -32768:
-        notes.add("clipped")
-    pcm = np.clip(scaled, -32768, 32767).astype(np.int16)
-    if not pcm.any():  # below half a bit, or opposite channels
-        raise BadAudio("silent: every sample is zero after conversion to 16-bit mono")
-    return Decoded(pcm, frozenset(notes))
 
 
 @dataclass(frozen=True)
@@ -106,17 +48,16 @@ def write_shard(
     order), sample_rate, corpus (its fingerprint). Bad clips are left out and reported; refusing them is the caller's.
     """
     pcm = np.empty((len(clips), CLIP_SAMPLES), dtype=np.int16)
+    results = decode([root / clip.clip_id for clip in clips], pcm)
     notes: Counter[str] = Counter()
     kept: list[Clip] = []
     bad: list[BadClip] = []
-    for clip in clips:
-        try:
-            decoded = decode(root / clip.clip_id)
-        except BadAudio as error:
-            bad.append(BadClip(clip.clip_id, str(error)))
+    for row, (clip, result) in enumerate(zip(clips, results, strict=True)):
+        if isinstance(result, BadAudio):
+            bad.append(BadClip(clip.clip_id, str(result)))
             continue
-        pcm[len(kept)] = decoded.pcm
-        notes.update(decoded.notes)
+        pcm[len(kept)] = pcm[row]
+        notes.update(result)
         kept.append(clip)
     pcm = pcm[: len(kept)]
 
@@ -127,7 +68,8 @@ def write_shard(
         )
 
     locations = [clip.location for clip in kept]
-    energy = [np.square(row / 32768).sum() for row in pcm]
+    # Sums of squared integers: exact in float64, so no order of summation shows in the result.
+    energy = [float(np.dot(wave, wave)) / 32768**2 for wave in (row.astype(np.float64) for row in pcm)]
     batch = pa.RecordBatch.from_pydict(
         {
             "clip_id": pa.array([clip.clip_id for clip in kept], pa.string()),

@@ -13,7 +13,7 @@ from asc_ray.artifacts import Artifact
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.fusion import Fusion
 from asc_ray.report.page import ComplexityRow, CorpusSummary, ReportData, SystemResult, render
-from asc_ray.training.dataset import Dataset, PartitionConfig
+from asc_ray.training.dataset import PartitionConfig, Source
 from asc_ray.training.ensemble import FUSION, read_evaluation
 from asc_ray.training.search import TrialResult
 from asc_ray.training.systems import StudentConfig
@@ -37,7 +37,7 @@ def write_report(
     evaluation: Artifact,
 ) -> None:
     """Gather everything and write the page to `out`."""
-    data = Dataset.open(clips.path, parts)
+    data = Source(clips.path, parts).open()
     store, facts = data.store, clips.facts()
     trained, cost = student.facts(), int8.facts()
     threshold = student_config.augment.dir.threshold

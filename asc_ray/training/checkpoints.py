@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,35 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `epoch` finished epochs; `history` is one flat dict of metrics per epoch."""
+    """State after `epoch` finished epochs and `steps` of the next one.
+
+    `history` is one flat dict of metrics per epoch, `steps` what each step returned.
+    """
 
     epoch: int
+    steps: list[list[float]]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     history: list[dict[str, float]]
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-    """Write `folder/epoch-NNNNN/`; the ones before the last two are removed afterwards."""
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict],
+    steps: Sequence[list[float]] = (),
+) -> None:
+    """Write `folder/epoch-NNNNN/` or `epoch-NNNNN-step-NNNNNN/`; all but the last two are removed afterwards."""
     epoch = len(history)
-    final = folder / f"epoch-{epoch:05d}"
-    temporary = folder / f".epoch-{epoch:05d}.{os.getpid()}.tmp"
+    name = f"epoch-{epoch:05d}" + (f"-step-{len(steps):06d}" if steps else "")
+    final, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     save_file(_plain(model.state_dict()), temporary / "model.safetensors")
     save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
     checksums = {name: file_sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
-    write_atomically(temporary / "meta.json", json.dumps({"epoch": epoch, "history": history, "sha256": checksums}))
+    meta = {"epoch": epoch, "steps": list(steps), "history": history, "sha256": checksums}
+    write_atomically(temporary / "meta.json", json.dumps(meta))
     if final.exists():  # a damaged one that resuming passed over
         shutil.rmtree(final)
     os.rename(temporary, final)
@@ -51,6 +63,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             continue
         return Checkpoint(
             epoch=meta["epoch"],
+            steps=meta["steps"],
             model=load_file(candidate / "model.safetensors"),
             optimizer=load_file(candidate / "optimizer.safetensors"),
             history=meta["history"],

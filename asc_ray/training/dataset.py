@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from asc_ray.artifacts import mirrored
 from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import partition
 from asc_ray.data.logits import join, read_logits
@@ -34,22 +37,43 @@ class PartitionConfig(Section):
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a training's clips are, how they are divided into parts, and how they reach the device."""
+
+    clips: Path
+    parts: PartitionConfig
+    delivery: DataConfig = MAPPED
+    stream: Stream | None = None
+
+    def store(self) -> ClipStore:
+        return ClipStore(self._local())
+
+    def open(self) -> "Dataset":
+        folder = self._local()
+        store = ClipStore(folder)
+        train = np.flatnonzero(store.split == "train")
+        rows = store.clips
+        parts = partition([rows[i] for i in train], self.parts.shares, self.parts.seed)
+        parts = {part: train[indices] for part, indices in parts.items()}
+        parts["test"] = np.flatnonzero(store.split == "test")
+        return Dataset(store, parts, open_bank(folder / IMPULSE_RESPONSES), self.delivery, self.stream)
+
+    def _local(self) -> Path:
+        return mirrored(self.clips, self.delivery.cache) if self.delivery.cache else self.clips
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A clip store with its parts (`train`, `fusion`, `validation`, `test`) as index arrays."""
 
     store: ClipStore
     parts: dict[str, np.ndarray]
     bank: ImpulseBank
+    delivery: DataConfig
+    stream: Stream | None
 
-    @classmethod
-    def open(cls, clips: Path, config: PartitionConfig) -> "Dataset":
-        store = ClipStore(clips)
-        train = np.flatnonzero(store.split == "train")
-        rows = store.clips
-        parts = partition([rows[i] for i in train], config.shares, config.seed)
-        parts = {part: train[indices] for part, indices in parts.items()}
-        parts["test"] = np.flatnonzero(store.split == "test")
-        return cls(store, parts, open_bank(clips / IMPULSE_RESPONSES))
+    def waves(self, rows: np.ndarray, device: torch.device) -> Waves:
+        return Waves(self.store, rows, device, self.delivery, self.stream)
 
     @property
     def mean_energy(self) -> float:

@@ -12,7 +12,7 @@ from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import join, read_logits, write_logits
 from asc_ray.fusion import Fusion, FusionConfig, fit
-from asc_ray.training.dataset import Dataset, PartitionConfig
+from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Evaluation, device_groups, evaluate
 from asc_ray.training.loop import predict, training_device
 from asc_ray.training.systems import StudentConfig, load_int8, load_model
@@ -26,16 +26,14 @@ def read_systems(logits: Mapping[str, Path], ids: np.ndarray) -> np.ndarray:
     return join([read_logits(folder) for folder in logits.values()], ids)
 
 
-def fuse_systems(
-    artifact: Artifact, clips: Path, logits: Mapping[str, Path], config: FusionConfig, parts: PartitionConfig
-) -> None:
+def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig) -> None:
     """Learn eq. 4 on the part `fusion`, which trained no teacher, and write soft targets of the training split.
 
     `targets/fused` and `targets/average` hold logits free of temperature. The figures beside them are for the part
     `validation`, which neither the teachers nor the fusion have seen. The test split is not read.
     """
     folder = artifact.open_partial()
-    data = Dataset.open(clips, parts)
+    data = source.open()
     store, systems = data.store, tuple(logits)
     learn, held_out = data.parts["fusion"], data.parts["validation"]
     fusion = fit(
@@ -94,17 +92,16 @@ def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
 
 def evaluate_systems(
     artifact: Artifact,
-    clips: Path,
+    source: Source,
     logits: Mapping[str, Path],
     fusion: Path,
     student: Path,
     student_config: StudentConfig,
     int8: Path,
-    parts: PartitionConfig,
 ) -> None:
     """Score teachers, average, fusion and both students on the test split; the only stage that looks at it."""
     folder = artifact.open_partial()
-    data = Dataset.open(clips, parts)
+    data = source.open()
     store, test = data.store, data.parts["test"]
     scores = score_ensemble(
         store, test, read_systems(logits, store.ids[test]), tuple(logits), Fusion.load(fusion / FUSION)

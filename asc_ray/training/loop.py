@@ -1,6 +1,8 @@
 """The one training loop: teachers, students, search trials and quantization-aware training run through it."""
 
+import copy
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from asc_ray.audio.augment import Augment, AugmentConfig, check_masks
 from asc_ray.audio.frontend import FrontendConfig, LogMel
-from asc_ray.data.batches import epoch_batches, eval_batches, step_generator, waves
+from asc_ray.data.batches import Waves, epoch_batches, eval_batches, moved, step_generator
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.registry import ModelConfig
@@ -22,6 +26,9 @@ from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, sav
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.distillation import DistillationConfig, objective
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
+
+# Within an epoch too, for on a large corpus it can last an hour.
+CHECKPOINT_SECONDS = 300.0
 
 Metrics = dict[str, float]
 OnEpoch = Callable[[Metrics], None]
@@ -56,6 +63,7 @@ class Recipe(Section):
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    compile: bool = Field(False, description="torch.compile the network; where that fails, it trains without")
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -95,51 +103,71 @@ def fit(
     set_training: Callable[[nn.Module, bool], object] = nn.Module.train,
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
     mixed_precision: bool = True,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> list[Metrics]:
     """Train `model` in place on the store's clips `train`; returns the metrics of every epoch.
 
-    `folder` takes a checkpoint an epoch; training goes on from the newest intact one, and ends with the weights that
-    an uninterrupted run has. `on_epoch` hears of restored epochs too, so a listener needs no memory of its own.
-    `soft_logits` (clips of the store, K) are the teachers' logits, needed where `distillation` is given.
-    `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
+    `folder` takes a checkpoint an epoch, and within an epoch one every `checkpoint_seconds`; training goes on from the
+    newest intact one, and ends with the weights that an uninterrupted run has. `on_epoch` hears of restored epochs too,
+    so a listener needs no memory of its own. `soft_logits` (clips of the store, K) are the teachers' logits, needed
+    where `distillation` is given. `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
 
     Raises Diverged with epoch, step and clip ids when the loss is not finite.
     """
     device = training_device()
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    front_end = LogMel(recipe.frontend).to(device)
-    augment = Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy)
-    soft = None if soft_logits is None else torch.from_numpy(soft_logits)
     settings = recipe.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
     history: list[Metrics] = []
+    steps: list[list[float]] = []  # what the steps of a half-done epoch returned
     if checkpoint := load_checkpoint(folder):
         model.load_state_dict(checkpoint.model)
         restore_optimizer(optimizer, checkpoint.optimizer)
+        steps = checkpoint.steps
         for metrics in checkpoint.history:
             history.append(metrics)
             on_epoch(metrics)
+    set_training(model, True)
+    front_end = LogMel(recipe.frontend).to(device)
+    trainer = _Trainer(
+        model=model,
+        optimizer=optimizer,
+        front_end=front_end,
+        augment=Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy),
+        store=data.store,
+        soft=None if soft_logits is None else torch.from_numpy(soft_logits),
+        distillation=distillation,
+        clip_norm=settings.clip_norm,
+        autocast=mixed_precision and device.type == "cuda",
+    )
+    if recipe.compile and len(history) < settings.epochs:
+        trainer.compile(settings.batch_size)
+    waves = data.waves(train, device)
 
     for epoch in range(len(history), settings.epochs):
-        start = time.perf_counter()
+        start = saved = time.perf_counter()
         factor = learning_rate_factor(epoch, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         set_training(model, True)
         before_epoch(model, epoch)
         batches = epoch_batches(len(train), settings.batch_size, seed=recipe.seed, epoch=epoch)
-        losses = []
-        for step, batch in enumerate(batches):
-            losses.append(
-                _step(
-                    model, optimizer, front_end, augment, data.store, train[batch], soft, distillation,
-                    step_generator(recipe.seed, epoch, step, 0), settings.clip_norm,
-                    mixed_precision and device.type == "cuda",
-                )
-            )  # fmt: skip
-        sums = torch.stack(losses).cpu()  # the one synchronization of the epoch
+        first = len(steps)
+        results = [torch.tensor(values, device=device) for values in steps]
+        steps = []
+        delivered = waves.batches(batches[first:])
+        for step in range(first, len(batches)):
+            with record_function("data"):
+                wave = next(delivered)
+            results.append(trainer.step(wave, train[batches[step]], step_generator(recipe.seed, epoch, step, 0)))
+            if time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
+                sums = torch.stack(results).cpu()
+                _check_finite(sums[:, 0], epoch, [data.store.ids[train[batch]] for batch in batches])
+                save_checkpoint(folder, model, optimizer, history, sums.tolist())
+                saved = time.perf_counter()
+        sums = torch.stack(results).cpu()  # the one synchronization of the epoch
         _check_finite(sums[:, 0], epoch, [data.store.ids[train[batch]] for batch in batches])
         seconds = time.perf_counter() - start
         set_training(model, False)
@@ -149,8 +177,10 @@ def fit(
             "loss": float(sums[:, 0].sum() / sums[:, 1].sum()),
             "train_accuracy": float(sums[:, 2].sum() / sums[:, 1].sum()),
             **validate(model, front_end, data, device),
-            "clips_per_second": len(train) / seconds,
+            "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
+        if recipe.compile:
+            metrics["compiled"] = float(trainer.compiled)
         history.append(metrics)
         save_checkpoint(folder, model, optimizer, history)
         on_epoch(metrics)
@@ -158,41 +188,80 @@ def fit(
     return history
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    front_end: LogMel,
-    augment: Augment,
-    store: ClipStore,
-    clips: np.ndarray,
-    soft: Tensor | None,
-    distillation: DistillationConfig | None,
-    generator: torch.Generator,
-    clip_norm: float,
-    autocast: bool,
-) -> Tensor:
-    """One update on the store's `clips`; returns (summed loss, clips, right answers) without waiting for the device."""
-    device = next(model.parameters()).device
-    draw = augment.draw(torch.from_numpy(store.energy[clips]), store.device[clips].tolist(), generator).to(device)
-    wave = augment.wave(waves(store, clips, device), draw)
-    mel = augment.mel(front_end(wave, draw.fmax_shift), draw)
-    scene = torch.from_numpy(store.scene[clips]).to(device, non_blocking=True)
-    target = F.one_hot(scene, len(store.labels)).float()
-    teacher = None if soft is None else soft[torch.from_numpy(clips)].to(device, non_blocking=True)
-    if draw.lam is not None:
-        lam, partner = draw.lam[:, None], draw.partner
-        target = lam * target + (1 - lam) * target[partner]
-        teacher = None if teacher is None else lam * teacher + (1 - lam) * teacher[partner]
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-        mel = mel.contiguous(memory_format=torch.channels_last)
-        logits = model(mel, generator) if getattr(model, "stochastic", False) else model(mel)
-    losses = objective(logits.float(), target, teacher, distillation)
-    optimizer.zero_grad(set_to_none=True)
-    losses["total"].mean().backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    right = (logits.detach().argmax(1) == scene).sum()
-    return torch.stack([losses["total"].detach().sum(), right.new_tensor(len(clips)).float(), right.float()])
+class _Trainer:
+    """The update of one step. Its parts carry the names that bench/train.py reports."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        front_end: LogMel,
+        augment: Augment,
+        store: ClipStore,
+        soft: Tensor | None,
+        distillation: DistillationConfig | None,
+        clip_norm: float,
+        autocast: bool,
+    ) -> None:
+        self.model, self.optimizer, self.front_end, self.augment = model, optimizer, front_end, augment
+        self.store, self.soft, self.distillation = store, soft, distillation
+        self.clip_norm, self.autocast = clip_norm, autocast
+        self.compiled = False
+        self._forward: Callable[..., Tensor] = model
+        self._one_hot = torch.eye(len(store.labels))
+
+    def compile(self, batch_size: int) -> None:
+        """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
+        state = copy.deepcopy(self.model.state_dict())
+        device = next(self.model.parameters()).device
+        forward = torch.compile(self.model, dynamic=False)  # dynamic shapes would depend on which batch came first
+        mel = self.front_end(torch.zeros(batch_size, CLIP_SAMPLES, device=device))
+        try:
+            self._logits(forward, mel, torch.Generator()).sum().backward()
+        except Exception as error:  # compilers fail in their own ways, for lack of a C++ compiler to begin with
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"torch.compile failed, training goes on without it: {reason}", stacklevel=2)
+        else:
+            self._forward, self.compiled = forward, True
+        self.model.load_state_dict(state)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, wave: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
+        """One update on the store's `clips`; (summed loss, clips, right answers), without waiting for the device."""
+        store, device = self.store, wave.device
+        with record_function("augmentation"):
+            energies, devices = torch.from_numpy(store.energy[clips]), store.device[clips].tolist()
+            draw = self.augment.draw(energies, devices, generator).to(device)
+            wave = self.augment.wave(wave, draw)
+        with record_function("front end"):
+            mel = self.front_end(wave, draw.fmax_shift)
+        with record_function("augmentation"):
+            mel = self.augment.mel(mel, draw)
+        with record_function("forward"):
+            scene = torch.from_numpy(store.scene[clips])
+            target = label = moved(self._one_hot[scene], device)
+            teacher = None if self.soft is None else moved(self.soft[torch.from_numpy(clips)], device)
+            if draw.lam is not None:
+                lam, partner = draw.lam[:, None], draw.partner
+                target = lam * target + (1 - lam) * target[partner]
+                teacher = None if teacher is None else lam * teacher + (1 - lam) * teacher[partner]
+            logits = self._logits(self._forward, mel, generator)
+            losses = objective(logits, target, teacher, self.distillation)
+        with record_function("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            losses["total"].mean().backward()
+        with record_function("optimizer"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            self.optimizer.step()
+        right = (logits.detach().argmax(1) == label.argmax(1)).sum()
+        return torch.stack([losses["total"].detach().sum(), right.new_tensor(len(clips)).float(), right.float()])
+
+    def _logits(self, forward: Callable[..., Tensor], mel: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.autocast(mel.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            mel = mel.contiguous(memory_format=torch.channels_last)
+            logits = forward(mel, generator) if getattr(self.model, "stochastic", False) else forward(mel)
+        return logits.float()
 
 
 def _check_finite(losses: Tensor, epoch: int, clip_ids: Sequence[np.ndarray]) -> None:
@@ -227,7 +296,7 @@ def predict(
 ) -> Tensor:
     """Logits (N, K) float32 on the host of the store's `clips`, not augmented; `model` is in evaluation form."""
     outputs = []
-    for batch in eval_batches(len(clips), batch_size):
-        mel = front_end(waves(store, clips[batch], device)).contiguous(memory_format=torch.channels_last)
-        outputs.append(model(mel).float().cpu())
-    return torch.cat(outputs)
+    for wave in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
+        mel = front_end(wave).contiguous(memory_format=torch.channels_last)
+        outputs.append(model(mel).float())
+    return torch.cat(outputs).cpu()

@@ -17,13 +17,13 @@ from torch import nn
 
 from asc_ray.artifacts import Artifact, file_sha256, write_atomically
 from asc_ray.audio.frontend import LogMel
-from asc_ray.data.clips import ClipStore
+from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
 from asc_ray.section import Section
-from asc_ray.training.dataset import Dataset, PartitionConfig
+from asc_ray.training.dataset import Dataset, Source
 from asc_ray.training.distillation import DistillationConfig
 from asc_ray.training.loop import Metrics, OnEpoch, Recipe, fit, predict, training_device
 
@@ -48,19 +48,15 @@ class QATConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0, le=1.0)
 
 
-def input_shape(recipe: Recipe, samples: int, batch: int = 1) -> tuple[int, int, int, int]:
-    """Shape (batch, 1, mels, frames) of what the recipe's model sees of clips of `samples` samples."""
-    with torch.no_grad():
-        mel = LogMel(recipe.frontend)(torch.zeros(1, samples))
-    return (batch, *mel.shape[1:])
+def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
+    """Shape (batch, 1, mels, frames) of what the recipe's model sees."""
+    return (batch, 1, recipe.frontend.mels, recipe.frontend.frames(CLIP_SAMPLES))
 
 
-def train_teacher(
-    artifact: Artifact, clips: Path, recipe: Recipe, parts: PartitionConfig, on_epoch: OnEpoch = lambda metrics: None
-) -> None:
+def train_teacher(artifact: Artifact, source: Source, recipe: Recipe, on_epoch: OnEpoch = lambda metrics: None) -> None:
     """Train one system of the ensemble on the part `train`; its last weights are the result."""
     folder = artifact.open_partial()
-    data = Dataset.open(clips, parts)
+    data = source.open()
     model = build(recipe.model, len(data.store.labels), recipe.seed)
     history = fit(
         model, recipe, data, data.parts["train"], folder / "checkpoints", on_epoch=_noted(folder, recipe, on_epoch)
@@ -71,19 +67,18 @@ def train_teacher(
 
 def train_student(
     artifact: Artifact,
-    clips: Path,
+    source: Source,
     targets: Path | None,
     config: StudentConfig,
-    parts: PartitionConfig,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
     """Train a student on all clips but the validation part, from the soft targets in the folder `targets`."""
     folder = artifact.open_partial()
-    data = Dataset.open(clips, parts)
+    data = source.open()
     model = build(config.model, len(data.store.labels), config.seed)
     history = fit_student(model, config, data, targets, folder / "checkpoints", _noted(folder, config, on_epoch))
     _save_weights(model, folder)
-    shape = input_shape(config, data.store.pcm(np.arange(1)).shape[1])
+    shape = input_shape(config)
     cost = complexity(model.cpu(), shape)
     artifact.finish(
         {"history": history, "parameters": cost.parameters, "macs": cost.macs, "bytes": cost.bytes, "input": shape},
@@ -110,21 +105,20 @@ def fit_student(
 
 def train_int8(
     artifact: Artifact,
-    clips: Path,
+    source: Source,
     targets: Path | None,
     student: Path,
     config: StudentConfig,
     qat: QATConfig,
-    parts: PartitionConfig,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
     """Quantization-aware training of the finished `student`, then the int8 model, saved and read back."""
     from asc_ray.training import quantization  # torchao takes seconds to import, and only this needs it
 
     folder = artifact.open_partial()
-    data = Dataset.open(clips, parts)
+    data = source.open()
     model = load_model(student, config, len(data.store.labels))
-    example = torch.zeros(input_shape(config, data.store.pcm(np.arange(1)).shape[1], batch=2))
+    example = torch.zeros(input_shape(config, batch=2))
     prepared = quantization.prepare(model, example)
     settings = config.optimizer.scaled_to(qat.epochs).model_copy(
         update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay}
@@ -170,10 +164,10 @@ def train_int8(
 
 
 def infer(
-    teacher: Path, recipe: Recipe, clips: Path, rows: np.ndarray, file: Path, metadata: Mapping[str, str], batch: int
+    teacher: Path, recipe: Recipe, source: Source, rows: np.ndarray, file: Path, metadata: Mapping[str, str], batch: int
 ) -> None:
     """Write the logits of one finished teacher for the store's clips `rows`, all splits alike, to an Arrow `file`."""
-    store = ClipStore(clips)
+    store = source.store()
     device = training_device()
     model = load_model(teacher, recipe, len(store.labels)).to(device)
     logits = predict(model, LogMel(recipe.frontend).to(device), store, rows, device, batch)
