@@ -80,15 +80,21 @@ class Artifact:
         self.partial.mkdir(parents=True, exist_ok=True)
         return self.partial
 
-    def finish(self, facts: Mapping[str, Any], scratch: tuple[str, ...] = ()) -> None:
-        """Drop what only the building needed (`scratch`: glob patterns), write the manifest, rename into place."""
+    def finish(
+        self, facts: Mapping[str, Any], scratch: tuple[str, ...] = (), checksums: Mapping[str, str] | None = None
+    ) -> None:
+        """Drop what only the building needed (`scratch`: glob patterns), write the manifest, rename into place.
+
+        `checksums`: SHA-256 of files whose writers have it; the others are read for theirs.
+        """
+        known = checksums or {}
         for pattern in (*scratch, ".*.tmp"):
             for path in self.partial.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         files = {
-            str(path.relative_to(self.partial)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            name: {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
             for path in sorted(self.partial.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
+            if path.is_file() and (name := str(path.relative_to(self.partial))) != MANIFEST
         }
         manifest = {
             "stage": self.stage,

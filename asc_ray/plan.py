@@ -48,10 +48,12 @@ class Plan:
                 f"corpus.impulse_responses: {responses} is no folder; name a folder of *.wav files, or null"
             )
         if corpus.path is None:
+            if corpus.train_split:
+                raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
             inputs = {"corpus": self.demo.key}
         else:
-            self.source = read_corpus(corpus.path, corpus.on_bad_clip)
+            self.source = read_corpus(corpus.path, corpus.on_bad_clip, corpus.train_split)
             self._check_corpus(self.source)
             inputs = {"corpus": self.source.fingerprint}
         ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}

@@ -269,25 +269,61 @@ def test_shares_that_are_no_shares(shares):
         partition(clips_of({"park": [5] * 6}), shares, seed=0)
 
 
-@pytest.mark.skipif(not TAU22.is_dir(), reason="the official TAU22 lists are not here")
-def test_the_official_lists():
-    def rows(name):
-        with lzma.open(TAU22 / name, "rt") as file:
-            return [line.rstrip("\n").split("\t") for line in file][1:]
+@pytest.fixture(scope="module")
+def tau22(tmp_path_factory) -> Path:
+    """TAU22 by name: the official 50 % training subset and test split, each clip a file of one byte."""
+    if not TAU22.is_dir():
+        pytest.skip("no TAU22 lists here")
+    root = tmp_path_factory.mktemp("tau22")
+    (root / "audio").mkdir()
+    (root / "evaluation_setup").mkdir()
+    meta = []
+    for source, target in {"split50": "fold1_train", "split5": "split5", "test": "fold1_evaluate"}.items():
+        text = lzma.decompress((TAU22 / f"{source}.csv.xz").read_bytes()).decode()
+        (root / "evaluation_setup" / f"{target}.csv").write_text(text)
+        if source == "split5":
+            continue
+        for line in text.splitlines()[1:]:
+            name, scene = line.split("\t")
+            _, city, place, *_, device = name.removesuffix(".wav").split("-")
+            meta.append((name, scene, f"{city}-{place}", device))
+            (root / name).write_bytes(b".")
+    write_meta(root, meta)
+    return root
 
-    def clip(name, scene, split):
-        _, city, location, *_, device = Path(name).stem.split("-")
-        return Clip(name, scene, device, f"{city}-{location}", split)
 
-    train = [clip(name, scene, "train") for name, scene in rows("split5.csv.xz")]
-    test = [clip(name, scene, "test") for name, scene in rows("test.csv.xz")]
-    assert (len(train), len(test)) == (6980, 29680)
-    assert unseen_devices([*train, *test]) == ("s4", "s5", "s6")
-    parts = partition(train, {"fusion": 0.1, "validation": 0.1}, seed=0)
-    places = {name: {train[i].location for i in part} for name, part in parts.items()}
+def test_the_real_names_of_tau22(tau22):
+    corpus = read_corpus(tau22)
+    counts = Counter(clip.split for clip in corpus.clips)
+    assert counts == {"train": 69_800, "test": 29_680}
+    assert len(corpus.labels) == 10
+    assert corpus.devices == ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
+    assert unseen_devices(corpus.clips) == ("s4", "s5", "s6")
+    train = [clip for clip in corpus.clips if clip.split == "train"]
+    parts = partition(train, {"fusion": 0.12, "validation": 0.12}, seed=0)
+    places = {part: {train[i].location for i in rows} for part, rows in parts.items()}
     assert not places["train"] & places["fusion"]
     assert not places["train"] & places["validation"]
     assert not places["fusion"] & places["validation"]
-    for name in ("fusion", "validation"):
-        assert len({train[i].scene for i in parts[name]}) == 10
-        assert len(parts[name]) == pytest.approx(698, rel=0.15)
+    for part in ("fusion", "validation"):
+        assert len({train[i].scene for i in parts[part]}) == 10
+        assert len(parts[part]) / len(train) == pytest.approx(0.12, abs=0.02)
+
+
+@pytest.mark.parametrize("given", ["split5.csv", "evaluation_setup/split5.csv"])
+def test_a_training_subset_by_name(tau22, given, monkeypatch):
+    monkeypatch.chdir(tau22)
+    whole, subset = read_corpus(tau22), read_corpus(tau22, train_split=Path(given))
+    names = {clip.clip_id for clip in subset.clips if clip.split == "train"}
+    assert len(names) == 6_980
+    assert names < {clip.clip_id for clip in whole.clips if clip.split == "train"}
+    assert [clip for clip in subset.clips if clip.split == "test"] == [c for c in whole.clips if c.split == "test"]
+    assert subset.fingerprint != whole.fingerprint
+
+
+def test_a_training_subset_must_exist_and_hold_no_test_clip(root):
+    with pytest.raises(ConfigError, match=r"corpus.train_split: none\.csv: no such file, nor in .*evaluation_setup"):
+        read_corpus(root, train_split=Path("none.csv"))
+    table(root / "evaluation_setup" / "mine.csv", "filename scene_label", [row[:2] for row in (*TRAIN, TEST[0])])
+    with pytest.raises(CorpusError, match=r"audio/p3.wav is in the train split too"):
+        read_corpus(root, train_split=Path("mine.csv"))

@@ -4,13 +4,13 @@ soxr resamples one clip at a time. A clip of a second is short enough to be tran
 cut or extended to the new rate and transformed back, which takes half the time (bench/ingest.py).
 """
 
-from functools import lru_cache
 from math import ceil, gcd
 
 import numpy as np
 import soxr
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Zeros behind the wave, in seconds: what rings out of one end has died away before it wraps round to the other.
 _GUARD = 1 / 64
@@ -18,26 +18,32 @@ _GUARD = 1 / 64
 
 def resample(waves: Tensor, rate: int, target: int) -> Tensor:
     """(B, T) float32 at `rate` Hz -> (B, round(T * target / rate)) at `target` Hz; around the waves is silence."""
-    samples = waves.shape[1]
-    size, new_size, gain = _filter(samples, rate, target)
-    spectrum = torch.fft.rfft(waves, n=size)[:, : len(gain)].mul_(gain)
-    return torch.fft.irfft(spectrum, n=new_size)[:, : round(samples * target / rate)]
+    resampler = Resampler(waves.shape[1], rate, target)
+    return resampler(functional.pad(waves, (0, resampler.size - waves.shape[1])))
 
 
-@lru_cache(maxsize=32)
-def _filter(samples: int, rate: int, target: int) -> tuple[int, int, Tensor]:
-    """FFT sizes before and after, in the ratio of the rates, and the gain of every bin that both have.
+class Resampler:
+    """From `rate` to `target` Hz, for waves of `samples` samples in a buffer of `size` samples, zeros behind them.
 
-    The gain is that of soxr HQ: the spectrum of what it makes of an impulse, put where both grids have a sample.
+    The gain of each bin is that of soxr HQ: the spectrum of what it makes of an impulse, put where both rates have a
+    sample.
     """
-    step, new_step = rate // gcd(rate, target), target // gcd(rate, target)
-    multiple = fft_size(ceil((samples + rate * _GUARD) / step))
-    size, new_size = multiple * step, multiple * new_step
-    impulse = np.zeros(size)
-    impulse[multiple // 2 * step] = 1.0
-    response = np.roll(soxr.resample(impulse, rate, target, quality="HQ"), -(multiple // 2 * new_step))
-    gain = np.fft.rfft(response).real[: min(size, new_size) // 2 + 1]
-    return size, new_size, torch.from_numpy(gain).float()
+
+    def __init__(self, samples: int, rate: int, target: int) -> None:
+        step, new_step = rate // gcd(rate, target), target // gcd(rate, target)
+        multiple = fft_size(ceil((samples + rate * _GUARD) / step))  # the sizes have the ratio of the rates
+        self.size, self._new_size = multiple * step, multiple * new_step
+        self._new_samples = round(samples * target / rate)
+        impulse = np.zeros(self.size)
+        impulse[multiple // 2 * step] = 1.0
+        response = np.roll(soxr.resample(impulse, rate, target, quality="HQ"), -(multiple // 2 * new_step))
+        gain = np.fft.rfft(response).real[: min(self.size, self._new_size) // 2 + 1]
+        self._gain = torch.from_numpy(gain).float()
+
+    def __call__(self, padded: Tensor) -> Tensor:
+        """(B, size) float32 -> (B, round(samples * target / rate))."""
+        spectrum = torch.fft.rfft(padded)[:, : len(self._gain)].mul_(self._gain)
+        return torch.fft.irfft(spectrum, n=self._new_size)[:, : self._new_samples]
 
 
 def fft_size(least: int) -> int:

@@ -67,6 +67,7 @@ def ingest(
             "skipped": [asdict(clip) for clip in (*corpus.bad, *bad)],
         },
         scratch=("shard-*.json",),
+        checksums={report["file"]: report["sha256"] for report in reports.values()},
     )
 
 

@@ -1,6 +1,5 @@
 """The clip store: one-second clips as int16 PCM at 32 kHz in memory-mapped Arrow files."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from asc_ray.artifacts import file_sha256
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.corpus import BadClip, Clip, Corpus
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
@@ -88,9 +88,7 @@ def write_shard(
         },
     )
     write_batch(batch, file)
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return ShardReport(file.name, len(kept), sha256, dict(sorted(notes.items())), bad)
+    return ShardReport(file.name, len(kept), file_sha256(file), dict(sorted(notes.items())), bad)
 
 
 class ClipStore:

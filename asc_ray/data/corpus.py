@@ -34,6 +34,9 @@ class CorpusConfig(Section):
     """`path` None stands for the synthetic demo corpus that `demo` describes."""
 
     path: Path | None = None
+    train_split: Path | None = Field(
+        None, description="a list of training clips instead of fold1_train.csv, as DCASE24's split5.csv"
+    )
     on_bad_clip: Literal["refuse", "skip"] = "refuse"
     shard_clips: int = Field(4096, ge=1, le=4096, description="clips of one Arrow file")
     impulse_responses: Path | None = None  # folder of wavs for DIR
@@ -76,19 +79,26 @@ def unseen_devices(clips: Iterable[Clip]) -> tuple[str, ...]:
     return tuple(sorted(devices["test"] - devices["train"]))
 
 
-def read_corpus(root: Path, on_bad_clip: Literal["refuse", "skip"] = "refuse") -> Corpus:
+def read_corpus(
+    root: Path, on_bad_clip: Literal["refuse", "skip"] = "refuse", train_split: Path | None = None
+) -> Corpus:
     """Read and check the metadata of the corpus in `root`; no audio is decoded.
+
+    `train_split` lists the training clips, by file name and scene, instead of fold1_train.csv; a relative path counts
+    from the working directory or, where it leads nowhere, from the corpus' evaluation_setup.
 
     Raises CorpusError with every offending row and file. Absent and empty audio files are bad clips: refused, or left
     out and recorded in `Corpus.bad`. Everything else wrong with the corpus is refused in either case.
     """
     meta_file = root / "meta.csv"
-    split_files: dict[Split, Path] = {
-        "train": root / "evaluation_setup" / "fold1_train.csv",
-        "test": root / "evaluation_setup" / "fold1_evaluate.csv",
-    }
+    setup = root / "evaluation_setup"
+    split_files: dict[Split, Path] = {"train": setup / "fold1_train.csv", "test": setup / "fold1_evaluate.csv"}
+    if train_split is not None:
+        split_files["train"] = train_split if train_split.is_file() else setup / train_split
+        if not split_files["train"].is_file():
+            raise ConfigError(f"corpus.train_split: {train_split}: no such file, nor in {setup}")
     if not split_files["test"].is_file():
-        split_files["test"] = root / "evaluation_setup" / "fold1_test.csv"
+        split_files["test"] = setup / "fold1_test.csv"
     digest = hashlib.sha256()
     problems: list[str] = []
 

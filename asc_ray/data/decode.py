@@ -10,7 +10,7 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from asc_ray.audio.resample import resample
+from asc_ray.audio.resample import Resampler
 
 SAMPLE_RATE = 32_000
 CLIP_SAMPLES = 32_000
@@ -120,7 +120,10 @@ class _Batch:
     def __init__(self, rate: int) -> None:
         self.rate = rate
         width = int(rate * _READ)
-        self._waves = np.zeros((max(1, _BATCH_SAMPLES // width), width), dtype=np.float32)
+        self._resampler = Resampler(width, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else None
+        size = self._resampler.size if self._resampler else width
+        self._buffer = np.zeros((max(1, _BATCH_SAMPLES // width), size), dtype=np.float32)
+        self._waves = self._buffer[:, :width]
         self._clips: list[tuple[int, int, Notes]] = []  # row of the result, samples of it that are the clip's, notes
 
     @property
@@ -157,9 +160,9 @@ class _Batch:
         """Resample and round to 16 bits into the rows of `out`; the batch is empty afterwards."""
         if not self._clips:
             return
-        waves = torch.from_numpy(self._waves[: len(self._clips)])
-        if self.rate != SAMPLE_RATE:
-            waves = resample(waves, self.rate, SAMPLE_RATE)
+        waves = torch.from_numpy(self._buffer[: len(self._clips)])
+        if self._resampler:
+            waves = self._resampler(waves)
         scaled = waves[:, :CLIP_SAMPLES].mul_(32768).round_()  # both in place: neither is used again
         low, high = scaled.amin(dim=1).tolist(), scaled.amax(dim=1).tolist()
         for index, (row, samples, notes) in enumerate(self._clips):

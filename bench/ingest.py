@@ -1,0 +1,95 @@
+"""Ingest beside librosa's, per core: recordings decoded and resampled per second, and a worker's memory.
+
+    pip install '.[bench]'; python bench/ingest.py AUDIO [--clips 600] [--runs 9]
+
+AUDIO is a folder of one-second recordings. Both read the same files, taking turns, in one process with one thread; the
+figure is the ratio of each turn's times. Then one whole shard of 4,096 clips is written and the process' peak memory
+is printed: shards are a worker's unit of work, so it does not grow with the corpus.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from asc_ray.data.clips import SHARD_CLIPS, write_shard
+from asc_ray.data.corpus import Clip
+from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
+
+
+def recordings(folder: Path, count: int) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg"))
+    if not files:
+        sys.exit(f"{folder}: no *.wav, *.flac or *.ogg in it")
+    return [files[i % len(files)] for i in range(count)]
+
+
+def compare(files: list[Path], runs: int) -> None:
+    import librosa
+
+    out = np.empty((len(files), CLIP_SAMPLES), dtype=np.int16)
+
+    def ours() -> None:
+        bad = [result for result in decode(files, out) if isinstance(result, BadAudio)]
+        assert not bad, bad[0]
+
+    def theirs() -> None:
+        for file in files:
+            librosa.load(file, sr=SAMPLE_RATE, mono=True)
+
+    def seconds(function) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    seconds(ours), seconds(theirs)  # page cache, filters
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
+    ratios = sorted(b / a for a, b in pairs)
+    for name, times in zip(("asc-ray", "librosa"), zip(*pairs, strict=True), strict=True):
+        rates = sorted(len(files) / t for t in times)
+        print(f"{name:8} {statistics.median(rates):7.0f} clips/s, from {rates[0]:.0f} to {rates[-1]:.0f}")
+    print(f"ratio    {statistics.median(ratios):7.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
+
+
+def shard(folder: Path) -> None:
+    files = recordings(folder, SHARD_CLIPS)
+    clips = [Clip(str(file.relative_to(folder)), "scene", "a", "place", "train") for file in files]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        report = write_shard(folder, clips, ["scene"], ["a"], Path(out) / "shard-00000.arrow", fingerprint="")
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"shard    {report.rows / seconds:7.0f} clips/s into Arrow with its checksum; "
+        f"peak memory {peak / 1e6:.2f} GB, of which {before / 1e6:.2f} before"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("audio", type=Path)
+    parser.add_argument("--clips", type=int, default=600)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--shard", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.shard:
+        shard(options.audio)
+        return
+    print(f"{options.clips} recordings, {options.runs} runs each, one thread of {os.cpu_count()} cores")
+    compare(recordings(options.audio, options.clips), options.runs)
+    # A process of its own: the memory of librosa is not the worker's.
+    subprocess.run([sys.executable, __file__, str(options.audio), "--shard"], check=True)
+
+
+if __name__ == "__main__":
+    main()
