@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -52,6 +53,44 @@ def test_every_stage_ends_as_a_sound_artifact_with_its_lineage(plan):
         assert set(inputs.values()) <= keys
     assert not list(plan.config.storage.rglob("*.partial"))
     assert not list(plan.config.storage.rglob("*.tmp"))
+
+
+def test_verify_reads_every_file_again(plan, tmp_path):
+    folders = [artifact.path for artifact in artifacts(plan)]
+    sound = subprocess.run(command("verify", *folders), capture_output=True, text=True, check=False)
+    assert sound.returncode == 0, sound.stderr
+    assert f"{plan.clips.path}: 4 of 4 files as written" in sound.stdout
+    copy = tmp_path / "clips"
+    shutil.copytree(plan.clips.path, copy)
+    shard = copy / "shard-00001.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (copy / "impulse_responses.safetensors").unlink()
+    rotten = subprocess.run(command("verify", copy), capture_output=True, text=True, check=False)
+    assert rotten.returncode == 1
+    assert f"{shard}: checksum differs" in rotten.stderr
+    assert f"{copy}/impulse_responses.safetensors: missing" in rotten.stderr
+    assert "2 damaged file(s)" in rotten.stderr
+    none = subprocess.run(command("verify", tmp_path), capture_output=True, text=True, check=False)
+    assert none.returncode == 1
+    assert "no manifest.json" in none.stderr
+
+
+def test_a_student_streamed_from_a_node_s_own_copy_is_the_same_student(finished, plan, tmp_path):
+    """How clips are delivered is in no key and changes no bit."""
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    shutil.rmtree(storage / "students")
+    delivery = ("--set", "data.mode=stream", "--set", f"data.cache={tmp_path / 'cache'}")
+    done = subprocess.run(
+        command("student", "--config", TINY, "--set", f"storage={storage}", *delivery),
+        capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    weights = f"students/{plan.student.path.name}/model.safetensors"
+    assert (storage / weights).read_bytes() == (finished.storage / weights).read_bytes()
+    assert (tmp_path / "cache" / plan.clips.path.name / "manifest.json").is_file()
 
 
 def test_the_output_tells_every_stage_and_where_things_are(finished, plan):

@@ -8,12 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from asc_ray.audio.augment import Augment
+from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.batches import DataConfig, step_generator
 from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.models.registry import build
+from asc_ray.training import loop
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
 from asc_ray.training.dataset import IMPULSE_RESPONSES, PartitionConfig, Source, save_bank
 from asc_ray.training.distillation import DistillationConfig, objective
@@ -133,8 +138,116 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(name, data, t
     resumed, resumed_history = train(name, data, tmp_path / "cut")
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
-    timeless = [{k: v for k, v in m.items() if k != "clips_per_second"} for m in history]
-    assert timeless == [{k: v for k, v in m.items() if k != "clips_per_second"} for m in resumed_history]
+    assert timeless(history) == timeless(resumed_history)
+
+
+def timeless(history):
+    return [{key: value for key, value in metrics.items() if key != "clips_per_second"} for metrics in history]
+
+
+@pytest.mark.parametrize("cut", [2, 3, 7])
+def test_a_training_cut_within_an_epoch_resumes_to_the_bit(data, tmp_path, monkeypatch, cut):
+    """Checkpoints after every step; the worker dies after the one with that number."""
+    whole, history = train("cp_resnet", data, tmp_path / "whole")
+    saved = []
+
+    def save(*arguments):
+        save_checkpoint(*arguments)
+        saved.append(sorted(path.name for path in (tmp_path / "cut").glob("epoch-*"))[-1])
+        if len(saved) == cut:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    config = recipe("cp_resnet")
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(config.model, 10, seed=1), config, data, data.parts["train"], tmp_path / "cut", checkpoint_seconds=0)
+    monkeypatch.undo()
+    assert "-step-" in saved[-1] or cut == 3  # of the three steps of an epoch the last ends it
+    resumed, resumed_history = train("cp_resnet", data, tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert timeless(history) == timeless(resumed_history)
+
+
+def test_how_clips_are_delivered_changes_nothing(clips, data, tmp_path):
+    whole, _ = train("cp_resnet", data, tmp_path / "mapped", epochs=1)
+    source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2), DataConfig(mode="resident"))
+    resident, _ = train("cp_resnet", source.open(), tmp_path / "resident", epochs=1)
+    assert all(torch.equal(whole[key], resumed) for key, resumed in resident.items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_trains_as_the_plain_one(data, tmp_path):
+    """One step: Adam's are of equal size however small a gradient is, so rounding differences grow with the steps."""
+    plain, history = train("cp_resnet", data, tmp_path / "plain", epochs=1, batch_size=64)
+    config = recipe("cp_resnet", epochs=1, batch_size=64).model_copy(update={"compile": True})
+    model = build(config.model, 10, seed=1)
+    (metrics,) = fit(model, config, data, data.parts["train"], tmp_path / "compiled")
+    assert metrics["compiled"] == 1
+    assert metrics["loss"] == pytest.approx(history[0]["loss"], rel=1e-5)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=2.1 * config.optimizer.learning_rate)
+
+
+def test_where_compiling_fails_training_says_so_and_goes_on(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no C++ compiler here")
+
+    plain, _ = train("cp_resnet", data, tmp_path / "plain", epochs=1)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    config = recipe("cp_resnet", epochs=1).model_copy(update={"compile": True})
+    model = build(config.model, 10, seed=1)
+    with pytest.warns(UserWarning, match="goes on without it: no C"):
+        (metrics,) = fit(model, config, data, data.parts["train"], tmp_path / "compiled")
+    assert metrics["compiled"] == 0
+    assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Fails at every operation that makes the host wait for the device: it needs a value to go on."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+
+    paused = False
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        indices = arguments[1] if name in ("index", "index_put", "index_put_") else ()
+        masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        assert self.paused or not (masked or name.startswith(self.WAITING)), name
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("model", [{"name": "cp_resnet", "width": 4}, {"name": "ds_flexinet", "size": "sm1"}])
+def test_a_step_never_makes_the_host_wait(model, data):
+    config = Recipe.model_validate({"model": model, "frontend": {"hop": 2000}, "augment": AUGMENT})
+    model = build(config.model, 10, seed=1).train()
+    augment = Augment(config.augment.model_copy(update={"time_mask": 4}), config.frontend, data.bank, 1.0)
+    trainer = loop._Trainer(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),  # AdamW off the GPU counts its steps on the host
+        front_end=LogMel(config.frontend),
+        augment=augment,
+        store=data.store,
+        soft=torch.zeros(len(data.store), 10),
+        distillation=DistillationConfig(),
+        clip_norm=1.0,
+        autocast=False,
+    )
+    rows = data.parts["train"][:16]
+    (wave,) = data.waves(rows, torch.device("cpu")).batches([np.arange(16)])
+    trainer.step(wave, rows, step_generator(0, 0, 0, 0))  # builds the mel bank and the responses' spectra once
+    mode = NoSynchronization()
+    draw = augment.draw
+
+    def drawn_on_the_host(*arguments):
+        mode.paused = True
+        drawn = draw(*arguments)
+        mode.paused = False
+        return drawn
+
+    augment.draw = drawn_on_the_host
+    with mode:
+        trainer.step(wave, rows, step_generator(0, 0, 0, 0))
 
 
 def test_training_learns_and_another_seed_differs(data, tmp_path):

@@ -145,9 +145,9 @@ class Passt(nn.Module):
             offset = int(torch.randint(columns - taken + 1, (), generator=_required(generator)))
         x = x + self.time_new_pos_embed[..., offset : offset + taken] + self.freq_new_pos_embed
         if self.training and config.patchout_time:
-            x = x[..., _kept(taken, config.patchout_time, generator).to(x.device)]
+            x = x[..., _kept(taken, config.patchout_time, generator).to(x.device, non_blocking=True)]
         if self.training and config.patchout_freq:
-            x = x[:, :, _kept(rows, config.patchout_freq, generator).to(x.device)]
+            x = x[:, :, _kept(rows, config.patchout_freq, generator).to(x.device, non_blocking=True)]
         return x.flatten(2).transpose(1, 2)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

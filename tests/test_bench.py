@@ -1,0 +1,49 @@
+"""Short runs of the benchmarks: each measures something and says it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Run
+
+BENCH = ROOT / "bench"
+
+
+def run(name: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, BENCH / f"{name}.py", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clips(finished: Run):
+    return next((finished.storage / "clips").iterdir())
+
+
+def test_front_end():
+    output = run("frontend", "--batch", 4, "--runs", 2)
+    for name in ("student", "CP-ResNet", "PaSST"):
+        ratio, difference = re.search(rf"{name} .* ratio ([\d.]+), .* difference ([\d.e-]+)", output).groups()
+        assert float(ratio) > 0
+        assert float(difference) < 1e-4
+
+
+def test_clip_store(clips):
+    output = run("clips", clips, "--batch", 16, "--runs", 5)
+    assert float(re.search(r"shuffled batch\s+median\s+(\d+) clips/s", output).group(1)) > 0
+
+
+def test_ingest_of_a_shard_takes_less_than_a_gigabyte(finished):
+    output = run("ingest", next((finished.storage / "corpus").iterdir()) / "audio", "--shard")
+    assert 0.2 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0
+
+
+def test_training(clips):
+    output = run("train", clips, "--model", "sm1", "--batch", 16, "--epochs", 1)
+    assert float(re.search(r"whole loop: median ([\d.]+) clips/s", output).group(1)) > 0
+    shares = [float(share) for share in re.findall(r"us a clip\s+([\d.]+) %", output)]
+    assert len(shares) == 6
+    assert sum(shares) == pytest.approx(100, abs=0.5)

@@ -1,0 +1,163 @@
+"""How clips reach the device: mapped, resident and streamed alike, from a store of its own on each node."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import soundfile as sf
+import torch
+
+from asc_ray import artifacts
+from asc_ray.artifacts import Artifact, mirrored
+from asc_ray.data.batches import DataConfig, Waves, delivery, epoch_batches
+from asc_ray.data.clips import ClipStore, shard_file, write_shard
+from asc_ray.data.corpus import Clip
+from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE
+from asc_ray.errors import ConfigError, UserError
+
+CPU = torch.device("cpu")
+CLIPS = 90
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A store of three shards; the first two samples of a clip are its number."""
+    root, folder = tmp_path_factory.mktemp("audio"), tmp_path_factory.mktemp("store")
+    rng = np.random.default_rng(0)
+    clips = []
+    for number in range(CLIPS):
+        pcm = rng.integers(-3000, 3000, CLIP_SAMPLES).astype(np.int16)
+        pcm[:2] = number
+        sf.write(root / f"{number:02d}.wav", pcm, SAMPLE_RATE, subtype="PCM_16")
+        clips.append(Clip(f"{number:02d}.wav", "park", "a", "rome-1", "train"))
+    for index in range(3):
+        write_shard(root, clips[index::3], ["park"], ["a"], shard_file(folder, index), fingerprint="f00d")
+    return folder
+
+
+def batches(epoch: int, rank: int = 0, world: int = 1, clips: int = CLIPS) -> list[np.ndarray]:
+    return epoch_batches(clips, 16, seed=3, epoch=epoch, rank=rank, world=world)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two slots, both taken by trainings: reading ahead must not need one of its own."""
+    ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=1)
+def streamed(folder: Path, rows: np.ndarray, given: list[np.ndarray]) -> list[np.ndarray]:
+    from asc_ray.cluster.stream import stream
+
+    waves = Waves(ClipStore(folder), rows, CPU, DataConfig(mode="stream"), stream)
+    return [wave.numpy() for wave in waves.batches(given)]
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_mapped_resident_and_streamed_batches_are_the_same(folder, cluster, epoch):
+    store, rows = ClipStore(folder), np.arange(5, 80)
+    given = batches(epoch, clips=len(rows))
+    expected = [store.pcm(rows[batch]).astype(np.float32) / 32768 for batch in given]
+    mapped = Waves(store, rows, CPU, DataConfig(mode="mapped")).batches(given)
+    resident = Waves(store, rows, CPU, DataConfig(mode="resident")).batches(given)
+    there = ray.get(streamed.remote(folder, rows, given))
+    for wanted, a, b, c in zip(expected, mapped, resident, there, strict=True):
+        assert (a.numpy() == wanted).all()
+        assert (b.numpy() == wanted).all()
+        assert (c == wanted).all()
+
+
+def test_a_stream_gives_two_workers_every_clip_once_an_epoch(folder, cluster):
+    store, rows = ClipStore(folder), np.arange(CLIPS)
+    for epoch in range(2):
+        pieces = [streamed.remote(folder, rows, batches(epoch, rank, world=2)) for rank in range(2)]
+        numbers = [round(clip[0] * 32768) for worker in ray.get(pieces) for batch in worker for clip in batch]
+        assert sorted(store.ids[:]) == [f"{number:02d}.wav" for number in sorted(numbers)]
+
+
+def test_a_stream_starts_where_a_broken_epoch_ended(folder, cluster):
+    rows, given = np.arange(CLIPS), batches(1)
+    whole = ray.get(streamed.remote(folder, rows, given))
+    rest = ray.get(streamed.remote(folder, rows, given[3:]))
+    assert all((a == b).all() for a, b in zip(whole[3:], rest, strict=True))
+    assert ray.get(streamed.remote(folder, rows, [])) == []
+
+
+def test_what_auto_comes_to():
+    assert delivery(DataConfig(), 100, CPU) == "mapped"
+    assert delivery(DataConfig(mode="stream"), 100, CPU) == "stream"
+    assert delivery(DataConfig(mode="resident"), 100, CPU) == "resident"
+
+
+def test_a_resident_split_that_does_not_fit_is_refused():
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    clips = free // (2 * CLIP_SAMPLES) + 1
+    with pytest.raises(ConfigError, match=r"data.mode: resident takes .* GB for \d+ clips, and"):
+        delivery(DataConfig(mode="resident"), clips, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_auto_is_resident_and_gives_the_same_batches(folder):
+    store, rows, gpu = ClipStore(folder), np.arange(CLIPS), torch.device("cuda")
+    waves = Waves(store, rows, gpu, DataConfig())
+    assert waves.mode == "resident"
+    mapped = Waves(store, rows, gpu, DataConfig(mode="mapped"))
+    for a, b in zip(waves.batches(batches(0)), mapped.batches(batches(0)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stream_without_a_cluster_is_refused(folder):
+    with pytest.raises(ConfigError, match="allowed without: auto, mapped, resident"):
+        Waves(ClipStore(folder), np.arange(3), CPU, DataConfig(mode="stream"))
+
+
+# --- one copy a node --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artifact(tmp_path) -> Artifact:
+    artifact = Artifact(tmp_path / "storage", "clips", "demo", "0123", {}, {})
+    (artifact.open_partial() / "shard.arrow").write_bytes(b"clips" * 1000)
+    artifact.finish({})
+    return artifact
+
+
+def test_the_first_who_asks_copies_and_the_others_wait(artifact, tmp_path, monkeypatch):
+    copies = []
+
+    def slow(source, target):
+        copies.append(target)
+        time.sleep(0.2)
+        return copytree(source, target)
+
+    copytree = artifacts.shutil.copytree
+    monkeypatch.setattr(artifacts.shutil, "copytree", slow)
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: mirrored(artifact.path, tmp_path / "cache"), range(4)))
+    assert len(copies) == 1
+    assert set(paths) == {tmp_path / "cache" / artifact.path.name}
+    assert artifacts.damaged_files(paths[0]) == []
+
+
+def test_a_copy_that_was_broken_off_is_made_again(artifact, tmp_path):
+    half = tmp_path / "cache" / f"{artifact.path.name}.partial"
+    half.mkdir(parents=True)
+    (half / "shard.arrow").write_bytes(b"cli")
+    copy = mirrored(artifact.path, tmp_path / "cache")
+    assert (copy / "shard.arrow").read_bytes() == b"clips" * 1000
+    assert not half.exists()
+
+
+def test_what_cannot_be_copied_whole_is_named(artifact, tmp_path):
+    (artifact.path / "shard.arrow").write_bytes(b"rotten")
+    with pytest.raises(UserError, match=r"shard.arrow: checksum differs"):
+        mirrored(artifact.path, tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.cache: .* cannot be copied to .*file"):
+        mirrored(artifact.path, tmp_path / "file")
