@@ -91,11 +91,13 @@ class Artifact:
         for pattern in (*scratch, ".*.tmp"):
             for path in self.partial.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        files = {
-            name: {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
-            for path in sorted(self.partial.rglob("*"))
-            if path.is_file() and (name := str(path.relative_to(self.partial))) != MANIFEST
-        }
+        files = {}
+        for path in sorted(self.partial.rglob("*")):
+            name = str(path.relative_to(self.partial))
+            if name != MANIFEST:
+                _flush(path)
+            if path.is_file() and name != MANIFEST:
+                files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
         manifest = {
             "stage": self.stage,
             "name": self.name,
@@ -106,7 +108,18 @@ class Artifact:
             "files": files,
         }
         write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, default=str))
+        _flush(self.partial)
         os.rename(self.partial, self.path)
+        _flush(self.path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

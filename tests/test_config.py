@@ -85,6 +85,9 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
         ("storage=s3://bucket/x", "is a URI"),
         ("student.augment.freq_mask=300", r"student: augment\.freq_mask is 300, but the front end's log-mel has 256"),
         ("teachers.recipes.passt_fms_1.frontend.mels=64", r"passt_fms_1: frontend makes 64 mels x 100 frames"),
+        ("data.mode=ram", r"data\.mode: found 'ram': .*'auto'.*mapped"),
+        ("data.resident_share=2", r"data\.resident_share: found 2: .*less than or equal to 1"),
+        ("data={mode: stream, cache: /tmp}", r"data: cache: a stream reads from the storage"),
         ("student.seed", r"expected KEY\.PATH=VALUE"),
         ("student.seed=[", "not valid YAML"),
     ],
@@ -120,6 +123,7 @@ def test_keys_follow_what_an_artifact_is_made_of_and_nothing_else(tmp_path):
 
     base = keys()
     assert keys("name=other", "cluster.retries=9", "tracking.experiment=x", "student_resources.cpus=2") == base
+    assert keys("data.mode=resident", "data.cache=/tmp/x") == base
     qat = keys("qat.epochs=5")
     assert {stage for stage in base if qat[stage] != base[stage]} == {"qat", "evaluate", "report"}
     teacher = keys("teachers.recipes.passt_fms_2.seed=9")
@@ -139,6 +143,9 @@ def test_keys_follow_what_an_artifact_is_made_of_and_nothing_else(tmp_path):
         (["teachres"], 2, "No such command"),
         (["pipeline", "--set", "storage=/proc/nothing"], 2, "storage: /proc/nothing cannot be written"),
         (["student", "--confg", "demo"], 2, "No such option"),
+        (["pipeline", "--set", "corpus.train_split=split5.csv"], 2, "corpus.train_split: chooses among the clips of"),
+        (["corpus", "download", "tau23", "out"], 2, "tau22"),
+        (["verify", "/nowhere"], 1, "/nowhere: no manifest.json"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, arguments, code, message):

@@ -77,19 +77,23 @@ def test_verify_reads_every_file_again(plan, tmp_path):
     assert "no manifest.json" in none.stderr
 
 
-def test_a_student_streamed_from_a_node_s_own_copy_is_the_same_student(finished, plan, tmp_path):
-    """How clips are delivered is in no key and changes no bit."""
+def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan, tmp_path):
+    """A student trained from a stream, logits from a node's own copy of the clips."""
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage)
-    shutil.rmtree(storage / "students")
-    delivery = ("--set", "data.mode=stream", "--set", f"data.cache={tmp_path / 'cache'}")
-    done = subprocess.run(
-        command("student", "--config", TINY, "--set", f"storage={storage}", *delivery),
-        capture_output=True, text=True, env=environment(), check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    weights = f"students/{plan.student.path.name}/model.safetensors"
-    assert (storage / weights).read_bytes() == (finished.storage / weights).read_bytes()
+    student, logits = plan.student.path, next(iter(plan.logits.values())).path
+    for stage, made, delivery in (
+        ("student", student / "model.safetensors", "data.mode=stream"),
+        ("logits", logits / "part-00000.arrow", f"data.cache={tmp_path / 'cache'}"),
+    ):
+        copy = storage / made.relative_to(finished.storage)
+        shutil.rmtree(copy.parent)
+        done = subprocess.run(
+            command(stage, "--config", TINY, "--set", f"storage={storage}", "--set", delivery),
+            capture_output=True, text=True, env=environment(), check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert copy.read_bytes() == made.read_bytes()
     assert (tmp_path / "cache" / plan.clips.path.name / "manifest.json").is_file()
 
 

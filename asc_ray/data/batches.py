@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from asc_ray.data.clips import ClipStore
@@ -31,13 +31,19 @@ class DataConfig(Section):
     read ahead through Ray Data; `auto` is resident on a GPU where it fits, else mapped.
     """
 
-    mode: Literal["auto"] | Mode = "auto"
+    mode: Literal["auto", "mapped", "resident", "stream"] = "auto"
     resident_share: float = Field(
         0.5, gt=0.0, le=1.0, description="share of the device's free memory that a resident split may take"
     )
     cache: Path | None = Field(
         None, description="a folder on every node's own disk, where one copy of the clip store is kept and mapped"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.mode == "stream" and self.cache:
+            raise ValueError("cache: a stream reads from the storage; leave cache null, or choose another mode")
+        return self
 
 
 # The first word of every spawn key: the two streams never meet, whatever the other words are.
