@@ -240,3 +240,45 @@ def test_plans_grow_and_every_stage_changes_resolution_or_width(size):
     plan = PLANS[size]
     channels = [*plan.stem, *(stage.channels for stage in plan.stages)]
     assert channels == sorted(channels)
+
+
+@pytest.mark.parametrize("name", ["passt", "cp_resnet", "cp_mobile", "ds_flexinet"])
+def test_no_pointwise_convolution_has_a_stride(name):
+    """oneDNN's weight gradient of one is wrong below 16 channels (its issue 6035)."""
+    model = TypeAdapter(ModelConfig).validate_python(
+        {"name": name, **({"size": "sm1"} if name == "ds_flexinet" else {})}
+    )
+    for module in build(model, 10, seed=0).modules():
+        if isinstance(module, torch.nn.Conv2d) and set(module.kernel_size) == {1}:
+            assert set(module.stride) == {1}
+
+
+@pytest.mark.parametrize("size", ["sm1", "sm2", "sm3", "sm4"])
+@pytest.mark.parametrize("batch", [3, 4])
+def test_weight_gradients_of_every_convolution_agree_with_float64(size, batch):
+    """As they are computed in training: channels last, two threads."""
+    model = build(DSFlexiNetConfig(size=size), 10, seed=0).to(memory_format=torch.channels_last)
+    seen = []
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [
+        module.register_forward_hook(lambda m, inputs, output: seen.append((m, inputs[0].detach(), output.detach())))
+        for module in convolutions
+    ]
+    model(mel(batch, 1, 256, 64).contiguous(memory_format=torch.channels_last))
+    for hook in hooks:
+        hook.remove()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for module, x, output in seen:
+            direction = torch.sign(output - output.mean())
+            (module(x) * direction).sum().backward()
+            weight = module.weight.detach().double().requires_grad_()
+            exact = torch.nn.functional.conv2d(
+                x.double(), weight, None, module.stride, module.padding, 1, module.groups
+            )
+            (exact * direction).sum().backward()
+            scale = float(weight.grad.abs().max())
+            torch.testing.assert_close(module.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-4 * scale)
+    finally:
+        torch.set_num_threads(threads)

@@ -203,7 +203,7 @@ def test_resumed_training_ends_with_the_same_bits(trained, tmp_path):
     train(whole, range(2, 4))
     quantization.set_training(first, True)
     train(first, range(2))
-    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    save_file({name: value.clone() for name, value in first.state_dict().items()}, tmp_path / "state.safetensors")
     second = quantization.prepare(build(TINY, CLASSES), torch.zeros(2, *SHAPE))
     second.load_state_dict(load_file(tmp_path / "state.safetensors"))
     quantization.set_training(second, True)

@@ -80,11 +80,15 @@ class Block(nn.Module):
         self.expand = nn.Sequential(*conv_bn(inputs, hidden, 1), nn.ReLU())
         self.depthwise = nn.Sequential(*conv_bn(hidden, hidden, 3, stride, groups=hidden), nn.ReLU())
         self.project = nn.Sequential(*conv_bn(hidden, outputs, 1))
+        self.stride = stride
         same = inputs == outputs and stride == (1, 1)
-        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
+        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.project(self.depthwise(self.expand(x))) + self.shortcut(x))
+        # What a 1x1 convolution with a stride would read, but not by one: with channels last and fewer than 16 channels
+        # its weight gradient is wrong, or the process dies, in oneDNN 3 (github.com/uxlfoundation/oneDNN/issues/6035).
+        kept = x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
+        return torch.relu(self.project(self.depthwise(self.expand(x))) + self.shortcut(kept))
 
 
 class DSFlexiNet(nn.Module):

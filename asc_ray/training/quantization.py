@@ -47,8 +47,13 @@ from torchao.quantization.pt2e import (  # noqa: E402
     MovingAveragePerChannelMinMaxObserver,
 )
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e  # noqa: E402
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer  # noqa: E402
-from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY  # noqa: E402
+from torchao.quantization.pt2e.quantizer import (  # noqa: E402
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase  # noqa: E402
 
 aten = torch.ops.aten
 CONVOLUTION = aten.conv2d.default
@@ -56,6 +61,7 @@ LAYERS = (CONVOLUTION, aten.linear.default)
 SUMS = (aten.add.Tensor, aten.add_.Tensor)
 RELUS = (aten.relu.default, aten.relu_.default)
 POOLS = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
+SLICE = aten.slice.Tensor  # of a shortcut: the 8-bit values as they are, on the same grid
 BATCH_NORM = aten.batch_norm.default
 DEQUANTIZE = (
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,
@@ -113,6 +119,10 @@ class FbgemmQuantizer(Quantizer):
                 inputs = {node.args[0]: ACTIVATION, node.args[1]: WEIGHT}
             elif node.target in POOLS:
                 inputs = {node.args[0]: ACTIVATION}
+            elif node.target is SLICE:
+                source = node.all_input_nodes[0]
+                _annotate(node, {source: ACTIVATION}, SharedQuantizationSpec((source, node)))
+                continue
             elif node.target in SUMS and convolved.intersection(node.all_input_nodes):
                 inputs = dict.fromkeys(node.all_input_nodes, ACTIVATION)
             else:
@@ -129,7 +139,7 @@ class FbgemmQuantizer(Quantizer):
         """Nothing to refuse: `convert` checks what came of it."""
 
 
-def _annotate(node: Node, inputs: dict[Node, QuantizationSpec], output: QuantizationSpec | None) -> None:
+def _annotate(node: Node, inputs: dict[Node, QuantizationSpec], output: QuantizationSpecBase | None) -> None:
     node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
         input_qspec_map=dict(inputs), output_qspec=output, _annotated=True
     )
@@ -213,7 +223,7 @@ def operators(model: nn.Module) -> list[tuple[str, str, str]]:
     for node in _graph(model).nodes:
         if node.op != "call_function" or node.target in (*QUANTIZE, *DEQUANTIZE):
             continue
-        has_kernel = node.target in (*LAYERS, *SUMS, *RELUS, *POOLS, aten.flatten.using_ints)
+        has_kernel = node.target in (*LAYERS, *SUMS, *RELUS, *POOLS, SLICE, aten.flatten.using_ints)
         computed = [source for source in node.all_input_nodes if source.op != "get_attr"]
         if has_kernel and all(source.target in DEQUANTIZE or source in int8 for source in computed):
             int8.add(node)
