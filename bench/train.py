@@ -13,7 +13,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
@@ -94,5 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    np.seterr(all="raise")
     main()
