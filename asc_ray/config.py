@@ -31,6 +31,9 @@ PRESETS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 
 
 class TeachersConfig(Section):
+    """`checkpoints`: a folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained."""
+
+    checkpoints: Path | None = None
     recipes: dict[str, Recipe] = Field(min_length=1)
     resources: Resources = Resources()
 

@@ -17,6 +17,7 @@ from asc_ray.errors import UserError
 from asc_ray.plan import BEST_STUDENT, NEEDS, REPORT, STAGES, Plan, dump
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
+from asc_ray.training.systems import import_teacher
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -163,8 +164,11 @@ def _build_teachers(work: _Work) -> None:
     from asc_ray.cluster.teachers import Teacher, train_teachers
 
     plan, config = work.plan, work.plan.config
-    todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
     recipes = config.teachers.recipes
+    _import_teachers(work)
+    todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
+    if not todo:
+        return
     work.progress.expect("teachers", {name: recipes[name].optimizer.epochs for name in todo})
     with work.tracked(todo) as on_event:
         train_teachers(
@@ -174,6 +178,23 @@ def _build_teachers(work: _Work) -> None:
             config.cluster.retries,
             on_event,
         )
+
+
+def _import_teachers(work: _Work) -> None:
+    from asc_ray.cluster.runtime import Task, run_tasks
+
+    plan, config = work.plan, work.plan.config
+    classes = len(plan.clips.facts()["labels"])
+    todo = {name: plan.teachers[name] for name in plan.imported if not plan.teachers[name].complete}
+    with work.tracked(todo) as on_event:
+        tasks = []
+        for name, artifact in todo.items():
+            on_event(name, {"started": True})
+            arguments = (artifact, plan.imported[name], config.teachers.recipes[name], classes)
+            tasks.append(Task(name, import_teacher, arguments, config.logits.resources))
+        run_tasks(tasks, config.cluster.retries, on_event, lambda name, _: on_event(name, {"finished": True}))
+    if todo:
+        work.progress.note(f"{len(todo)} of {len(plan.teachers)} systems from {config.teachers.checkpoints}")
 
 
 def _build_logits(work: _Work) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import yaml
 
-from asc_ray.artifacts import Artifact, content_key
+from asc_ray.artifacts import Artifact, content_key, file_sha256
 from asc_ray.config import Config
 from asc_ray.data.corpus import Corpus, partition, read_corpus
 from asc_ray.errors import ConfigError
+from asc_ray.models.pretrained import published
+from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
@@ -59,10 +61,9 @@ class Plan:
         ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}
         self.clips = self._artifact("clips", "demo" if corpus.path is None else corpus.path.name, ingest, inputs)
         base = {"clips": self.clips.key}
-        self.teachers = {
-            name: self._artifact("teachers", name, {"recipe": dump(recipe), "partition": dump(config.partition)}, base)
-            for name, recipe in config.teachers.recipes.items()
-        }
+        recipes = config.teachers.recipes
+        self.imported = published(config.teachers.checkpoints, recipes) if config.teachers.checkpoints else {}
+        self.teachers = {name: self._teacher(name, recipe, base) for name, recipe in recipes.items()}
         self.logits = {
             name: self._artifact("logits", name, {}, {**base, "teacher": teacher.key})
             for name, teacher in self.teachers.items()
@@ -157,6 +158,16 @@ class Plan:
         section = config if isinstance(config, dict) else dump(config)
         key = content_key(stage=stage, config=section, inputs=dict(inputs))
         return Artifact(self.config.storage, stage, name, key, section, dict(inputs))
+
+    def _teacher(self, name: str, recipe: Recipe, inputs: Mapping[str, str]) -> Artifact:
+        section: dict[str, Any] = {"recipe": dump(recipe), "partition": dump(self.config.partition)}
+        if name in self.imported:
+            section = {"recipe": {"model": dump(recipe.model)}, "imported": file_sha256(self.imported[name])}
+        elif start := getattr(recipe.model, "pretrained", None):
+            if not start.is_file():
+                raise ConfigError(f"teachers.recipes.{name}.model.pretrained: {start}: no such file")
+            section["pretrained"] = file_sha256(start)
+        return self._artifact("teachers", name, section, inputs)
 
     def _impulse_responses_identity(self) -> Any:
         if self.demo:

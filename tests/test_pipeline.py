@@ -97,6 +97,37 @@ def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan,
     assert (tmp_path / "cache" / plan.clips.path.name / "manifest.json").is_file()
 
 
+def test_published_checkpoints_are_imported_and_the_rest_is_trained(finished, plan, tmp_path):
+    """One system has a file, as Lightning writes it: it is not trained, and its logits are the trained twin's."""
+    storage, folder = tmp_path / "storage", tmp_path / "published"
+    folder.mkdir()
+    shutil.copytree(finished.storage, storage)
+    name = "cpr_128k_fms_1"
+    weights = load_file(plan.teachers[name].path / "model.safetensors")
+    torch.save({"state_dict": {f"net.{key}": value for key, value in weights.items()}}, folder / f"{name}.ckpt")
+    overrides = [f"storage={storage}", f"teachers.checkpoints={folder}"]
+    for stage in ("teachers", "logits"):
+        done = subprocess.run(
+            command(stage, "--config", TINY, *(word for override in overrides for word in ("--set", override))),
+            capture_output=True, text=True, env=environment(), check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    ours = Plan(load_config(TINY, overrides))
+    assert ours.teachers[name].facts()["imported"] == f"{name}.ckpt"
+    assert ours.teachers["passt_dirfms_1"].key == plan.teachers["passt_dirfms_1"].key
+    assert ours.teachers[name].key != plan.teachers[name].key
+    assert (read_logits(ours.logits[name].path).values == read_logits(plan.logits[name].path).values).all()
+
+    torch.save({"in_c.0.weight": torch.zeros(3)}, folder / f"{name}.ckpt")
+    wrong = subprocess.run(
+        command("teachers", "--config", TINY, *(word for override in overrides for word in ("--set", override))),
+        capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    assert f"{folder / name}.ckpt: does not fit CPResNet as configured" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
 def test_the_output_tells_every_stage_and_where_things_are(finished, plan):
     for stage in STAGES:
         assert f"{stage} done in" in finished.output

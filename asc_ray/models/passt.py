@@ -1,10 +1,11 @@
 """PaSST: the transformer teacher of CP-JKU's DCASE 2023 system, with its state-dict names."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from asc_ray.section import Section
@@ -23,6 +24,12 @@ class PasstConfig(Section):
     frames: int = Field(998, ge=1, le=100_000, description="longest input; shorter ones use a part of the time grid")
     patchout_freq: int = Field(6, ge=0, description="rows of patches left out of a training batch")
     patchout_time: int = Field(0, ge=0, description="columns of patches left out of a training batch")
+    pretrained: Path | None = Field(None, description="a checkpoint to start from, as AudioSet's of 527 classes")
+
+    @field_validator("pretrained")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser().absolute()  # workers have a folder of their own
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
+from asc_ray.models.passt import PasstConfig
+from asc_ray.models.pretrained import load_published, start_from
 from asc_ray.models.registry import build
 from asc_ray.section import Section
 from asc_ray.training.dataset import Dataset, Source
@@ -58,11 +60,21 @@ def train_teacher(artifact: Artifact, source: Source, recipe: Recipe, on_epoch: 
     folder = artifact.open_partial()
     data = source.open()
     model = build(recipe.model, len(data.store.labels), recipe.seed)
+    if isinstance(recipe.model, PasstConfig) and recipe.model.pretrained:
+        start_from(model, recipe.model.pretrained)
     history = fit(
         model, recipe, data, data.parts["train"], folder / "checkpoints", on_epoch=_noted(folder, recipe, on_epoch)
     )
     _save_weights(model, folder)
     artifact.finish({"history": history, "parameters": sum(p.numel() for p in model.parameters())}, SCRATCH)
+
+
+def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, classes: int) -> None:
+    """A system from a published checkpoint instead of a training. Raises UserError where it does not fit."""
+    model = build(recipe.model, classes, recipe.seed)
+    load_published(model, file)
+    _save_weights(model, artifact.open_partial())
+    artifact.finish({"history": [], "parameters": sum(p.numel() for p in model.parameters()), "imported": file.name})
 
 
 def train_student(

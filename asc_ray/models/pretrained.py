@@ -1,0 +1,135 @@
+"""Checkpoints made elsewhere: bare state dicts, Lightning checkpoints, safetensors; read without running their code."""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from asc_ray.errors import ConfigError, UserError
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+# What training frameworks put before the names of a network's own tensors.
+_PREFIX = re.compile(r"^(model|net|module)\.")
+_HEAD = re.compile(r"^head(_dist)?\.")
+_NAMES_SHOWN = 6
+
+
+def published(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The checkpoint in `folder` of every system that has one, by the published names: NAME.ckpt, NAME.pt, ...
+
+    Raises ConfigError for a folder that is none, holds no system's file, or several of one system.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"teachers.checkpoints: {folder} is no folder; name one with the published files, or null")
+    found: dict[str, Path] = {}
+    names = list(names)
+    for file in sorted(folder.absolute().iterdir()):
+        if file.suffix in SUFFIXES and file.stem in names:
+            if file.stem in found:
+                raise ConfigError(
+                    f"teachers.checkpoints: {found[file.stem]} and {file.name} are of one system; keep one"
+                )
+            found[file.stem] = file
+    if not found:
+        raise ConfigError(
+            f"teachers.checkpoints: {folder} holds no file of a configured system; expected {names[0]}.ckpt and the "
+            f"like, with one of the endings {' '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The network's tensors by name, without a framework's prefixes; tensors beside the network's are left out.
+
+    Raises UserError for files that are unreadable, hold no tensors, or hold a pickle of anything but plain tensors,
+    numbers and text: loading one could run code that came with it.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            stored: Any = load_file(file)
+        else:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise UserError(f"{file}: cannot be read as a checkpoint (no pickle that torch knows)") from None
+        raise UserError(
+            f"{file}: refused: its pickle holds more than plain tensors ({found.group(1)}), and reading that can run "
+            "code. Save the state dict alone, best as safetensors"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), "cut off")
+        raise UserError(f"{file}: cannot be read as a checkpoint ({reason})") from None
+    for container in ("state_dict", "model"):  # Lightning's, and others'
+        if isinstance(stored, Mapping) and isinstance(stored.get(container), Mapping):
+            stored = stored[container]
+    tensors = {name: value for name, value in _items(stored) if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{file}: holds no tensors; a state dict of the network is expected")
+    prefixed = {name: value for name, value in tensors.items() if _PREFIX.match(name)}
+    while prefixed:
+        tensors = {_PREFIX.sub("", name): value for name, value in prefixed.items()}
+        prefixed = {name: value for name, value in tensors.items() if _PREFIX.match(name)}
+    return tensors
+
+
+def load_published(model: nn.Module, file: Path) -> None:
+    """Load all of `model` from `file`. Raises UserError naming what is missing, left over, or of another shape."""
+    _load(model, read_tensors(file), file)
+
+
+def start_from(model: nn.Module, file: Path) -> list[str]:
+    """Load a PaSST trained on other classes (AudioSet's 527), and return what was done to make it fit.
+
+    A head for another number of classes stays the fresh one, positional grids of another geometry are interpolated.
+    Raises UserError as `load_published`.
+    """
+    tensors, own, changes = read_tensors(file), model.state_dict(), []
+    heads = [name for name in own if _HEAD.match(name)]
+    if any(name not in tensors or tensors[name].shape != own[name].shape for name in heads):
+        changes.append("a fresh head")
+        tensors = {name: value for name, value in tensors.items() if not _HEAD.match(name)}
+        tensors |= {name: own[name] for name in heads}
+    for name in ("freq_new_pos_embed", "time_new_pos_embed"):
+        grid, wanted = tensors.get(name), own.get(name)
+        if grid is not None and wanted is not None and grid.ndim == 4 and grid.shape != wanted.shape:
+            size = (wanted.shape[2], wanted.shape[3])
+            tensors[name] = functional.interpolate(grid.float(), size, mode="bilinear", align_corners=False)
+            changes.append(f"{name} from {tuple(grid.shape[2:])} to {size}")
+    _load(model, tensors, file)
+    return changes
+
+
+def _items(stored: Any) -> Any:
+    return stored.items() if isinstance(stored, Mapping) else ()
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    own = model.state_dict()
+    faults = {
+        # Counts of batches seen, which some formats drop and nothing uses.
+        "missing": [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")],
+        "left over": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise UserError(
+            f"{file}: does not fit {type(model).__name__} as configured: {listed}. Compare the recipe's `model`"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" if names[_NAMES_SHOWN:] else "")
