@@ -23,7 +23,7 @@ from asc_ray.section import Section
 from asc_ray.training.dataset import PartitionConfig
 from asc_ray.training.loop import Recipe
 from asc_ray.training.search import SweepConfig, apply_overrides
-from asc_ray.training.systems import QATConfig, StudentConfig
+from asc_ray.training.systems import Precision, QATConfig, StudentConfig
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the presets inside the package; a checkout has them beside it.
@@ -40,6 +40,7 @@ class TeachersConfig(Section):
 
 class LogitsConfig(Section):
     batch_size: int = Field(64, ge=1)
+    precision: Precision = Field("fp32", description="of the networks; bf16 notes its largest difference to fp32")
     resources: Resources = Resources()
 
 

@@ -210,6 +210,7 @@ def _build_logits(work: _Work) -> None:
         work.source,
         config.corpus.shard_clips,
         config.logits.batch_size,
+        config.logits.precision,
         config.logits.resources,
         config.cluster.retries,
         work.progress.event,

@@ -65,7 +65,9 @@ class Plan:
         self.imported = published(config.teachers.checkpoints, recipes) if config.teachers.checkpoints else {}
         self.teachers = {name: self._teacher(name, recipe, base) for name, recipe in recipes.items()}
         self.logits = {
-            name: self._artifact("logits", name, {}, {**base, "teacher": teacher.key})
+            name: self._artifact(
+                "logits", name, {"precision": config.logits.precision}, {**base, "teacher": teacher.key}
+            )
             for name, teacher in self.teachers.items()
         }
         systems = {name: logits.key for name, logits in self.logits.items()}

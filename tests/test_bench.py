@@ -41,6 +41,13 @@ def test_ingest_of_a_shard_takes_less_than_a_gigabyte(finished):
     assert 0.2 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0
 
 
+def test_logits(clips):
+    output = run("logits", clips, "--clips", 16, "--systems", 2, "--runs", 1)
+    ratio, difference = re.search(r"ratio ([\d.]+), .* difference ([\d.e-]+)", output).groups()
+    assert float(ratio) > 0
+    assert float(difference) < 1e-4
+
+
 def test_training(clips):
     output = run("train", clips, "--model", "sm1", "--batch", 16, "--epochs", 1)
     assert float(re.search(r"whole loop: median ([\d.]+) clips/s", output).group(1)) > 0

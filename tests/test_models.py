@@ -16,7 +16,7 @@ from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.ds_flexinet import PLANS, DSFlexiNet, DSFlexiNetConfig, Plan, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.passt import Passt, PasstConfig
-from asc_ray.models.registry import ModelConfig, build
+from asc_ray.models.registry import ModelConfig, build, folded
 
 REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference outputs beside the checkout")
@@ -282,3 +282,20 @@ def test_weight_gradients_of_every_convolution_agree_with_float64(size, batch):
             torch.testing.assert_close(module.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-4 * scale)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("config", [CPResNetConfig(width=8), CPMobileConfig(width=8), DSFlexiNetConfig(size="sm1")])
+def test_folding_batch_norms_changes_nothing_but_the_last_bits(config):
+    model = build(config, 10, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                noise = torch.rand(value.shape, generator=generator)
+                value.copy_(noise + 0.5 if name.endswith("running_var") else value + 0.1 * (noise - 0.5))
+    x = mel(4, 1, 256, 64)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        quick = folded(model)
+        torch.testing.assert_close(quick(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in quick.modules())

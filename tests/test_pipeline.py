@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from asc_ray.artifacts import damaged_files, read_manifest
+from asc_ray.audio.frontend import LogMel
 from asc_ray.config import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import join, read_logits
@@ -25,8 +26,9 @@ from asc_ray.fusion import Fusion
 from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_evaluation
+from asc_ray.training.loop import predict
 from asc_ray.training.search import TrialResult, propose
-from asc_ray.training.systems import load_int8
+from asc_ray.training.systems import load_int8, load_model
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -157,6 +159,33 @@ def test_logits_cover_every_clip_and_fit_their_teachers(plan):
         weights = read_manifest(teacher.path)["files"]["model.safetensors"]["sha256"]
         assert system.metadata["checkpoint"] == weights
         assert system.metadata["corpus"] == store.corpus
+
+
+def test_logits_are_the_network_s_own_whichever_others_shared_the_front_end(plan):
+    store = ClipStore(plan.clips.path)
+    for name, artifact in plan.logits.items():
+        recipe = plan.config.teachers.recipes[name]
+        model = load_model(plan.teachers[name].path, recipe, 10)
+        expected = predict(model, LogMel(recipe.frontend), store, np.arange(len(store)), torch.device("cpu")).numpy()
+        stored = read_logits(artifact.path)
+        assert (stored.ids == store.ids).all()
+        np.testing.assert_allclose(stored.values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_in_bf16_say_how_far_they_are_off(finished, plan, tmp_path):
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    overrides = [f"storage={storage}", "logits.precision=bf16"]
+    done = subprocess.run(
+        command("logits", "--config", TINY, *(word for override in overrides for word in ("--set", override))),
+        capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, artifact in Plan(load_config(TINY, overrides)).logits.items():
+        exact = read_logits(plan.logits[name].path).values
+        worst = np.abs(read_logits(artifact.path).values - exact).max()
+        assert 0 < artifact.facts()["bf16_difference"] <= worst + 1e-3
+        assert worst < 0.1 * np.abs(exact).max()
 
 
 def test_soft_targets_are_eq_4_of_the_training_clips_alone(plan):

@@ -17,7 +17,7 @@ from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
 from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank
 from asc_ray.training.loop import Recipe
-from asc_ray.training.systems import infer
+from asc_ray.training.systems import Inference, Precision, infer
 
 
 def ingest(
@@ -104,26 +104,44 @@ def store_logits(
     source: Source,
     shard_clips: int,
     batch_size: int,
+    precision: Precision,
     resources: Resources,
     retries: int,
     on_event: OnEvent,
 ) -> None:
-    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folder, recipe)."""
+    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folder, recipe).
+
+    A task is a shard of clips and all systems of one front end; a system's part that is there already is left out.
+    """
     rows = np.arange(len(ClipStore(source.clips)))
     shards = [rows[start : start + shard_clips] for start in range(0, len(rows), shard_clips)]
-    tasks, done = [], 0
-    for name, (artifact, teacher, recipe) in systems.items():
-        folder = artifact.open_partial()
-        metadata = {"system": name, "config": artifact.key, "split": "all"}
+    families: dict[str, list[str]] = {}
+    for name, (_, _, recipe) in systems.items():
+        families.setdefault(recipe.frontend.model_dump_json(), []).append(name)
+    tasks, total = [], len(shards) * len(systems)
+    for names in families.values():
         for index, shard in enumerate(shards):
-            file = folder / f"part-{index:05d}.arrow"
-            if file.is_file():
-                done += 1
-                continue
-            arguments = (teacher, recipe, source, shard, file, metadata, batch_size)
-            tasks.append(Task(f"{name}-{index:05d}", infer, arguments, resources))
-    total = len(tasks) + done
-    on_event("logits", {"done": done, "total": total})
-    run_tasks(tasks, retries, on_event, lambda name, result: on_event("logits", {"advance": 1, "total": total}))
+            share = []
+            for name in names:
+                artifact, teacher, recipe = systems[name]
+                file = artifact.open_partial() / f"part-{index:05d}.arrow"
+                if not file.is_file():
+                    metadata = {"system": name, "config": artifact.key, "split": "all"}
+                    share.append(Inference(teacher, recipe, file, metadata))
+            if share:
+                arguments = (share, source, shard, batch_size, precision)
+                tasks.append((len(share), Task(f"{names[0]}-{index:05d}", infer, arguments, resources)))
+    sizes = {task.name: size for size, task in tasks}
+    on_event("logits", {"done": total - sum(sizes.values()), "total": total})
+    results = run_tasks(
+        [task for _, task in tasks],
+        retries,
+        on_event,
+        lambda name, result: on_event("logits", {"advance": sizes[name], "total": total}),
+    )
     for artifact, _, _ in systems.values():
-        artifact.finish({"clips": len(rows), "parts": len(shards)})
+        facts: dict[str, Any] = {"clips": len(rows), "parts": len(shards)}
+        found = [worst for result in results for file, worst in result.items() if Path(file).parent == artifact.partial]
+        if found:
+            facts["bf16_difference"] = max(found)
+        artifact.finish(facts)

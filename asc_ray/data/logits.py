@@ -1,13 +1,14 @@
 """The logit store: every system's logits by clip_id, one or more Arrow files a system, joined by clip_id only."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.errors import UserError
@@ -20,9 +21,14 @@ IDS_SHOWN = 3
 class Logits:
     system: str
     labels: tuple[str, ...]
-    ids: np.ndarray  # (N,) str
+    keys: pa.ChunkedArray  # (N,) utf8, the clip ids, mapped
     values: np.ndarray  # (N, K) float32, the columns in the order of `labels`
     metadata: dict[str, str]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(N,) str."""
+        return self.keys.to_numpy()
 
 
 def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray, metadata: dict[str, str]) -> None:
@@ -78,7 +84,7 @@ def read_logits(source: Path | Sequence[Path]) -> Logits:
     return Logits(
         system=first["system"],
         labels=labels,
-        ids=np.concatenate([batch["clip_id"].to_numpy(zero_copy_only=False) for batch in batches]),
+        keys=pa.chunked_array([batch["clip_id"] for batch in batches], pa.string()),
         values=values[0] if len(values) == 1 else np.concatenate(values),
         metadata={key: value for key, value in first.items() if all(m.get(key) == value for m in metadatas)},
     )
@@ -93,11 +99,12 @@ def join(systems: Sequence[Logits], ids: Sequence[str] | np.ndarray) -> np.ndarr
     if not systems:
         raise UserError("no system's logits to join")
     first = systems[0]
-    wanted = pd.Index(np.asarray(ids, dtype=object))
+    wanted = pa.array(ids, pa.string())
     _refuse_duplicates("the requested clips", wanted)
-    names = pd.Index([system.system for system in systems])
-    if not names.is_unique:
-        raise UserError(f"systems of one name: {', '.join(names[names.duplicated()].unique())}; names must differ")
+    names = Counter(system.system for system in systems)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"systems of one name: {', '.join(twice)}; names must differ")
+    rows, rows_of = np.empty(0, dtype=np.int64), None
     joined = np.empty((len(systems), len(wanted), len(first.labels)), dtype=np.float32)
     for position, system in enumerate(systems):
         if system.metadata["corpus"] != first.metadata["corpus"]:
@@ -110,23 +117,26 @@ def join(systems: Sequence[Logits], ids: Sequence[str] | np.ndarray) -> np.ndarr
                 f"systems {first.system} and {system.system} have different labels or label orders: "
                 f"{', '.join(first.labels)} and {', '.join(system.labels)}"
             )
-        held = pd.Index(system.ids)
-        _refuse_duplicates(f"system {system.system}", held)
-        rows = held.get_indexer(wanted)
-        if (missing := wanted[rows < 0]).size:
-            raise UserError(f"system {system.system} lacks {len(missing)} of {len(wanted)} clips: {_some(missing)}")
-        joined[position] = system.values[rows]
-        broken = wanted[~np.isfinite(joined[position]).all(axis=1)]
-        if broken.size:
+        if rows_of is None or not system.keys.equals(rows_of):  # systems usually hold the same clips in the same order
+            _refuse_duplicates(f"system {system.system}", system.keys)
+            found = pc.index_in(wanted, value_set=system.keys)
+            if found.null_count:
+                missing = wanted.filter(found.is_null())
+                raise UserError(f"system {system.system} lacks {len(missing)} of {len(wanted)} clips: {_some(missing)}")
+            rows, rows_of = found.to_numpy(), system.keys
+        np.take(system.values, rows, axis=0, out=joined[position])
+        broken = wanted.filter(pa.array(~np.isfinite(joined[position]).all(axis=1)))
+        if len(broken):
             raise UserError(f"system {system.system}: logits of {len(broken)} clips are not finite: {_some(broken)}")
     return joined
 
 
-def _refuse_duplicates(owner: str, ids: pd.Index) -> None:
-    if not ids.is_unique:
-        twice = ids[ids.duplicated()].unique()
+def _refuse_duplicates(owner: str, ids: pa.Array | pa.ChunkedArray) -> None:
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
         raise UserError(f"{owner}: {len(twice)} clips occur more than once: {_some(twice)}")
 
 
-def _some(ids: pd.Index) -> str:
-    return ", ".join(ids[:IDS_SHOWN]) + (", ..." if len(ids) > IDS_SHOWN else "")
+def _some(ids: pa.Array) -> str:
+    return ", ".join(ids[:IDS_SHOWN].to_pylist()) + (", ..." if len(ids) > IDS_SHOWN else "")

@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 from asc_ray.models.cp_mobile import CPMobile, CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNet, CPResNetConfig
@@ -31,3 +32,9 @@ def build(config: ModelConfig, classes: int, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return NETWORKS[config.name](config, classes)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """The network in evaluation with its batch norms folded into the convolutions before them: equal up to rounding."""
+    model.eval()
+    return fuse(model) if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) else model

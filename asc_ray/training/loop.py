@@ -290,13 +290,27 @@ def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.d
     }
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module, front_end: LogMel, store: ClipStore, clips: np.ndarray, device: torch.device, batch_size: int = 64
 ) -> Tensor:
     """Logits (N, K) float32 on the host of the store's `clips`, not augmented; `model` is in evaluation form."""
+    return predict_all([model], front_end, store, clips, device, batch_size)[0]
+
+
+@torch.no_grad()
+def predict_all(
+    models: Sequence[nn.Module],
+    front_end: LogMel,
+    store: ClipStore,
+    clips: np.ndarray,
+    device: torch.device,
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> Tensor:
+    """`predict` of several networks behind one front end: (S, N, K). `bf16` runs the networks in mixed precision."""
     outputs = []
     for wave in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
         mel = front_end(wave).contiguous(memory_format=torch.channels_last)
-        outputs.append(model(mel).float())
-    return torch.cat(outputs).cpu()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            outputs.append(torch.stack([model(mel).float() for model in models]))
+    return torch.cat(outputs, dim=1).cpu()
