@@ -24,6 +24,7 @@ def _progress(artifact: Artifact) -> str:
         entry = json.loads(note.read_text())
         text = f", epoch {entry['epoch']}/{entry['epochs']}, loss {entry['loss']:.3f}"
         text += f", validation {100 * entry['validation_accuracy']:.1f} %, {entry['clips_per_second']:.0f} clips/s"
+        text += f", {entry['minutes_left']:.0f} min left"
         ago = time.time() - note.stat().st_mtime
         return text + (f", {ago:.0f} s ago" if ago < 3600 else f", {ago / 3600:.1f} h ago")
     if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("part-*.arrow")):

@@ -6,6 +6,8 @@ configuration; runs that nobody takes up again are ended as KILLED, so none stay
 
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,26 @@ KEY_TAG = "asc_ray.key"
 
 def default_uri(storage: Path) -> str:
     return f"sqlite:///{storage / 'mlflow.db'}"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of a request: cut in two, a transaction would leave sqlite locked."""
+    if threading.current_thread() is not threading.main_thread():  # the others get no signals
+        yield
+        return
+    caught: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: caught.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 class Tracker:
@@ -73,8 +95,10 @@ class Tracker:
         finally:
             for name in list(self._open):
                 self.end(name, status)
-            self._client.set_terminated(self.parent_id, status)
+            with _undisturbed():
+                self._client.set_terminated(self.parent_id, status)
 
+    @_undisturbed()
     def start(self, name: str, key: str, parameters: Mapping[str, Any]) -> str:
         """Open (or take up again) the child run of the thing with this key; returns its run id."""
         if name not in self._open:
@@ -82,15 +106,18 @@ class Tracker:
             self._open[name] = self._take_up(name, tags, parameters)
         return self._open[name]
 
+    @_undisturbed()
     def log(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
         now = int(time.time() * 1000)
         entries = [Metric(k, float(v), now, step) for k, v in metrics.items() if isinstance(v, int | float)]
         self._client.log_batch(self._run_id(name), metrics=entries)
 
+    @_undisturbed()
     def tag(self, name: str, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             self._client.set_tag(self._run_id(name), key, value)
 
+    @_undisturbed()
     def log_file(self, name: str, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact of the child `name`, or of the parent when `name` is empty."""
         self._client.log_artifact(self._run_id(name), str(path), folder)
@@ -99,6 +126,7 @@ class Tracker:
         """Final figures on the parent run, where runs are compared."""
         self.log("", metrics, 0)
 
+    @_undisturbed()
     def end(self, name: str, status: str = "FINISHED") -> None:
         run_id = self._open.pop(name, None)
         if run_id:
@@ -107,6 +135,7 @@ class Tracker:
     def _run_id(self, name: str) -> str:
         return self._open[name] if name else self.parent_id
 
+    @_undisturbed()
     def _take_up(self, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
         """The newest run of this storage with the same key and name that did not finish, or a new one."""
         query = f"tags.`{STORAGE_TAG}` = '{self._storage}' and tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'"
@@ -124,6 +153,7 @@ class Tracker:
             self._client.log_batch(run.info.run_id, params=flat[start : start + 100])
         return run.info.run_id
 
+    @_undisturbed()
     def _end_stale(self, complete: Container[str]) -> None:
         """End what a killed driver of this storage left RUNNING; the storage's lock says that none is alive."""
         running = RunStatus.to_string(RunStatus.RUNNING)

@@ -151,3 +151,27 @@ def test_runs_and_files_go_to_a_tracking_server(server, tmp_path):
     parent = next(run for run in found if run.info.run_name == "demo")
     assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
     assert list((tmp_path / "files").rglob("report.html"))
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_waits_for_the_end_of_a_request(tmp_path, monkeypatch, number, expected):
+    """What is interrupted is not half-written, the signal is not lost, and the database stays usable."""
+    ours = tracker(tmp_path)
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    log_batch = ours._client.log_batch
+
+    def interrupted(*arguments, **keywords):
+        signal.raise_signal(number)
+        log_batch(*arguments, **keywords)
+
+    try:
+        with pytest.raises(expected), ours.parent({}):  # noqa: PT012
+            ours.start("student", "s", {})
+            monkeypatch.setattr(ours._client, "log_batch", interrupted)
+            ours.log("student", {"loss": 1.5}, step=1)
+            pytest.fail("the signal was lost")
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    found = runs(tmp_path)
+    assert {run.info.status for run in found.values()} == {"KILLED"}
+    assert found["student"].data.metrics == {"loss": 1.5}

@@ -179,6 +179,8 @@ def fit(
             **validate(model, front_end, data, device),
             "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
+        whole = (time.perf_counter() - start) * len(batches) / (len(batches) - first)  # with the validation
+        metrics["minutes_left"] = whole * (settings.epochs - epoch - 1) / 60
         if recipe.compile:
             metrics["compiled"] = float(trainer.compiled)
         history.append(metrics)
