@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -71,7 +71,6 @@ class _Work:
     plan: Plan
     tracker: Any
     progress: Progress
-    _started: set[str] = field(default_factory=set)
 
     @property
     def source(self) -> Source:

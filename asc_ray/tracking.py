@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
@@ -113,11 +113,6 @@ class Tracker:
         self._client.log_batch(self._run_id(name), metrics=entries)
 
     @_undisturbed()
-    def tag(self, name: str, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._client.set_tag(self._run_id(name), key, value)
-
-    @_undisturbed()
     def log_file(self, name: str, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact of the child `name`, or of the parent when `name` is empty."""
         self._client.log_artifact(self._run_id(name), str(path), folder)
@@ -155,13 +150,22 @@ class Tracker:
 
     @_undisturbed()
     def _end_stale(self, complete: Container[str]) -> None:
-        """End what a killed driver of this storage left RUNNING; the storage's lock says that none is alive."""
-        running = RunStatus.to_string(RunStatus.RUNNING)
-        query = f"attributes.status = '{running}' and tags.`{STORAGE_TAG}` = '{self._storage}'"
-        while found := self._client.search_runs([self.experiment_id], query, max_results=500):
+        """Have the runs of this storage say what is so, whenever their driver was killed or interrupted.
+
+        What is complete is FINISHED; nothing is RUNNING, for the storage's lock says that no driver is alive.
+        """
+        query = f"attributes.status != 'FINISHED' and tags.`{STORAGE_TAG}` = '{self._storage}'"
+        token = None
+        while True:
+            found = self._client.search_runs([self.experiment_id], query, max_results=500, page_token=token)
             for run in found:
-                status = "FINISHED" if run.data.tags.get(KEY_TAG) in complete else "KILLED"
-                self._client.set_terminated(run.info.run_id, status)
+                if run.data.tags.get(KEY_TAG) in complete:
+                    self._client.set_terminated(run.info.run_id, "FINISHED")
+                elif run.info.status == "RUNNING":
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+            token = found.token
+            if not token:
+                return
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:

@@ -82,6 +82,22 @@ def test_the_same_configuration_takes_its_runs_up_again(tmp_path):
     assert {run.info.status for run in found.values()} == {"FINISHED"}
 
 
+def test_what_an_interrupt_overtook_is_finished_when_its_artifact_is(tmp_path):
+    """The artifact was renamed into place, and before its run could end as FINISHED came the Ctrl-C."""
+
+    def interrupted():
+        with tracker(tmp_path).parent({}) as t:
+            t.start("done", "finished-artifact", {})
+            t.start("half", "half-artifact", {})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with tracker(tmp_path, key="another configuration").parent({}, complete={"finished-artifact"}):
+        assert {name: run.info.status for name, run in runs(tmp_path).items()}["done"] == "FINISHED"
+        assert {name: run.info.status for name, run in runs(tmp_path).items()}["half"] == "KILLED"
+
+
 def test_runs_that_nobody_takes_up_again_end_as_killed(tmp_path):
     _before, _killed = abandon(tmp_path)
     with tracker(tmp_path, key="another configuration").parent({}, complete={"finished-artifact"}):
