@@ -88,15 +88,14 @@ class Artifact:
         `checksums`: SHA-256 of files whose writers have it; the others are read for theirs.
         """
         known = checksums or {}
-        for pattern in (*scratch, ".*.tmp"):
+        for pattern in (*scratch, MANIFEST, ".*.tmp"):  # a manifest that no rename followed
             for path in self.partial.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         files = {}
         for path in sorted(self.partial.rglob("*")):
             name = str(path.relative_to(self.partial))
-            if name != MANIFEST:
-                _flush(path)
-            if path.is_file() and name != MANIFEST:
+            _flush(path)
+            if path.is_file():
                 files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
         manifest = {
             "stage": self.stage,

@@ -13,7 +13,7 @@ from asc_ray.artifacts import Artifact, write_atomically
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
-from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
+from asc_ray.data.clips import plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
 from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank
 from asc_ray.training.loop import Recipe
@@ -113,12 +113,12 @@ def store_logits(
 
     A task is a shard of clips and all systems of one front end; a system's part that is there already is left out.
     """
-    rows = np.arange(len(ClipStore(source.clips)))
+    rows = np.arange(len(source.store()))
     shards = [rows[start : start + shard_clips] for start in range(0, len(rows), shard_clips)]
     families: dict[str, list[str]] = {}
     for name, (_, _, recipe) in systems.items():
         families.setdefault(recipe.frontend.model_dump_json(), []).append(name)
-    tasks, total = [], len(shards) * len(systems)
+    tasks, shares, total = [], {}, len(shards) * len(systems)
     for names in families.values():
         for index, shard in enumerate(shards):
             share = []
@@ -129,15 +129,15 @@ def store_logits(
                     metadata = {"system": name, "config": artifact.key, "split": "all"}
                     share.append(Inference(teacher, recipe, file, metadata))
             if share:
-                arguments = (share, source, shard, batch_size, precision)
-                tasks.append((len(share), Task(f"{names[0]}-{index:05d}", infer, arguments, resources)))
-    sizes = {task.name: size for size, task in tasks}
-    on_event("logits", {"done": total - sum(sizes.values()), "total": total})
+                task = Task(f"{names[0]}-{index:05d}", infer, (share, source, shard, batch_size, precision), resources)
+                tasks.append(task)
+                shares[task.name] = len(share)
+    on_event("logits", {"done": total - sum(shares.values()), "total": total})
     results = run_tasks(
-        [task for _, task in tasks],
+        tasks,
         retries,
         on_event,
-        lambda name, result: on_event("logits", {"advance": sizes[name], "total": total}),
+        lambda name, result: on_event("logits", {"advance": shares[name], "total": total}),
     )
     for artifact, _, _ in systems.values():
         facts: dict[str, Any] = {"clips": len(rows), "parts": len(shards)}

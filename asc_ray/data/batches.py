@@ -118,8 +118,11 @@ class Waves:
                 yield self._resident.index_select(0, moved(torch.from_numpy(batch), self._device))
             return
         rows = [self._rows[batch] for batch in batches]
-        read = self._stream(self._store.folder, rows) if self._stream and self.mode == "stream" else None
-        for pcm in read or map(self._store.pcm, rows):
+        if self.mode == "stream" and self._stream is not None:
+            read = self._stream(self._store.folder, rows)
+        else:
+            read = map(self._store.pcm, rows)
+        for pcm in read:
             yield moved(torch.from_numpy(pcm), self._device)
 
 
@@ -130,8 +133,10 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def delivery(config: DataConfig, clips: int, device: torch.device) -> Mode:
     """What `config.mode` comes to for so many clips. Raises ConfigError where resident does not fit."""
-    if config.mode in ("mapped", "stream") or (config.mode == "auto" and device.type != "cuda"):
-        return "stream" if config.mode == "stream" else "mapped"
+    if config.mode in ("mapped", "stream"):
+        return config.mode
+    if config.mode == "auto" and device.type != "cuda":
+        return "mapped"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     needed = clips * CLIP_SAMPLES * 2
     if needed <= free * config.resident_share:

@@ -199,7 +199,9 @@ def infer(
     store = source.store()
     device = training_device()
     front_end = LogMel(systems[0].recipe.frontend).to(device)
-    models = [folded(load_model(s.teacher, s.recipe, len(store.labels))).to(device) for s in systems]
+    models = [folded(load_model(s.teacher, s.recipe, len(store.labels))) for s in systems]
+    for model in models:
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits = predict_all(models, front_end, store, rows, device, batch, precision == "bf16")
     differences = {}
     if precision == "bf16":
