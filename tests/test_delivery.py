@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def batches(epoch: int, rank: int = 0, world: int = 1, clips: int = CLIPS) -> list[np.ndarray]:
-    return epoch_batches(clips, 16, seed=3, epoch=epoch, rank=rank, world=world)
+    return [batch[rank::world] for batch in epoch_batches(clips, 16, seed=3, epoch=epoch, world=world)]
 
 
 @pytest.fixture(scope="module")

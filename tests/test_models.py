@@ -146,9 +146,13 @@ def test_cp_resnet_starts_with_identity_blocks_and_a_zero_head():
     assert weight.std().item() == pytest.approx((2 / (92 * 9)) ** 0.5 / 2, rel=0.02)
 
 
-@pytest.mark.parametrize(("freq", "time", "tokens"), [(0, 0, 12 * 9), (6, 0, 6 * 9), (6, 2, 6 * 7), (11, 8, 1)])
-def test_patchout_keeps_the_right_number_of_patches(freq, time, tokens):
-    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": freq, "patchout_time": time}), classes=10)
+@pytest.mark.parametrize(
+    ("freq", "time", "anywhere", "tokens"),
+    [(0, 0, 0, 12 * 9), (6, 0, 0, 6 * 9), (6, 2, 0, 6 * 7), (11, 8, 0, 1), (0, 0, 40, 68), (6, 2, 41, 1)],
+)
+def test_patchout_keeps_the_right_number_of_patches(freq, time, anywhere, tokens):
+    left_out = {"patchout_freq": freq, "patchout_time": time, "patchout": anywhere}
+    model = Passt(SMALL_PASST.model_copy(update=left_out), classes=10)
     x = mel(2, 1, 128, 100)
     assert model.tokens(x, torch.Generator().manual_seed(0)).shape == (2, tokens, 24)
     assert model.eval().tokens(x).shape == (2, 12 * 9, 24)
@@ -171,6 +175,27 @@ def test_patchout_leaves_out_whole_rows_and_keeps_their_order():
         assert torch.equal(tokens, torch.tensor(rows).repeat_interleave(columns).view(1, -1, 1).expand(2, -1, 24))
         kept.add(tuple(rows))
     assert len(kept) > 10
+
+
+def test_unstructured_patchout_leaves_out_any_patches_and_keeps_their_order():
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0, "patchout": 50}), classes=10)
+    model.patch_embed = torch.nn.Identity()  # a token's value is then the patch it comes from
+    with torch.no_grad():
+        model.time_new_pos_embed.zero_()
+        model.freq_new_pos_embed.zero_()
+    patches = torch.arange(12.0 * 128).view(1, 1, 12, 128).expand(1, 24, 12, 128)
+    kept = set()
+    generator = torch.Generator().manual_seed(0)
+    model.config = model.config.model_copy(update={"mels": 12, "patch": 1})
+    for _ in range(5):
+        found = model.tokens(patches[..., :9], generator)[0, :, 0].tolist()
+        assert len(found) == 12 * 9 - 50
+        assert found == sorted(set(found))
+        kept.update(found)
+    assert len(kept) > 80
+    model.config = model.config.model_copy(update={"patchout": 108})
+    with pytest.raises(ValueError, match="patchout = 108 leaves none of the 108 patches"):
+        model.tokens(patches[..., :9], generator)
 
 
 def test_time_offset_is_random_in_training_and_zero_in_evaluation():

@@ -17,8 +17,9 @@ from asc_ray.data.batches import DataConfig, step_generator
 from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.errors import UserError
 from asc_ray.models.registry import build
-from asc_ray.training import loop
+from asc_ray.training import loop, parallel
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
 from asc_ray.training.dataset import IMPULSE_RESPONSES, PartitionConfig, Source, save_bank
 from asc_ray.training.distillation import DistillationConfig, objective
@@ -141,7 +142,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(name, data, t
     assert timeless(history) == timeless(resumed_history)
 
 
-CLOCK = {"clips_per_second", "minutes_left"}
+CLOCK = {"clips_per_second", "seconds", "minutes_left"}
 
 
 def timeless(history):
@@ -234,11 +235,12 @@ def test_a_step_never_makes_the_host_wait(model, data):
         soft=torch.zeros(len(data.store), 10),
         distillation=DistillationConfig(),
         clip_norm=1.0,
+        accumulate=2,
         autocast=False,
     )
     rows = data.parts["train"][:16]
     (wave,) = data.waves(rows, torch.device("cpu")).batches([np.arange(16)])
-    trainer.step(wave, rows, step_generator(0, 0, 0, 0))  # builds the mel bank and the responses' spectra once
+    trainer.step(wave, rows, step_generator(0, 0, 0))  # builds the mel bank and the responses' spectra once
     mode = NoSynchronization()
     draw = augment.draw
 
@@ -250,7 +252,7 @@ def test_a_step_never_makes_the_host_wait(model, data):
 
     augment.draw = drawn_on_the_host
     with mode:
-        trainer.step(wave, rows, step_generator(0, 0, 0, 0))
+        trainer.step(wave, rows, step_generator(0, 0, 0))
 
 
 def test_training_learns_and_another_seed_differs(data, tmp_path):
@@ -290,13 +292,14 @@ def test_checkpoints_keep_the_last_two_and_every_tensor(tmp_path):
     for epoch in range(1, 5):
         model(torch.randn(4, 3)).sum().backward()
         optimizer.step()
-        save_checkpoint(tmp_path, model, optimizer, [{"epoch": e} for e in range(1, epoch + 1)])
+        history = [{"epoch": e, "validation_macro_accuracy": e / 10} for e in range(1, epoch + 1)]
+        save_checkpoint(tmp_path, model, optimizer, history)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-00003", "epoch-00004"]
     checkpoint = load_checkpoint(tmp_path)
     assert torch.equal(checkpoint.model["weight"], model.weight)
     state = optimizer.state_dict()["state"]
     assert torch.equal(checkpoint.optimizer["0.exp_avg"], state[0]["exp_avg"])
-    assert checkpoint.history == [{"epoch": e} for e in range(1, 5)]
+    assert checkpoint.history == history
 
 
 def test_no_checkpoint_is_no_checkpoint(tmp_path):
@@ -328,3 +331,83 @@ def test_a_clip_store_is_enough_for_training(clips, tmp_path):
     assert len(data.bank.names) == len(ImpulseBank.load(None).names) or len(data.bank.names) > 0
     energy = ClipStore(copy).energy[data.store.split == "train"]
     assert data.mean_energy == pytest.approx(float(energy.mean()), rel=1e-5)
+
+
+def test_the_best_epoch_s_checkpoint_is_kept_and_can_be_the_result(data, tmp_path, monkeypatch):
+    """Validation of this training, made up: the second of five epochs is the best, and the last two are kept anyway."""
+    accuracies = iter([0.3, 0.6, 0.5, 0.6, 0.4, 0.1])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"validation_macro_accuracy": next(accuracies)})
+    config = recipe("cp_resnet", epochs=6).model_copy(update={"select": "best"})
+    model = build(config.model, 10, seed=1)
+    fit(model, config, data, data.parts["train"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002", "epoch-00005", "epoch-00006"]
+    best, last = load_checkpoint(tmp_path, 2), load_checkpoint(tmp_path)
+    assert all(torch.equal(value, best.model[key]) for key, value in model.state_dict().items())
+    assert not all(torch.equal(value, last.model[key]) for key, value in model.state_dict().items())
+    (tmp_path / "epoch-00002" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint of the best epoch, 2, is damaged"):
+        fit(model, config, data, data.parts["train"], tmp_path)
+
+
+def test_a_batch_in_parts_has_the_same_gradient(data, tmp_path):
+    """A transformer has no batch norm, and without patchout its parts see what the whole batch saw."""
+    config = recipe("passt", epochs=2)
+    passt = config.model.model_copy(update={"patchout_freq": 0, "frames": 50})
+    weights = []
+    for accumulate in (1, 3):
+        optimizer = config.optimizer.model_copy(update={"accumulate": accumulate})
+        model = build(passt, 10, seed=1)
+        changed = config.model_copy(update={"model": passt, "optimizer": optimizer})
+        history = fit(model, changed, data, data.parts["train"], tmp_path / str(accumulate))
+        weights.append(model.state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=2e-5)
+    assert history[-1]["loss"] > 0
+
+
+def train_on_rank(rank, clips, folder, recipes):
+    """One of two processes of data-parallel trainings; it leaves the weights and the epochs of each."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2)).open()
+    results = {name: train(name, source, folder / name, **changes) for name, changes in recipes.items()}
+    results["gradients"] = gradients(slice(rank, None, 2), parallel.distributed(perturbed()), scale=2)
+    torch.save(results, folder / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def perturbed():
+    """A CP-ResNet in float64, every weight of which has a gradient: as built, its blocks pass on what they get."""
+    model, generator = build(recipe("cp_resnet").model, 10, seed=1).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
+    return model.train()
+
+
+def gradients(own, model, scale=1):
+    x = torch.randn(15, 1, 64, 16, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    (model(x[own]).square().sum() * scale).backward()
+    return {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_two_workers_train_as_one(clips, data, tmp_path):
+    """The same batches and draws; gradients, batch norms, mixup and Freq-MixStyle reach over both workers' clips.
+
+    In float64 gradients agree to rounding. In float32 Adam's first steps are of equal size however small a gradient
+    is, so rounding grows: the learning rate is one at which it stays below what is compared.
+    """
+    recipes = {"cp_resnet": {"learning_rate": 2e-4}, "passt": {"accumulate": 2}}
+    torch.multiprocessing.spawn(train_on_rank, (clips, tmp_path, recipes), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    for name, expected in gradients(slice(None), perturbed()).items():
+        torch.testing.assert_close(first["gradients"][name], expected, rtol=1e-9, atol=1e-10)
+    for name, changes in recipes.items():
+        (weights, history), (same, _) = first[name], second[name]
+        assert all(torch.equal(value, same[key]) for key, value in weights.items())
+        alone, curve = train(name, data, tmp_path / "alone" / name, **changes)
+        assert set(weights) == set(alone)
+        for ours, theirs in zip(curve, history, strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-3)
+            assert theirs["validation_log_loss"] == pytest.approx(ours["validation_log_loss"], abs=1e-3)

@@ -1,7 +1,7 @@
 """Which clips make which batch, each training step's generator, and how a batch reaches the device.
 
-What is in a batch and what is drawn for it are functions of (seed, epoch, step, rank) alone: the same mapped, resident
-or streamed, and the same after a restart.
+What is in a batch and what is drawn for it are functions of (seed, epoch, step) alone: the same mapped, resident or
+streamed, the same after a restart, and the same for any number of ranks.
 """
 
 import os
@@ -50,24 +50,21 @@ class DataConfig(Section):
 _ORDER, _STEP = 0, 1
 
 
-def epoch_batches(
-    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
-) -> list[np.ndarray]:
-    """This rank's pieces of an epoch's batches of the indices 0..count-1, every index once over all ranks.
+def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int, world: int = 1) -> list[np.ndarray]:
+    """An epoch's batches of the indices 0..count-1, every index once; rank r of `world` reads `batch[r::world]`.
 
-    `batch_size` is the global batch: the batches do not depend on `world`, and rank r has every world-th index of
-    each, from the r-th. All ranks have the same number of pieces and none is empty: a last batch smaller than `world`
-    is joined to the one before. Pieces of one batch may differ by one index.
+    No rank's piece is empty: a last batch smaller than `world` is joined to the one before. But for that the batches
+    do not depend on `world`. Pieces of one batch may differ by one index. Raises ConfigError where it cannot be.
     """
-    if not (0 <= rank < world <= min(batch_size, count)):
-        raise ValueError(
-            f"rank {rank} of {world} with batches of {batch_size} and {count} clips: some rank has no clip"
+    if not 1 <= world <= min(batch_size, count):
+        raise ConfigError(
+            f"{world} workers for batches of {batch_size} of {count} clips: some worker has no clip; use fewer workers"
         )
     order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(count)
     starts = np.arange(0, count, batch_size)
     if len(starts) > 1 and count - starts[-1] < world:
         starts = starts[:-1]
-    return [batch[rank::world] for batch in np.split(order, starts[1:])]
+    return np.split(order, starts[1:])
 
 
 def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
@@ -75,9 +72,9 @@ def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
     return np.split(np.arange(count), range(batch_size, count, batch_size))
 
 
-def step_generator(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
-    """The CPU generator of one training step: a resumed run draws what an unbroken one would have drawn."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(_STEP, epoch, step, rank))
+def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """The CPU generator of one training step, for all ranks: a resumed run draws what an unbroken one would have."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(_STEP, epoch, step))
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 

@@ -24,6 +24,7 @@ class PasstConfig(Section):
     frames: int = Field(998, ge=1, le=100_000, description="longest input; shorter ones use a part of the time grid")
     patchout_freq: int = Field(6, ge=0, description="rows of patches left out of a training batch")
     patchout_time: int = Field(0, ge=0, description="columns of patches left out of a training batch")
+    patchout: int = Field(0, ge=0, description="patches left out of a training batch, wherever they are")
     pretrained: Path | None = Field(None, description="a checkpoint to start from, as AudioSet's of 527 classes")
 
     @field_validator("pretrained")
@@ -101,8 +102,8 @@ class Block(nn.Module):
 class Passt(nn.Module):
     """(B, 1, mels, T) log-mel to logits (B, classes), for patch <= T <= frames.
 
-    In training, structured patchout and the random offset into the time grid are drawn from `generator` (CPU), once for
-    the whole batch; evaluation is deterministic.
+    In training, structured and unstructured patchout and the random offset into the time grid are drawn from
+    `generator` (CPU), once for the whole batch; evaluation is deterministic.
     """
 
     stochastic = True
@@ -155,7 +156,14 @@ class Passt(nn.Module):
             x = x[..., _kept(taken, config.patchout_time, generator).to(x.device, non_blocking=True)]
         if self.training and config.patchout_freq:
             x = x[:, :, _kept(rows, config.patchout_freq, generator).to(x.device, non_blocking=True)]
-        return x.flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2)
+        if self.training and config.patchout:
+            if x.shape[1] <= config.patchout:
+                raise ValueError(
+                    f"patchout = {config.patchout} leaves none of the {x.shape[1]} patches that are left of this input"
+                )
+            x = x[:, _kept(x.shape[1], config.patchout, generator).to(x.device, non_blocking=True)]
+        return x
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         patches = self.tokens(x, generator)

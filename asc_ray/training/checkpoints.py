@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors and a readable meta.json, written aside and renamed, the last few kept."""
+"""Checkpoints: safetensors and a readable meta.json, written aside and renamed; the last few and the best are kept."""
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def save_checkpoint(
     history: list[dict],
     steps: Sequence[list[float]] = (),
 ) -> None:
-    """Write `folder/epoch-NNNNN/` or `epoch-NNNNN-step-NNNNNN/`; all but the last two are removed afterwards."""
+    """Write `folder/epoch-NNNNN/` or `epoch-NNNNN-step-NNNNNN/`; all but the last two and the best are then removed."""
     epoch = len(history)
-    name = f"epoch-{epoch:05d}" + (f"-step-{len(steps):06d}" if steps else "")
+    name = _name(epoch) + (f"-step-{len(steps):06d}" if steps else "")
     final, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     save_file(_plain(model.state_dict()), temporary / "model.safetensors")
@@ -51,13 +51,23 @@ def save_checkpoint(
     if final.exists():  # a damaged one that resuming passed over
         shutil.rmtree(final)
     os.rename(temporary, final)
+    best = _name(best_epoch(history)) if history else ""
     for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
-        shutil.rmtree(old)
+        if old.name != best:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold; a truncated one is passed over for the one before it."""
-    for candidate in sorted(folder.glob("epoch-*"), reverse=True):
+def best_epoch(history: Sequence[Mapping[str, float]]) -> int:
+    """The epoch, counted from 1, of the highest macro accuracy on the validation part; the first of equals."""
+    return 1 + max(range(len(history)), key=lambda epoch: history[epoch]["validation_macro_accuracy"])
+
+
+def load_checkpoint(folder: Path, epoch: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold; a truncated one is passed over for the one before it.
+
+    With `epoch`, the checkpoint of its end, if it is there and whole.
+    """
+    for candidate in sorted(folder.glob("epoch-*" if epoch is None else _name(epoch)), reverse=True):
         meta = _read_meta(candidate)
         if meta is None:
             continue
@@ -78,6 +88,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, field = name.split(".", 1)
         state.setdefault(int(index), {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _name(epoch: int) -> str:
+    return f"epoch-{epoch:05d}"
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,9 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.registry import ModelConfig
 from asc_ray.section import Section
-from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, save_checkpoint
+from asc_ray.training import parallel
+from asc_ray.training.checkpoints import best_epoch, load_checkpoint, restore_optimizer, save_checkpoint
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.distillation import DistillationConfig, objective
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
@@ -43,6 +46,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(1e-3, ge=0.0, le=1.0)
     schedule: ScheduleConfig = ScheduleConfig()
     clip_norm: float = Field(5.0, gt=0.0, description="largest norm of the gradient over all weights")
+    accumulate: int = Field(1, ge=1, description="parts in which a batch goes through the network, for less memory")
 
     def scaled_to(self, epochs: int) -> "OptimizerConfig":
         """The same recipe compressed or stretched to `epochs`, its schedule with it."""
@@ -64,6 +68,9 @@ class Recipe(Section):
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compile: bool = Field(False, description="torch.compile the network; where that fails, it trains without")
+    select: Literal["last", "best"] = Field(
+        "last", description="which weights are the result: the last epoch's, or those best on the validation part"
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -112,6 +119,9 @@ def fit(
     so a listener needs no memory of its own. `soft_logits` (clips of the store, K) are the teachers' logits, needed
     where `distillation` is given. `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
 
+    In a torch.distributed group all ranks call this alike, and end with the same weights; the first one alone writes
+    checkpoints and is heard by `on_epoch`.
+
     Raises Diverged with epoch, step and clip ids when the loss is not finite.
     """
     device = training_device()
@@ -120,16 +130,11 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
-    history: list[Metrics] = []
-    steps: list[list[float]] = []  # what the steps of a half-done epoch returned
-    if checkpoint := load_checkpoint(folder):
-        model.load_state_dict(checkpoint.model)
-        restore_optimizer(optimizer, checkpoint.optimizer)
-        steps = checkpoint.steps
-        for metrics in checkpoint.history:
-            history.append(metrics)
+    rank, world = parallel.rank(), parallel.world()
+    history, steps = _resumed(folder, model, optimizer)
+    if rank == 0:
+        for metrics in history:
             on_epoch(metrics)
-    set_training(model, True)
     front_end = LogMel(recipe.frontend).to(device)
     trainer = _Trainer(
         model=model,
@@ -140,9 +145,11 @@ def fit(
         soft=None if soft_logits is None else torch.from_numpy(soft_logits),
         distillation=distillation,
         clip_norm=settings.clip_norm,
+        accumulate=settings.accumulate,
         autocast=mixed_precision and device.type == "cuda",
     )
     if recipe.compile and len(history) < settings.epochs:
+        set_training(model, True)
         trainer.compile(settings.batch_size)
     waves = data.waves(train, device)
 
@@ -153,22 +160,20 @@ def fit(
             group["lr"] = settings.learning_rate * factor
         set_training(model, True)
         before_epoch(model, epoch)
-        batches = epoch_batches(len(train), settings.batch_size, seed=recipe.seed, epoch=epoch)
+        batches = epoch_batches(len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world)
         first = len(steps)
         results = [torch.tensor(values, device=device) for values in steps]
         steps = []
-        delivered = waves.batches(batches[first:])
+        delivered = waves.batches([batch[rank::world] for batch in batches[first:]])
         for step in range(first, len(batches)):
             with record_function("data"):
-                wave = next(delivered)
-            results.append(trainer.step(wave, train[batches[step]], step_generator(recipe.seed, epoch, step, 0)))
-            if time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
-                sums = torch.stack(results).cpu()
-                _check_finite(sums[:, 0], epoch, [data.store.ids[train[batch]] for batch in batches])
+                wave = parallel.gathered(next(delivered), len(batches[step]))
+            results.append(trainer.step(wave, train[batches[step]], step_generator(recipe.seed, epoch, step)))
+            if rank == 0 and time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
+                sums = _finite(results, epoch, lambda step: data.store.ids[train[batches[step]]])  # noqa: B023
                 save_checkpoint(folder, model, optimizer, history, sums.tolist())
                 saved = time.perf_counter()
-        sums = torch.stack(results).cpu()  # the one synchronization of the epoch
-        _check_finite(sums[:, 0], epoch, [data.store.ids[train[batch]] for batch in batches])
+        sums = _finite(results, epoch, lambda step: data.store.ids[train[batches[step]]])  # noqa: B023
         seconds = time.perf_counter() - start
         set_training(model, False)
         metrics = {
@@ -179,15 +184,41 @@ def fit(
             **validate(model, front_end, data, device),
             "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
-        whole = (time.perf_counter() - start) * len(batches) / (len(batches) - first)  # with the validation
+        metrics["seconds"] = time.perf_counter() - start
+        whole = metrics["seconds"] * len(batches) / (len(batches) - first)
         metrics["minutes_left"] = whole * (settings.epochs - epoch - 1) / 60
         if recipe.compile:
             metrics["compiled"] = float(trainer.compiled)
         history.append(metrics)
-        save_checkpoint(folder, model, optimizer, history)
-        on_epoch(metrics)
+        if rank == 0:
+            save_checkpoint(folder, model, optimizer, history)
+            on_epoch(metrics)
+    if rank == 0 and recipe.select == "best":
+        _restore_best(folder, model, history)
     set_training(model, False)
     return history
+
+
+def _resumed(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[Metrics], list[list[float]]]:
+    """Metrics of the finished epochs and results of the next one's steps, from the newest intact checkpoint."""
+    checkpoint = load_checkpoint(folder)
+    if checkpoint is None:
+        return [], []
+    model.load_state_dict(checkpoint.model)
+    restore_optimizer(optimizer, checkpoint.optimizer)
+    return checkpoint.history, checkpoint.steps
+
+
+def _restore_best(folder: Path, model: nn.Module, history: Sequence[Metrics]) -> None:
+    checkpoint = load_checkpoint(folder, best_epoch(history))
+    if checkpoint is None:
+        raise UserError(
+            f"{folder}: the checkpoint of the best epoch, {best_epoch(history)}, is damaged; delete the folder and "
+            "train again, or choose select: last"
+        )
+    model.load_state_dict(checkpoint.model)
 
 
 class _Trainer:
@@ -204,20 +235,23 @@ class _Trainer:
         soft: Tensor | None,
         distillation: DistillationConfig | None,
         clip_norm: float,
+        accumulate: int,
         autocast: bool,
     ) -> None:
         self.model, self.optimizer, self.front_end, self.augment = model, optimizer, front_end, augment
         self.store, self.soft, self.distillation = store, soft, distillation
-        self.clip_norm, self.autocast = clip_norm, autocast
+        self.clip_norm, self.accumulate, self.autocast = clip_norm, accumulate, autocast
         self.compiled = False
-        self._forward: Callable[..., Tensor] = model
-        self._one_hot = torch.eye(len(store.labels))
+        self.rank, self.world = parallel.rank(), parallel.world()
+        self._distributed: Any = parallel.distributed(model)
+        self._forward: Callable[..., Tensor] = self._distributed
+        self._one_hot = torch.eye(len(store.labels), device=next(model.parameters()).device)
 
     def compile(self, batch_size: int) -> None:
         """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
         state = copy.deepcopy(self.model.state_dict())
         device = next(self.model.parameters()).device
-        forward = torch.compile(self.model, dynamic=False)  # dynamic shapes would depend on which batch came first
+        forward = torch.compile(self._forward, dynamic=False)  # dynamic shapes would depend on which batch came first
         mel = self.front_end(torch.zeros(batch_size, CLIP_SAMPLES, device=device))
         try:
             self._logits(forward, mel, torch.Generator()).sum().backward()
@@ -230,7 +264,11 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, wave: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
-        """One update on the store's `clips`; (summed loss, clips, right answers), without waiting for the device."""
+        """One update on the store's `clips`; (summed loss, clips, right answers), without waiting for the device.
+
+        The clips and their waves are of the whole batch. It goes through the network in parts: first by rank, and then
+        by `accumulate`; the gradient is that of its mean loss.
+        """
         store, device = self.store, wave.device
         with record_function("augmentation"):
             energies, devices = torch.from_numpy(store.energy[clips]), store.device[clips].tolist()
@@ -240,24 +278,32 @@ class _Trainer:
             mel = self.front_end(wave, draw.fmax_shift)
         with record_function("augmentation"):
             mel = self.augment.mel(mel, draw)
-        with record_function("forward"):
-            scene = torch.from_numpy(store.scene[clips])
-            target = label = moved(self._one_hot[scene], device)
+            scene = moved(torch.from_numpy(store.scene[clips]), device)
+            target = self._one_hot[scene]
             teacher = None if self.soft is None else moved(self.soft[torch.from_numpy(clips)], device)
             if draw.lam is not None:
                 lam, partner = draw.lam[:, None], draw.partner
                 target = lam * target + (1 - lam) * target[partner]
                 teacher = None if teacher is None else lam * teacher + (1 - lam) * teacher[partner]
-            logits = self._logits(self._forward, mel, generator)
-            losses = objective(logits, target, teacher, self.distillation)
-        with record_function("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            losses["total"].mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        result = torch.zeros(3, device=device)
+        parts = min(self.accumulate, len(clips) // self.world)
+        for part in range(parts):
+            own = slice(self.rank + part * self.world, None, parts * self.world)
+            with nullcontext() if part == parts - 1 or self.world == 1 else self._distributed.no_sync():
+                with record_function("forward"):
+                    logits = self._logits(self._forward, mel[own], generator)
+                    soft = None if teacher is None else teacher[own]
+                    loss = objective(logits, target[own], soft, self.distillation)["total"]
+                with record_function("backward"):
+                    # DistributedDataParallel averages over the ranks what is a sum.
+                    (loss.sum() * (self.world / len(clips))).backward()
+            right = (logits.detach().argmax(1) == scene[own]).float()
+            result += torch.stack([loss.detach().sum(), torch.ones_like(right).sum(), right.sum()])
         with record_function("optimizer"):
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             self.optimizer.step()
-        right = (logits.detach().argmax(1) == label.argmax(1)).sum()
-        return torch.stack([losses["total"].detach().sum(), right.new_tensor(len(clips)).float(), right.float()])
+        return parallel.summed(result)
 
     def _logits(self, forward: Callable[..., Tensor], mel: Tensor, generator: torch.Generator) -> Tensor:
         with torch.autocast(mel.device.type, dtype=torch.bfloat16, enabled=self.autocast):
@@ -266,16 +312,19 @@ class _Trainer:
         return logits.float()
 
 
-def _check_finite(losses: Tensor, epoch: int, clip_ids: Sequence[np.ndarray]) -> None:
-    bad = torch.nonzero(~torch.isfinite(losses))
+def _finite(results: Sequence[Tensor], epoch: int, clip_ids: Callable[[int], np.ndarray]) -> Tensor:
+    """What the steps returned, on the host: the one synchronization of an epoch. Raises Diverged."""
+    sums = torch.stack(list(results)).cpu()
+    bad = torch.nonzero(~sums[:, 0].isfinite())
     if len(bad):
         step = int(bad[0])
-        names = ", ".join(str(name) for name in clip_ids[step][:8])
-        more = f" and {len(clip_ids[step]) - 8} more" if len(clip_ids[step]) > 8 else ""
+        ids = clip_ids(step)
+        names = ", ".join(str(name) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise Diverged(
-            f"the loss became {float(losses[step])} in epoch {epoch + 1}, step {step + 1}; clips {names}{more}. "
+            f"the loss became {float(sums[step, 0])} in epoch {epoch + 1}, step {step + 1}; clips {names}. "
             "Lower optimizer.learning_rate or optimizer.clip_norm, or look at these clips"
         )
+    return sums
 
 
 def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device) -> Metrics:

@@ -26,6 +26,7 @@ from asc_ray.models.passt import PasstConfig
 from asc_ray.models.pretrained import load_published, start_from
 from asc_ray.models.registry import build, folded
 from asc_ray.section import Section
+from asc_ray.training import parallel
 from asc_ray.training.dataset import Dataset, Source
 from asc_ray.training.distillation import DistillationConfig
 from asc_ray.training.loop import Metrics, OnEpoch, Recipe, fit, predict, predict_all, training_device
@@ -59,7 +60,7 @@ def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
 
 
 def train_teacher(artifact: Artifact, source: Source, recipe: Recipe, on_epoch: OnEpoch = lambda metrics: None) -> None:
-    """Train one system of the ensemble on the part `train`; its last weights are the result."""
+    """Train one system of the ensemble on the part `train`, on all ranks of a torch.distributed group together."""
     folder = artifact.open_partial()
     data = source.open()
     model = build(recipe.model, len(data.store.labels), recipe.seed)
@@ -68,8 +69,9 @@ def train_teacher(artifact: Artifact, source: Source, recipe: Recipe, on_epoch: 
     history = fit(
         model, recipe, data, data.parts["train"], folder / "checkpoints", on_epoch=_noted(folder, recipe, on_epoch)
     )
-    _save_weights(model, folder)
-    artifact.finish({"history": history, "parameters": sum(p.numel() for p in model.parameters())}, SCRATCH)
+    if parallel.rank() == 0:
+        _save_weights(model, folder)
+        artifact.finish({"history": history, "parameters": sum(p.numel() for p in model.parameters())}, SCRATCH)
 
 
 def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, classes: int) -> None:
@@ -138,7 +140,8 @@ def train_int8(
     settings = config.optimizer.scaled_to(qat.epochs).model_copy(
         update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay}
     )
-    recipe = config.model_copy(update={"optimizer": settings})
+    # The last weights, whatever the student's: the best may be of an epoch before the observers were frozen.
+    recipe = config.model_copy(update={"optimizer": settings, "select": "last"})
 
     def freeze_at_the_end(module: nn.Module, epoch: int) -> None:
         if epoch >= qat.epochs - qat.frozen_epochs:

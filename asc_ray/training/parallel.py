@@ -1,0 +1,86 @@
+"""Data-parallel training: the processes of a torch.distributed group take together the steps of one process.
+
+Every rank reads its own clips, has the whole batch from the others for augmentation (mixup and Freq-MixStyle take a
+partner from anywhere in it), and runs the network on its own part; gradients and batch norms are of the whole batch.
+Without a group there is one rank, and nothing here does anything.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(piece: Tensor, count: int) -> Tensor:
+    """The batch of `count` clips of which rank r holds, as `piece`, every world-th from the r-th; on every rank."""
+    ranks = world()
+    if ranks == 1:
+        return piece
+    size = -(-count // ranks)
+    padded = piece.new_zeros(size, *piece.shape[1:])
+    padded[: len(piece)] = piece
+    pieces = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(pieces, padded)
+    return torch.stack(pieces, dim=1).flatten(0, 1)[:count]
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all ranks, without a gradient; on every rank."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel, its batch norms over the whole batch; the model itself for one rank."""
+    if world() == 1:
+        return model
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d  # weights, statistics and names stay what and where they are
+    return nn.parallel.DistributedDataParallel(model)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return summed(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return summed(gradients[0].clone())
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of all ranks; torch's SyncBatchNorm has no form for the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums = _Sum.apply(torch.cat([values.sum((0, 2, 3)), values.new_full((1,), values[:, 0].numel())]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centered = values - mean[:, None, None]
+        variance = _Sum.apply(centered.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
