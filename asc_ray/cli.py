@@ -141,6 +141,8 @@ def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None: 
         for artifact in artifacts:
             state, where = state_of(artifact)
             table.add_row(stage, artifact.name, state, where)
+    for name, error in plan.left_out.items():
+        table.add_row("teachers", name, "left out", error)
     # A log file has no width: paths must not be cut there.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from asc_ray.cluster.resources import ClusterConfig, Resources
+from asc_ray.cluster.resources import ClusterConfig, Resources, TrainerResources
 from asc_ray.data.batches import DataConfig
 from asc_ray.data.corpus import CorpusConfig
 from asc_ray.errors import ConfigError
@@ -35,7 +35,32 @@ class TeachersConfig(Section):
 
     checkpoints: Path | None = None
     recipes: dict[str, Recipe] = Field(min_length=1)
-    resources: Resources = Resources()
+    resources: TrainerResources = TrainerResources()
+    resources_for: dict[str, TrainerResources] = Field({}, description="in place of `resources`, by the model's name")
+    allow_missing: int = Field(
+        0, ge=0, description="so many systems may fail for good, and the ensemble goes on without them"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TeachersConfig":
+        if unknown := sorted(set(self.resources_for) - set(NETWORKS)):
+            raise ValueError(f"resources_for: unknown model {unknown[0]!r}; allowed: {', '.join(NETWORKS)}")
+        if self.allow_missing >= len(self.recipes):
+            raise ValueError(
+                f"allow_missing: {self.allow_missing} of {len(self.recipes)} systems; one at least must be left"
+            )
+        return self
+
+    def resources_of(self, recipe: Recipe) -> TrainerResources:
+        return self.resources_for.get(recipe.model.name, self.resources)
+
+    def requests(self) -> dict[str, TrainerResources]:
+        """What the systems ask for, by the key that says so."""
+        models = {recipe.model.name for recipe in self.recipes.values()}
+        asked = {
+            f"teachers.resources_for.{model}": self.resources_for[model] for model in models & {*self.resources_for}
+        }
+        return asked if len(asked) == len(models) else asked | {"teachers.resources": self.resources}
 
 
 class LogitsConfig(Section):

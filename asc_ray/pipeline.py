@@ -14,7 +14,7 @@ from asc_ray.config import Config
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
-from asc_ray.plan import BEST_STUDENT, NEEDS, REPORT, STAGES, Plan, dump
+from asc_ray.plan import BEST_STUDENT, FAILED, NEEDS, REPORT, STAGES, Plan, dump
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
 from asc_ray.training.systems import import_teacher
@@ -26,6 +26,8 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
     Raises UserError for a user's mistake, ConfigError before any work starts when the cluster cannot run it.
     """
     plan = Plan(config)
+    for name, error in plan.left_out.items():
+        progress.note(_left_out(name, error))
     todo = [stage for stage in stages if plan.missing(stage)]
     for stage in stages:
         if stage not in todo and plan.by_stage()[stage]:
@@ -52,21 +54,24 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
         with runtime.connected(config.cluster):
             runtime.check_feasible(
                 {
-                    "teachers.resources": config.teachers.resources,
+                    **config.teachers.requests(),
                     "logits.resources": config.logits.resources,
                     "student_resources": config.student_resources,
                 }
             )
             with tracker.parent(dump(config), plan.complete_keys()):
+                work = _Work(plan, tracker, progress)
                 for stage in todo:
+                    if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again
+                        continue
                     with progress.stage(stage):
-                        _BUILDERS[stage](_Work(plan, tracker, progress))
-    return plan
+                        _BUILDERS[stage](work)
+    return work.plan
 
 
 @dataclass
 class _Work:
-    """What a stage's builder needs: the plan, the tracker, the progress shown."""
+    """What a stage's builder needs: the plan, which changes when systems are left out, the tracker, the progress."""
 
     plan: Plan
     tracker: Any
@@ -82,7 +87,7 @@ class _Work:
     def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
         """A listener that opens a child run for each named artifact at its first event and logs every epoch.
 
-        What finished is FINISHED, what did not when the stage raises is FAILED or KILLED.
+        What finished is FINISHED, what did not is FAILED, or KILLED by an interrupt.
         """
         status = "FAILED"
 
@@ -98,7 +103,6 @@ class _Work:
 
         try:
             yield on_event
-            status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
@@ -169,14 +173,33 @@ def _build_teachers(work: _Work) -> None:
     if not todo:
         return
     work.progress.expect("teachers", {name: recipes[name].optimizer.epochs for name in todo})
+    for artifact in todo.values():
+        (artifact.partial / FAILED).unlink(missing_ok=True)
     with work.tracked(todo) as on_event:
-        train_teachers(
-            {name: Teacher(artifact, recipes[name]) for name, artifact in todo.items()},
+        errors = train_teachers(
+            {
+                name: Teacher(artifact, recipes[name], config.teachers.resources_of(recipes[name]))
+                for name, artifact in todo.items()
+            },
             work.source,
-            config.teachers.resources,
             config.cluster.retries,
             on_event,
         )
+    for name, error in errors.items():
+        write_atomically(todo[name].open_partial() / FAILED, json.dumps({"error": error}))
+    if len(errors) + len(plan.left_out) > config.teachers.allow_missing:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise UserError(
+            f"{len(errors)} of {len(todo)} teachers failed ({reasons}). The others are kept; the same command goes on "
+            "with those that failed, and --set teachers.allow_missing=N goes on without so many"
+        )
+    for name, error in errors.items():
+        work.progress.note(_left_out(name, error))
+    work.plan = Plan(config)
+
+
+def _left_out(name: str, error: str) -> str:
+    return f"left out: {name} failed ({error}); --set teachers.allow_missing=0 tries it again"
 
 
 def _import_teachers(work: _Work) -> None:

@@ -1,5 +1,6 @@
 """What a configuration makes: every artifact of every stage, its key, and what it is made from."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
+FAILED = "failed.json"  # in the folder of a system that kept failing: why
 REPORT = "report.html"
 
 # What each stage needs before it can run, by stage name.
@@ -63,16 +65,18 @@ class Plan:
         base = {"clips": self.clips.key}
         recipes = config.teachers.recipes
         self.imported = published(config.teachers.checkpoints, recipes) if config.teachers.checkpoints else {}
-        self.teachers = {name: self._teacher(name, recipe, base) for name, recipe in recipes.items()}
+        systems = {name: self._teacher(name, recipe, base) for name, recipe in recipes.items()}
+        self.left_out = self._left_out(systems)
+        self.teachers = {name: teacher for name, teacher in systems.items() if name not in self.left_out}
         self.logits = {
             name: self._artifact(
                 "logits", name, {"precision": config.logits.precision}, {**base, "teacher": teacher.key}
             )
             for name, teacher in self.teachers.items()
         }
-        systems = {name: logits.key for name, logits in self.logits.items()}
+        fused = {name: logits.key for name, logits in self.logits.items()}
         fusion = {"fusion": dump(config.fusion), "partition": dump(config.partition)}
-        self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **systems})
+        self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         soft = config.student.distillation.soft_target
         learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
         student = {"student": dump(config.student), "partition": dump(config.partition)}
@@ -83,14 +87,14 @@ class Plan:
         self.student = self._artifact("students", "student", student, learned)
         self.int8 = self._artifact("int8", "student", {"qat": dump(config.qat)}, {"student": self.student.key})
         self.evaluation = self._artifact(
-            "evaluation", "test", {}, {**systems, "fusion": self.fusion.key, "int8": self.int8.key}
+            "evaluation", "test", {}, {**fused, "fusion": self.fusion.key, "int8": self.int8.key}
         )
         self.report = self._artifact("report", config.name, {}, {"evaluation": self.evaluation.key})
-
-    @property
-    def key(self) -> str:
-        """The configuration's own key: that of its last artifact."""
-        return self.report.key
+        sections = {
+            name: dump(getattr(config, name)) for name in ("logits", "fusion", "partition", "student", "qat")
+        } | {"sweep": dump(config.sweep) if config.sweep else None}
+        # The configuration's own key, whichever systems are left out.
+        self.key = content_key(stage="pipeline", config=sections, inputs={n: t.key for n, t in systems.items()})
 
     def by_stage(self) -> dict[str, list[Artifact]]:
         return {
@@ -170,6 +174,19 @@ class Plan:
                 raise ConfigError(f"teachers.recipes.{name}.model.pretrained: {start}: no such file")
             section["pretrained"] = file_sha256(start)
         return self._artifact("teachers", name, section, inputs)
+
+    def _left_out(self, systems: Mapping[str, Artifact]) -> dict[str, str]:
+        """Why each system failed that the ensemble goes on without; none where more failed than may be missing."""
+        notes = {name: artifact.partial / FAILED for name, artifact in systems.items() if not artifact.complete}
+        failed = {name: json.loads(note.read_text())["error"] for name, note in notes.items() if note.is_file()}
+        if len(failed) > self.config.teachers.allow_missing:
+            return {}
+        if self.config.student.distillation.soft_target in failed:
+            raise ConfigError(
+                f"student.distillation.soft_target: {self.config.student.distillation.soft_target} failed and is left "
+                "out; choose another, or train it again with --set teachers.allow_missing=0"
+            )
+        return failed
 
     def _impulse_responses_identity(self) -> Any:
         if self.demo:

@@ -4,7 +4,7 @@ import json
 import time
 
 from asc_ray.artifacts import Artifact, is_locked
-from asc_ray.plan import REPORT, Plan
+from asc_ray.plan import FAILED, REPORT, Plan
 from asc_ray.training.systems import INT8_MODEL
 
 
@@ -14,6 +14,8 @@ def state_of(artifact: Artifact) -> tuple[str, str]:
         return "done", str(artifact.path)
     if not artifact.partial.is_dir():
         return "missing", ""
+    if (artifact.partial / FAILED).is_file():
+        return "failed: " + json.loads((artifact.partial / FAILED).read_text())["error"], str(artifact.partial)
     state = "running" if is_locked(artifact.storage) else "interrupted"
     return state + _progress(artifact), str(artifact.partial)
 
@@ -24,8 +26,9 @@ def _progress(artifact: Artifact) -> str:
         entry = json.loads(note.read_text())
         text = f", epoch {entry['epoch']}/{entry['epochs']}, loss {entry['loss']:.3f}"
         text += f", validation {100 * entry['validation_accuracy']:.1f} %, {entry['clips_per_second']:.0f} clips/s"
-        text += f", {entry['minutes_left']:.0f} min left"
-        ago = time.time() - note.stat().st_mtime
+        noted = note.stat().st_mtime
+        text += time.strftime(", ends about %a %H:%M", time.localtime(noted + 60 * entry["minutes_left"]))
+        ago = time.time() - noted
         return text + (f", {ago:.0f} s ago" if ago < 3600 else f", {ago / 3600:.1f} h ago")
     if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("part-*.arrow")):
         return f", {len(shards)} shards"

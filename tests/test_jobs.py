@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,16 +53,20 @@ def head(tmp_path):
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         try:
-            node.wait(30)
+            node.wait(5)
         except subprocess.TimeoutExpired:
             os.killpg(node.pid, signal.SIGKILL)
 
 
-def test_the_pipeline_runs_as_a_submitted_job(head, tmp_path):
+def test_the_pipeline_runs_as_a_submitted_job(head, finished, tmp_path):
+    """Of a storage that has everything but the int8 model and what is made of it."""
     storage = tmp_path / "storage"
+    shutil.copytree(
+        finished.storage, storage, ignore=shutil.ignore_patterns("int8", "evaluation", "report", "mlflow.db")
+    )
     submit = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/pipeline.py"]
     done = subprocess.run(
-        [*submit, "--config", "tests/tiny.yaml", "--set", f"storage={storage}", "--set", "sweep=null"],
+        [*submit, "--config", "tests/tiny.yaml", "--set", f"storage={storage}"],
         cwd=ROOT,
         env=head,
         capture_output=True,
@@ -69,7 +74,7 @@ def test_the_pipeline_runs_as_a_submitted_job(head, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    plan = Plan(load_config(TINY, [f"storage={storage}", "sweep=null"]))
+    plan = Plan(load_config(TINY, [f"storage={storage}"]))
     assert all(artifact.complete for group in plan.by_stage().values() for artifact in group)
     assert str(plan.report.path) in done.stdout
 

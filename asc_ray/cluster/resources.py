@@ -1,6 +1,8 @@
 """What the pipeline asks of a cluster; free of ray, so that a configuration is read without it."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from asc_ray.section import Section
 
@@ -20,6 +22,18 @@ class Resources(Section):
     @property
     def threads(self) -> int:
         return max(1, int(self.cpus))
+
+
+class TrainerResources(Resources):
+    """Of one training: `workers` processes, each with these CPUs and GPUs, that take every step together."""
+
+    workers: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.workers > 1 and self.gpus % 1:
+            raise ValueError(f"{self.workers} workers with {self.gpus:g} GPUs each; allowed: whole GPUs, or 1 worker")
+        return self
 
 
 class ClusterConfig(Section):

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asc_ray.cluster.resources import ClusterConfig, Resources
 from asc_ray.errors import ConfigError, UserError
@@ -49,16 +50,41 @@ def slots(request: Resources) -> int:
     return count
 
 
+def fits(requests: Sequence[Resources]) -> bool:
+    """Whether the cluster's nodes hold all these workers at once, the largest placed first."""
+    free = [
+        {name: node["Resources"].get(name, 0) + 1e-9 for name in ("CPU", "GPU")}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    for request in sorted(requests, key=lambda request: (request.gpus, request.cpus), reverse=True):
+        for node in free:
+            if node["CPU"] >= request.cpus and node["GPU"] >= request.gpus:
+                node["CPU"] -= request.cpus
+                node["GPU"] -= request.gpus
+                break
+        else:
+            return False
+    return True
+
+
 def check_feasible(requests: Mapping[str, Resources]) -> None:
-    """Refuse what no node can ever give: Ray would wait for it for ever. Raises ConfigError naming the key."""
+    """Refuse what the cluster can never give: Ray would wait for it for ever. Raises ConfigError naming the key."""
     total = ray.cluster_resources()
     for key, request in requests.items():
-        if slots(request) == 0:
+        workers = getattr(request, "workers", 1)
+        if not fits([request] * workers):
+            many = f"{workers} workers, each with " if workers > 1 else ""
             raise ConfigError(
-                f"{key}: asks for {request.cpus:g} CPUs and {request.gpus:g} GPUs on one node; the cluster has "
+                f"{key}: asks for {many}{request.cpus:g} CPUs and {request.gpus:g} GPUs on one node; the cluster has "
                 f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {len(ray.nodes())} node(s). "
                 f"Ask for less, as in --set {key}.cpus=1 --set {key}.gpus=0, or use a larger cluster"
             )
+
+
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """For actors that the driver cannot do without: on its own node, they die with no other."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @ray.remote(num_cpus=0)
@@ -93,7 +119,9 @@ def run_tasks(tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: O
     A task whose worker died is started again, up to `retries` times. The first error ends the others, and is raised
     as what it was on the worker.
     """
-    events = Events.remote() if any(task.reports for task in tasks) else None  # type: ignore[attr-defined]
+    events = None
+    if any(task.reports for task in tasks):
+        events = Events.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
     running = {
         _run.options(**task.resources.options(), max_retries=retries, name=task.name).remote(
             task.function, task.arguments, task.resources.threads, task.name, events if task.reports else None

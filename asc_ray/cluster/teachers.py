@@ -1,8 +1,9 @@
 """The fan-out of the teachers: lanes of Ray Train, each working through a common queue of systems.
 
-A trainer of Ray Train costs tens of seconds to start, whatever it trains. So there is one trainer per slot of the
-cluster and not one per teacher: its worker takes the next system from the queue when it has finished one. When the
-worker dies, Ray Train starts it again, and it goes on with the system it held, from that system's last checkpoint.
+A trainer of Ray Train costs tens of seconds to start, whatever it trains. So a trainer is a lane and not a teacher: its
+workers take the next system from the queue when they have finished one. When a worker dies, Ray Train starts the lane's
+workers again, and they go on with the system they held, from that system's last checkpoint. Systems that ask for
+different resources have lanes of their own, started as soon as they fit.
 """
 
 import os
@@ -13,22 +14,28 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from asc_ray.artifacts import Artifact
-from asc_ray.cluster.resources import Resources
-from asc_ray.cluster.runtime import OnEvent, pass_on, settle, slots
+from asc_ray.cluster.resources import TrainerResources
+from asc_ray.cluster.runtime import OnEvent, beside_the_driver, fits, pass_on, settle
 from asc_ray.errors import UserError
+from asc_ray.models.complexity import complexity
+from asc_ray.models.registry import build
+from asc_ray.training import parallel
 from asc_ray.training.dataset import Source
 from asc_ray.training.loop import Recipe
-from asc_ray.training.systems import train_teacher
+from asc_ray.training.systems import input_shape, train_teacher
 
 POLL_SECONDS = 0.5
 
@@ -37,34 +44,45 @@ POLL_SECONDS = 0.5
 class Teacher:
     artifact: Artifact
     recipe: Recipe
+    resources: TrainerResources
 
 
 @ray.remote(num_cpus=0)
 class Queue:
     """Hands out systems to lanes, remembers who holds what and how often, and relays progress to the driver."""
 
-    def __init__(self, names: list[str], retries: int) -> None:
-        self._waiting = names
+    def __init__(self, waiting: dict[TrainerResources, list[str]], retries: int) -> None:
+        self._waiting = waiting
         self._retries = retries
-        self._held: dict[str, str] = {}
+        self._held: dict[str, tuple[TrainerResources, str]] = {}
         self._taken: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
 
-    def take(self, lane: str) -> str | None:
+    def take(self, lane: str, resources: TrainerResources) -> str | None:
         """The system that `lane` works on next: the one it held when its worker died, else a new one."""
-        held = self._held.get(lane)
-        if held is not None and self._taken[held] > self._retries:
-            self._errors.setdefault(held, "its worker died every time")
-            held = None
-        if held is None:
-            held = self._waiting.pop(0) if self._waiting else None
-        if held is None:
-            self._held.pop(lane, None)
-            return None
-        self._held[lane] = held
-        self._taken[held] += 1
-        return held
+        self._put_back(lane)
+        waiting = self._waiting[resources]
+        while waiting:
+            name = waiting.pop(0)
+            if self._taken[name] <= self._retries:
+                self._taken[name] += 1
+                self._held[lane] = resources, name
+                return name
+            self._errors.setdefault(name, "its worker died every time")
+        return None
+
+    def _put_back(self, lane: str) -> None:
+        if lane in self._held:
+            resources, name = self._held.pop(lane)
+            self._waiting[resources].insert(0, name)
+
+    def unattended(self, lanes: Mapping[str, TrainerResources]) -> dict[TrainerResources, int]:
+        """For how many more lanes there is work, beside `lanes`, those alive; what others held waits again."""
+        for lane in set(self._held) - set(lanes):
+            self._put_back(lane)
+        starting = Counter(resources for lane, resources in lanes.items() if lane not in self._held)
+        return {resources: len(names) - starting[resources] for resources, names in self._waiting.items()}
 
     def note_error(self, name: str, message: str, final: bool) -> None:
         self._errors[name] = message
@@ -87,74 +105,118 @@ class Queue:
         return dict(self._errors)
 
 
-def train_teachers(
-    teachers: Mapping[str, Teacher],
-    source: Source,
-    resources: Resources,
-    retries: int,
-    on_event: OnEvent,
-) -> None:
-    """Train every system of `teachers`, as many at once as fit the cluster.
+def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int, on_event: OnEvent) -> dict[str, str]:
+    """Train every system of `teachers`, the longest first, as many at once as fit the cluster.
 
-    One that keeps failing does not stop the others. Raises UserError naming those that failed, with their errors.
+    One that keeps failing does not stop the others. Returns why, for those that failed.
     """
-    names = list(teachers)
-    lanes = min(len(names), slots(resources))
-    queue = Queue.remote(names, retries)  # type: ignore[attr-defined]
-    scratch = teachers[names[0]].artifact.storage / ".ray-train" / uuid.uuid4().hex
-    work = {"queue": queue, "teachers": dict(teachers), "source": source, "threads": resources.threads}
+    waiting: dict[TrainerResources, list[str]] = {}
+    for name in _longest_first(teachers):
+        waiting.setdefault(teachers[name].resources, []).append(name)
+    queue = Queue.options(scheduling_strategy=beside_the_driver()).remote(waiting, retries)  # type: ignore[attr-defined]
+    storage = next(iter(teachers.values())).artifact.storage
+    scratch = storage / ".ray-train" / uuid.uuid4().hex
+    work = {"queue": queue, "teachers": dict(teachers), "source": source}
+    lanes: dict[str, _Lane] = {}
     crashes: list[str] = []
-
-    def run_lane(number: int) -> None:
-        try:
-            _lane({**work, "lane": f"lane-{number}"}, resources, scratch, failures=(retries + 1) * len(names)).fit()
-        except Exception as error:  # what a lane dies of is told with the systems that it leaves behind
-            crashes.append(str(error).strip().splitlines()[-1])
-
-    # Threads, because `fit` blocks; daemons, so that an interrupt ends the program and with it the lanes.
-    running = [Thread(target=run_lane, args=(number,), daemon=True) for number in range(lanes)]
-    for thread in running:
-        thread.start()
-    while any(thread.is_alive() for thread in running):
+    numbers = count()
+    while True:
+        for name in [name for name, lane in lanes.items() if not lane.is_alive()]:
+            lane = lanes.pop(name)
+            if lane.error:
+                crashes.append(lane.error)
+                lane.free()
+        alive = {name: lane.resources for name, lane in lanes.items()}
+        for resources, more in ray.get(queue.unattended.remote(alive)).items():
+            for _ in range(more if len(crashes) <= retries else 0):
+                taken = [asked for asked in (*alive.values(), resources) for _ in range(asked.workers)]
+                if not fits(taken):
+                    break
+                name = f"lane-{next(numbers)}"
+                lanes[name] = _Lane({**work, "lane": name, "resources": resources}, scratch, retries)
+                lanes[name].start()
+                alive[name] = resources
+        if not lanes:
+            break
         time.sleep(POLL_SECONDS)
         pass_on(queue, on_event)
     errors = ray.get(queue.errors.remote())
     ray.kill(queue)
     shutil.rmtree(scratch, ignore_errors=True)
     settle()
-    failed = [name for name, teacher in teachers.items() if not teacher.artifact.complete]
-    if failed:
-        reasons = "; ".join(f"{name}: {errors.get(name, crashes[0] if crashes else 'not started')}" for name in failed)
-        raise UserError(
-            f"{len(failed)} of {len(names)} teachers failed ({reasons}). The others are kept; "
-            "the same command goes on with those that failed"
+    other = crashes[0] if crashes else "no node had room for it"
+    return {name: errors.get(name, other) for name, teacher in teachers.items() if not teacher.artifact.complete}
+
+
+def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:
+    """By multiply-accumulates of a clip times epochs."""
+    macs: dict[Any, int] = {}
+
+    def cost(name: str) -> int:
+        recipe = teachers[name].recipe
+        key = recipe.model, recipe.frontend
+        if key not in macs:
+            macs[key] = complexity(build(recipe.model, classes=10), input_shape(recipe)).macs
+        return macs[key] * recipe.optimizer.epochs
+
+    return sorted(teachers, key=cost, reverse=True)
+
+
+class _Lane(Thread):
+    """A trainer of Ray Train in a thread, for `fit` blocks; a daemon, so that an interrupt ends it with the program."""
+
+    def __init__(self, work: dict[str, Any], scratch: Path, retries: int) -> None:
+        super().__init__(name=work["lane"], daemon=True)
+        self.resources: TrainerResources = work["resources"]
+        self.error = ""
+        # So many bytes are asked for beside the rest, as a mark of the lane's placement group: it can have no name.
+        self._mark = 1 + uuid.uuid4().int % 2**20
+        self._trainer = TorchTrainer(
+            _work_through_queue,
+            train_loop_config=work,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.resources.workers,
+                resources_per_worker={**self.resources.per_worker(), "memory": self._mark},
+                use_gpu=self.resources.gpus > 0,
+            ),
+            run_config=ray.train.RunConfig(
+                name=work["lane"],
+                storage_path=str(scratch),
+                failure_config=ray.train.FailureConfig(max_failures=(retries + 1) * len(work["teachers"])),
+            ),
         )
 
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # its controller died, or its workers did more often than is allowed
+            self.error = (str(error).strip() or type(error).__name__).splitlines()[-1]
 
-def _lane(work: dict[str, Any], resources: Resources, scratch: Path, failures: int) -> TorchTrainer:
-    return TorchTrainer(
-        _work_through_queue,
-        train_loop_config=work,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=1, resources_per_worker=resources.per_worker(), use_gpu=resources.gpus > 0
-        ),
-        run_config=ray.train.RunConfig(
-            name=work["lane"],
-            storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=failures),
-        ),
-    )
+    def free(self) -> None:
+        """Remove the placement group that a killed controller left; Ray's own cleaner needs a dashboard for that."""
+        for group, entry in placement_group_table().items():
+            if entry["state"] != "REMOVED" and self._mark in [
+                bundle.get("memory") for bundle in entry["bundles"].values()
+            ]:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def _work_through_queue(work: dict[str, Any]) -> None:
-    """What a lane's worker runs."""
-    torch.set_num_threads(work["threads"])
-    queue, lane = work["queue"], work["lane"]
-    while (name := ray.get(queue.take.remote(lane))) is not None:
+    """What each worker of a lane runs; the first asks the queue for all of them."""
+    torch.set_num_threads(work["resources"].threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
+    queue, lane, first = work["queue"], work["lane"], parallel.rank() == 0
+    while True:
+        name = parallel.agreed(ray.get(queue.take.remote(lane, work["resources"])) if first else None)
+        if name is None:
+            return
         teacher: Teacher = work["teachers"][name]
-        ray.get(queue.post.remote(name, {"started": True, "pid": os.getpid()}))
+        if first:
+            ray.get(queue.post.remote(name, {"started": True, "pid": os.getpid()}))
         try:
-            if not teacher.artifact.complete:
+            # Complete, if the worker died between the renaming of its folder and saying so.
+            if not parallel.agreed(teacher.artifact.complete):
                 train_teacher(
                     teacher.artifact,
                     work["source"],
@@ -166,5 +228,8 @@ def _work_through_queue(work: dict[str, Any]) -> None:
             final = isinstance(error, UserError)
             message = str(error) if final else traceback.format_exc(limit=-1).strip().replace("\n", " ")
             ray.get(queue.note_error.remote(name, message, final))
+            if not final or parallel.world() > 1:  # the lane's other workers may wait for this one: start them anew
+                raise
         else:
-            ray.get(queue.release.remote(lane, name))
+            if first:
+                ray.get(queue.release.remote(lane, name))

@@ -40,6 +40,15 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def agreed(value: Any) -> Any:
+    """The first rank's value, on every rank; of any type that can be pickled."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def distributed(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel, its batch norms over the whole batch; the model itself for one rank."""
     if world() == 1:

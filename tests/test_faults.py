@@ -1,0 +1,105 @@
+"""A cluster of three nodes on this machine, and everything that can die while teachers train on it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command, environment
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from asc_ray.config import load_config
+from asc_ray.plan import Plan
+
+pytestmark = pytest.mark.timeout(1200)
+
+# A third system that fails for good: its loss is not finite from the second step on.
+HOPELESS = {
+    "model": {"name": "cp_resnet", "width": 4},
+    "optimizer": {"learning_rate": 1.0, "weight_decay": 1.0, "clip_norm": 1e30, "epochs": 1, "batch_size": 8},
+}
+
+
+@pytest.fixture
+def cluster():
+    """A head that trains nothing, and two nodes of one CPU."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    workers = [nodes.add_node(num_cpus=1) for _ in range(2)]
+    nodes.wait_for_nodes()
+    yield nodes, workers
+    nodes.shutdown()
+
+
+def processes(title):
+    """Process ids below this one with the title that Ray gave them."""
+    children, titles = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            titles[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found, waiting = set(), [os.getpid()]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found |= {pid for pid in below if title in titles[pid]}
+        waiting += below
+    return found
+
+
+def test_whatever_dies_teachers_end_with_the_weights_of_an_unbroken_run(finished, cluster, tmp_path):
+    """Workers, then the trainers' controllers, then a node; beside them one system that fails whatever is done."""
+    nodes, workers = cluster
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage, ignore=shutil.ignore_patterns("teachers", "mlflow.db"))
+    log = tmp_path / "log"
+    overrides = [f"storage={storage}", f"teachers.recipes.hopeless={HOPELESS}", "teachers.allow_missing=1"]
+    arguments = ["--config", TINY, *(word for override in overrides for word in ("--set", override))]
+    with log.open("w") as out:
+        driver = subprocess.Popen(
+            command("pipeline", *arguments, "--set", f"cluster.address={nodes.address}"),
+            stdout=out, stderr=out, env=environment(),
+        )  # fmt: skip
+
+    def wait_for(condition):
+        while not (found := condition()):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.01)
+        return found
+
+    def epoch(number):
+        return list(storage.glob(f"teachers/*.partial/checkpoints/epoch-{number:05d}"))
+
+    wait_for(lambda: epoch(1))
+    for title in ("RayTrainWorker", "TrainController"):
+        killed = wait_for(lambda title=title: processes(title))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda killed=killed: processes("RayTrainWorker") - killed)
+    nodes.remove_node(workers[0], allow_graceful=False)
+    driver.wait()
+    output = log.read_text()
+    assert driver.returncode == 0, output
+
+    plan, whole = (Plan(load_config(TINY, given)) for given in (overrides, [f"storage={finished.storage}"]))
+    assert list(plan.left_out) == ["hopeless"]
+    assert "the loss became" in plan.left_out["hopeless"]
+    assert f"left out: hopeless failed ({plan.left_out['hopeless']})" in output
+    for name, teacher in whole.teachers.items():
+        mine, reference = (load_file(t.path / "model.safetensors") for t in (plan.teachers[name], teacher))
+        assert all(torch.equal(mine[key], reference[key]) for key in reference), name
+    # Without it the ensemble is that of the unbroken run, so nothing was made again.
+    assert plan.report.key == whole.report.key
+    assert "logits done" not in output
+    status = subprocess.run(command("status", *arguments), capture_output=True, text=True, check=True).stdout
+    assert "left out" in status
+    strict = Plan(load_config(TINY, [*overrides, "teachers.allow_missing=0"]))
+    assert strict.left_out == {}
+    assert [artifact.name for artifact in strict.missing("teachers")] == ["hopeless"]
+    assert strict.key == plan.key
