@@ -161,19 +161,20 @@ def fit(
         set_training(model, True)
         before_epoch(model, epoch)
         batches = epoch_batches(len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world)
+        clips = [train[batch] for batch in batches]
         first = len(steps)
         results = [torch.tensor(values, device=device) for values in steps]
         steps = []
         delivered = waves.batches([batch[rank::world] for batch in batches[first:]])
         for step in range(first, len(batches)):
             with record_function("data"):
-                wave = parallel.gathered(next(delivered), len(batches[step]))
-            results.append(trainer.step(wave, train[batches[step]], step_generator(recipe.seed, epoch, step)))
+                wave = parallel.gathered(next(delivered), len(clips[step]))
+            results.append(trainer.step(wave, clips[step], step_generator(recipe.seed, epoch, step)))
             if rank == 0 and time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
-                sums = _finite(results, epoch, lambda step: data.store.ids[train[batches[step]]])  # noqa: B023
+                sums = _finite(results, epoch, data.store, clips)
                 save_checkpoint(folder, model, optimizer, history, sums.tolist())
                 saved = time.perf_counter()
-        sums = _finite(results, epoch, lambda step: data.store.ids[train[batches[step]]])  # noqa: B023
+        sums = _finite(results, epoch, data.store, clips)
         seconds = time.perf_counter() - start
         set_training(model, False)
         metrics = {
@@ -312,13 +313,13 @@ class _Trainer:
         return logits.float()
 
 
-def _finite(results: Sequence[Tensor], epoch: int, clip_ids: Callable[[int], np.ndarray]) -> Tensor:
+def _finite(results: list[Tensor], epoch: int, store: ClipStore, clips: list[np.ndarray]) -> Tensor:
     """What the steps returned, on the host: the one synchronization of an epoch. Raises Diverged."""
-    sums = torch.stack(list(results)).cpu()
+    sums = torch.stack(results).cpu()
     bad = torch.nonzero(~sums[:, 0].isfinite())
     if len(bad):
         step = int(bad[0])
-        ids = clip_ids(step)
+        ids = store.ids[clips[step]]
         names = ", ".join(str(name) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise Diverged(
             f"the loss became {float(sums[step, 0])} in epoch {epoch + 1}, step {step + 1}; clips {names}. "
