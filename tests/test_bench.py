@@ -54,3 +54,15 @@ def test_training(clips):
     shares = [float(share) for share in re.findall(r"us a clip\s+([\d.]+) %", output)]
     assert len(shares) == 6
     assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_fanout(clips):
+    output = run("fanout", clips, "--teachers", 2, "--seconds", 1)
+    wall, ideal = (float(re.search(rf"{name} ([\d.]+) s", output).group(1)) for name in ("wall", "training"))
+    assert float(re.search(r"ratio ([\d.]+)", output).group(1)) == pytest.approx(2 * wall / ideal, rel=0.1)
+
+
+def test_teachers_steps():
+    output = run("teachers", "--batch", 2, "--runs", 1)
+    for name in ("plain, every patch", "plain, patchout 6", "one after another"):
+        assert float(re.search(rf"{name} .* ratio ([\d.]+)", output).group(1)) > 0
