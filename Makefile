@@ -11,7 +11,7 @@ run: $(VENV)/.installed
 	$(VENV)/bin/asc-ray pipeline --config "$(CONFIG)" $(if $(CORPUS),--set "corpus.path=$(abspath $(CORPUS))") $(SET)
 
 test: $(VENV)/.installed-dev lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

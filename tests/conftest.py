@@ -1,5 +1,6 @@
 """The tiny configuration, run once for all tests that look at what it leaves behind."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -37,10 +38,17 @@ class Run:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Run:
-    """A pipeline that ran from the corpus to the report without a break."""
-    run = Run(tmp_path_factory.mktemp("whole") / "storage", "")
-    done = subprocess.run(
-        command("pipeline", *run.arguments), capture_output=True, text=True, env=environment(), check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Run(run.storage, done.stdout)
+    """A pipeline that ran from the corpus to the report without a break; one for all of pytest's worker processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    folder.mkdir(exist_ok=True)
+    run, output = Run(folder / "storage", ""), folder / "output"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.is_file():
+            done = subprocess.run(
+                command("pipeline", *run.arguments), capture_output=True, text=True, env=environment(), check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            output.write_text(done.stdout)
+    return Run(run.storage, output.read_text())

@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 from asc_ray.config import load_config
 from asc_ray.plan import Plan
 
-pytestmark = pytest.mark.timeout(1200)
-
 
 @pytest.fixture
 def cluster():

@@ -14,7 +14,6 @@ from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
 from asc_ray.plan import Plan
 
-pytestmark = pytest.mark.timeout(600)
 TONE = 0.1 * np.sin(np.arange(44_100) / 20)
 
 

@@ -16,7 +16,6 @@ from conftest import ROOT, TINY
 from asc_ray.config import load_config
 from asc_ray.plan import STAGES, Plan
 
-pytestmark = pytest.mark.timeout(1200)
 RAY = Path(sys.executable).with_name("ray")
 
 

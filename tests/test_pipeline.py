@@ -29,8 +29,6 @@ from asc_ray.training.loop import predict
 from asc_ray.training.search import TrialResult, propose
 from asc_ray.training.systems import Inference, infer, load_int8, load_model
 
-pytestmark = pytest.mark.timeout(1200)
-
 
 def plan_of(run):
     return Plan(load_config(TINY, [f"storage={run.storage}"]))
