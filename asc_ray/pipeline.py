@@ -195,7 +195,8 @@ def _build_teachers(work: _Work) -> None:
         )
     for name, error in errors.items():
         work.progress.note(_left_out(name, error))
-    work.plan = Plan(config)
+    if errors:
+        work.plan = Plan(config)
 
 
 def _left_out(name: str, error: str) -> str:

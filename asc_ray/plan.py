@@ -90,9 +90,8 @@ class Plan:
             "evaluation", "test", {}, {**fused, "fusion": self.fusion.key, "int8": self.int8.key}
         )
         self.report = self._artifact("report", config.name, {}, {"evaluation": self.evaluation.key})
-        sections = {
-            name: dump(getattr(config, name)) for name in ("logits", "fusion", "partition", "student", "qat")
-        } | {"sweep": dump(config.sweep) if config.sweep else None}
+        sections = {"precision": config.logits.precision, "sweep": config.sweep and dump(config.sweep)}
+        sections |= {name: dump(getattr(config, name)) for name in ("fusion", "partition", "student", "qat")}
         # The configuration's own key, whichever systems are left out.
         self.key = content_key(stage="pipeline", config=sections, inputs={n: t.key for n, t in systems.items()})
 
