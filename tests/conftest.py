@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Worker processes of pytest-xdist ignore Ctrl-C, and the pipelines they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As the workers of the presets: sums split over threads can differ in the last bit from one call to the next.
 torch.set_num_threads(1)

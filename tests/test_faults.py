@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, environment
+from conftest import TINY, command
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
@@ -58,8 +58,9 @@ def test_whatever_dies_teachers_end_with_the_weights_of_an_unbroken_run(finished
     with log.open("w") as out:
         driver = subprocess.Popen(
             command("pipeline", *arguments, "--set", f"cluster.address={nodes.address}"),
-            stdout=out, stderr=out, env=environment(),
-        )  # fmt: skip
+            stdout=out,
+            stderr=out,
+        )
 
     def wait_for(condition):
         while not (found := condition()):
