@@ -187,6 +187,11 @@ def _build_teachers(work: _Work) -> None:
         )
     for name, error in errors.items():
         write_atomically(todo[name].open_partial() / FAILED, json.dumps({"error": error}))
+    if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
+        raise UserError(
+            f"{len(untried)} of {len(todo)} teachers were not finished ({', '.join(untried)}): no node had room for "
+            "them, or Ray Train's controllers died too often. The others are kept; the same command goes on"
+        )
     if len(errors) + len(plan.left_out) > config.teachers.allow_missing:
         reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
         raise UserError(

@@ -155,17 +155,16 @@ class Tracker:
         What is complete is FINISHED; nothing is RUNNING, for the storage's lock says that no driver is alive.
         """
         query = f"attributes.status != 'FINISHED' and tags.`{STORAGE_TAG}` = '{self._storage}'"
-        token = None
-        while True:
-            found = self._client.search_runs([self.experiment_id], query, max_results=500, page_token=token)
-            for run in found:
-                if run.data.tags.get(KEY_TAG) in complete:
-                    self._client.set_terminated(run.info.run_id, "FINISHED")
-                elif run.info.status == "RUNNING":
-                    self._client.set_terminated(run.info.run_id, "KILLED")
-            token = found.token
-            if not token:
-                return
+        found = self._client.search_runs([self.experiment_id], query, max_results=500)
+        unfinished = list(found)
+        while found.token:
+            found = self._client.search_runs([self.experiment_id], query, max_results=500, page_token=found.token)
+            unfinished += found
+        for run in unfinished:
+            if run.data.tags.get(KEY_TAG) in complete:
+                self._client.set_terminated(run.info.run_id, "FINISHED")
+            elif run.info.status == "RUNNING":
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:

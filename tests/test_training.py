@@ -411,3 +411,16 @@ def test_two_workers_train_as_one(clips, data, tmp_path):
         for ours, theirs in zip(curve, history, strict=True):
             assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-3)
             assert theirs["validation_log_loss"] == pytest.approx(ours["validation_log_loss"], abs=1e-3)
+
+
+def test_checkpoints_later_than_the_resumed_one_make_room(tmp_path):
+    """Damaged ones, passed over when the training was resumed, would count among the last two."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    history = [{"validation_macro_accuracy": accuracy} for accuracy in (0.1, 0.5, 0.2, 0.3, 0.9)]
+    for epochs in range(1, 6):
+        save_checkpoint(tmp_path, model, optimizer, history[:epochs])
+    # Were the fifth damaged, the second would be the best again.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002", "epoch-00004", "epoch-00005"]
+    save_checkpoint(tmp_path, model, optimizer, history[:2], [[1.0, 1.0, 1.0]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002", "epoch-00002-step-000001"]

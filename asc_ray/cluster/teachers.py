@@ -85,7 +85,8 @@ class Queue:
         return {resources: len(names) - starting[resources] for resources, names in self._waiting.items()}
 
     def note_error(self, name: str, message: str, final: bool) -> None:
-        self._errors[name] = message
+        if final or name not in self._errors:  # what the other ranks say is that this one left
+            self._errors[name] = message
         if final:
             self._taken[name] = self._retries + 1
 
@@ -108,7 +109,8 @@ class Queue:
 def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int, on_event: OnEvent) -> dict[str, str]:
     """Train every system of `teachers`, the longest first, as many at once as fit the cluster.
 
-    One that keeps failing does not stop the others. Returns why, for those that failed.
+    One that keeps failing does not stop the others. Returns why, for those that failed. Others that are not complete
+    were not tried to the end: no node had room, or controllers died more than `retries` times.
     """
     waiting: dict[TrainerResources, list[str]] = {}
     for name in _longest_first(teachers):
@@ -118,17 +120,17 @@ def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int
     scratch = storage / ".ray-train" / uuid.uuid4().hex
     work = {"queue": queue, "teachers": dict(teachers), "source": source}
     lanes: dict[str, _Lane] = {}
-    crashes: list[str] = []
+    crashes = 0
     numbers = count()
     while True:
         for name in [name for name, lane in lanes.items() if not lane.is_alive()]:
             lane = lanes.pop(name)
             if lane.error:
-                crashes.append(lane.error)
+                crashes += 1
                 lane.free()
         alive = {name: lane.resources for name, lane in lanes.items()}
         for resources, more in ray.get(queue.unattended.remote(alive)).items():
-            for _ in range(more if len(crashes) <= retries else 0):
+            for _ in range(more if crashes <= retries else 0):
                 taken = [asked for asked in (*alive.values(), resources) for _ in range(asked.workers)]
                 if not fits(taken):
                     break
@@ -144,8 +146,7 @@ def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int
     ray.kill(queue)
     shutil.rmtree(scratch, ignore_errors=True)
     settle()
-    other = crashes[0] if crashes else "no node had room for it"
-    return {name: errors.get(name, other) for name, teacher in teachers.items() if not teacher.artifact.complete}
+    return {name: error for name, error in errors.items() if not teachers[name].artifact.complete}
 
 
 def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:

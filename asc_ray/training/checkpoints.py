@@ -51,10 +51,13 @@ def save_checkpoint(
     if final.exists():  # a damaged one that resuming passed over
         shutil.rmtree(final)
     os.rename(temporary, final)
-    best = _name(best_epoch(history)) if history else ""
-    for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
-        if old.name != best:
-            shutil.rmtree(old)
+    # The best before this one stays too: were this one damaged, it would be the best again.
+    best = {_name(best_epoch(past)) for past in (history, history[:-1]) if past}
+    there = sorted(folder.glob("epoch-*"))
+    later = [path for path in there if path.name > name]  # damaged ones that resuming passed over
+    earlier = there[: len(there) - len(later)]
+    for path in [*later, *(old for old in earlier[:-KEPT] if old.name not in best)]:
+        shutil.rmtree(path)
 
 
 def best_epoch(history: Sequence[Mapping[str, float]]) -> int:

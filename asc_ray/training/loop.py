@@ -150,7 +150,7 @@ def fit(
     )
     if recipe.compile and len(history) < settings.epochs:
         set_training(model, True)
-        trainer.compile(settings.batch_size)
+        trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
     waves = data.waves(train, device)
 
     for epoch in range(len(history), settings.epochs):
@@ -186,7 +186,7 @@ def fit(
             "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
         metrics["seconds"] = time.perf_counter() - start
-        whole = metrics["seconds"] * len(batches) / (len(batches) - first)
+        whole = metrics["seconds"] * len(batches) / max(1, len(batches) - first)
         metrics["minutes_left"] = whole * (settings.epochs - epoch - 1) / 60
         if recipe.compile:
             metrics["compiled"] = float(trainer.compiled)
