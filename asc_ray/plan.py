@@ -176,8 +176,8 @@ class Plan:
 
     def _left_out(self, systems: Mapping[str, Artifact]) -> dict[str, str]:
         """Why each system failed that the ensemble goes on without; none where more failed than may be missing."""
-        notes = {name: artifact.partial / FAILED for name, artifact in systems.items() if not artifact.complete}
-        failed = {name: json.loads(note.read_text())["error"] for name, note in notes.items() if note.is_file()}
+        failures = {name: failure(artifact) for name, artifact in systems.items() if not artifact.complete}
+        failed = {name: error for name, error in failures.items() if error is not None}
         if len(failed) > self.config.teachers.allow_missing:
             return {}
         if self.config.student.distillation.soft_target in failed:
@@ -198,6 +198,12 @@ class Plan:
     def missing(self, stage: str) -> list[Artifact]:
         """The stage's artifacts that are not complete."""
         return [artifact for artifact in self.by_stage()[stage] if not artifact.complete]
+
+
+def failure(artifact: Artifact) -> str | None:
+    """Why this system's training was given up, where it was."""
+    note = artifact.partial / FAILED
+    return json.loads(note.read_text())["error"] if note.is_file() else None
 
 
 def dump(section: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import time
 
 from asc_ray.artifacts import Artifact, is_locked
-from asc_ray.plan import FAILED, REPORT, Plan
+from asc_ray.plan import REPORT, Plan, failure
 from asc_ray.training.systems import INT8_MODEL
 
 
@@ -14,8 +14,8 @@ def state_of(artifact: Artifact) -> tuple[str, str]:
         return "done", str(artifact.path)
     if not artifact.partial.is_dir():
         return "missing", ""
-    if (artifact.partial / FAILED).is_file():
-        return "failed: " + json.loads((artifact.partial / FAILED).read_text())["error"], str(artifact.partial)
+    if (error := failure(artifact)) is not None:
+        return f"failed: {error}", str(artifact.partial)
     state = "running" if is_locked(artifact.storage) else "interrupted"
     return state + _progress(artifact), str(artifact.partial)
 

@@ -13,7 +13,7 @@ import torch
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from asc_ray.cluster.resources import ClusterConfig, Resources
+from asc_ray.cluster.resources import ClusterConfig, Resources, TrainerResources
 from asc_ray.errors import ConfigError, UserError
 
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -41,22 +41,16 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 def slots(request: Resources) -> int:
     """How many workers with this request the cluster runs at once, node by node."""
     count = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            total = node["Resources"]
-            by_cpu = total.get("CPU", 0) / request.cpus
-            by_gpu = total.get("GPU", 0) / request.gpus if request.gpus else by_cpu
-            count += int(min(by_cpu, by_gpu) + 1e-9)
+    for node in _nodes():
+        by_cpu = node["CPU"] / request.cpus
+        by_gpu = node["GPU"] / request.gpus if request.gpus else by_cpu
+        count += int(min(by_cpu, by_gpu))
     return count
 
 
 def fits(requests: Sequence[Resources]) -> bool:
     """Whether the cluster's nodes hold all these workers at once, the largest placed first."""
-    free = [
-        {name: node["Resources"].get(name, 0) + 1e-9 for name in ("CPU", "GPU")}
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    free = _nodes()
     for request in sorted(requests, key=lambda request: (request.gpus, request.cpus), reverse=True):
         for node in free:
             if node["CPU"] >= request.cpus and node["GPU"] >= request.gpus:
@@ -68,11 +62,20 @@ def fits(requests: Sequence[Resources]) -> bool:
     return True
 
 
+def _nodes() -> list[dict[str, float]]:
+    """CPUs and GPUs of each live node, and a little more: a third of a GPU fits three times."""
+    return [
+        {name: node["Resources"].get(name, 0) + 1e-9 for name in ("CPU", "GPU")}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 def check_feasible(requests: Mapping[str, Resources]) -> None:
     """Refuse what the cluster can never give: Ray would wait for it for ever. Raises ConfigError naming the key."""
     total = ray.cluster_resources()
     for key, request in requests.items():
-        workers = getattr(request, "workers", 1)
+        workers = request.workers if isinstance(request, TrainerResources) else 1
         if not fits([request] * workers):
             many = f"{workers} workers, each with " if workers > 1 else ""
             raise ConfigError(
@@ -87,8 +90,7 @@ def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-@ray.remote(num_cpus=0)
-class Events:
+class Mailbox:
     """Where workers on any node leave what the driver shows and tracks."""
 
     def __init__(self) -> None:
@@ -100,6 +102,9 @@ class Events:
     def drain(self) -> list[tuple[str, dict[str, Any]]]:
         events, self._events = self._events, []
         return events
+
+
+Events = ray.remote(num_cpus=0)(Mailbox)
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,9 @@ def run_tasks(tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: O
     A task whose worker died is started again, up to `retries` times. The first error ends the others, and is raised
     as what it was on the worker.
     """
-    events = None
+    events: Any = None
     if any(task.reports for task in tasks):
-        events = Events.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
+        events = Events.options(scheduling_strategy=beside_the_driver()).remote()
     running = {
         _run.options(**task.resources.options(), max_retries=retries, name=task.name).remote(
             task.function, task.arguments, task.resources.threads, task.name, events if task.reports else None

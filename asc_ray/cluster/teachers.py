@@ -21,14 +21,13 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.resources import TrainerResources
-from asc_ray.cluster.runtime import OnEvent, beside_the_driver, fits, pass_on, settle
+from asc_ray.cluster.runtime import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
@@ -48,16 +47,16 @@ class Teacher:
 
 
 @ray.remote(num_cpus=0)
-class Queue:
+class Queue(Mailbox):
     """Hands out systems to lanes, remembers who holds what and how often, and relays progress to the driver."""
 
     def __init__(self, waiting: dict[TrainerResources, list[str]], retries: int) -> None:
+        super().__init__()
         self._waiting = waiting
         self._retries = retries
         self._held: dict[str, tuple[TrainerResources, str]] = {}
         self._taken: Counter[str] = Counter()
         self._errors: dict[str, str] = {}
-        self._events: list[tuple[str, dict[str, Any]]] = []
 
     def take(self, lane: str, resources: TrainerResources) -> str | None:
         """The system that `lane` works on next: the one it held when its worker died, else a new one."""
@@ -93,14 +92,7 @@ class Queue:
     def release(self, lane: str, name: str) -> None:
         self._errors.pop(name, None)
         self._held.pop(lane, None)
-        self._events.append((name, {"finished": True}))
-
-    def post(self, name: str, event: dict[str, Any]) -> None:
-        self._events.append((name, event))
-
-    def drain(self) -> list[tuple[str, dict[str, Any]]]:
-        events, self._events = self._events, []
-        return events
+        self.post(name, {"finished": True})
 
     def errors(self) -> dict[str, str]:
         return dict(self._errors)
@@ -125,7 +117,7 @@ def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int
     while True:
         for name in [name for name, lane in lanes.items() if not lane.is_alive()]:
             lane = lanes.pop(name)
-            if lane.error:
+            if lane.crashed:
                 crashes += 1
                 lane.free()
         alive = {name: lane.resources for name, lane in lanes.items()}
@@ -169,7 +161,7 @@ class _Lane(Thread):
     def __init__(self, work: dict[str, Any], scratch: Path, retries: int) -> None:
         super().__init__(name=work["lane"], daemon=True)
         self.resources: TrainerResources = work["resources"]
-        self.error = ""
+        self.crashed = False
         # So many bytes are asked for beside the rest, as a mark of the lane's placement group: it can have no name.
         self._mark = 1 + uuid.uuid4().int % 2**20
         self._trainer = TorchTrainer(
@@ -190,8 +182,8 @@ class _Lane(Thread):
     def run(self) -> None:
         try:
             self._trainer.fit()
-        except Exception as error:  # its controller died, or its workers did more often than is allowed
-            self.error = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        except Exception:  # its controller died, or its workers did more often than is allowed
+            self.crashed = True
 
     def free(self) -> None:
         """Remove the placement group that a killed controller left; Ray's own cleaner needs a dashboard for that."""
@@ -205,8 +197,6 @@ class _Lane(Thread):
 def _work_through_queue(work: dict[str, Any]) -> None:
     """What each worker of a lane runs; the first asks the queue for all of them."""
     torch.set_num_threads(work["resources"].threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ray.train.torch.get_device())
     queue, lane, first = work["queue"], work["lane"], parallel.rank() == 0
     while True:
         name = parallel.agreed(ray.get(queue.take.remote(lane, work["resources"])) if first else None)

@@ -119,7 +119,7 @@ def fit(
     so a listener needs no memory of its own. `soft_logits` (clips of the store, K) are the teachers' logits, needed
     where `distillation` is given. `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
 
-    In a torch.distributed group all ranks call this alike, and end with the same weights; the first one alone writes
+    In a torch.distributed group all ranks call this alike. The first one alone has the result, and writes
     checkpoints and is heard by `on_epoch`.
 
     Raises Diverged with epoch, step and clip ids when the loss is not finite.

@@ -34,7 +34,7 @@ def gathered(piece: Tensor, count: int) -> Tensor:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks, without a gradient; on every rank."""
+    """`values`, changed in place to their sum over all ranks, without a gradient; on every rank."""
     if world() > 1:
         dist.all_reduce(values)
     return values
