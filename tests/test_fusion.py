@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from asc_ray import fusion
 from asc_ray.errors import UserError
-from asc_ray.fusion import Fusion, FusionConfig, fit
+from asc_ray.fusion import Fusion, FusionConfig, fit, newton
 
 CONFIGS = st.builds(
     FusionConfig, ridge=st.floats(1e-4, 1.0), class_prior=st.sampled_from(["empirical", "uniform"])
@@ -56,7 +56,7 @@ def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, confi
 )
 def test_the_minimum_is_scipys(seed, systems, classes, scale, config):
     logits, labels = problem(seed, systems=systems, classes=classes, scale=scale)
-    fused = fit(logits, labels, config=config)
+    fused = fit(logits, labels, ridge=config.ridge, class_prior=config.class_prior)
 
     def value(theta):
         return objective(torch.tensor(theta), logits, labels, config).item()
@@ -91,7 +91,7 @@ def test_planted_weights_and_biases_are_recovered():
     logits = rng.standard_normal((3, 40_000, 4))
     z = np.tensordot(weights, logits, axes=1) + biases
     labels = (z + rng.gumbel(size=z.shape)).argmax(axis=1)  # a draw from softmax(z)
-    fused = fit(logits, labels, config=FusionConfig(ridge=0.0))
+    fused = fit(logits, labels, ridge=0.0)
     np.testing.assert_allclose(fused.weights, weights, atol=0.03)
     np.testing.assert_allclose(fused.biases, biases, atol=0.03)
 
@@ -100,6 +100,8 @@ def test_blocks_change_nothing(monkeypatch):
     logits, labels = problem(1, clips=103)
     whole = fit(logits, labels)
     monkeypatch.setattr(fusion, "BLOCK", 10)
+    monkeypatch.setattr(newton, "BLOCK", 10)
+    monkeypatch.setattr(fusion, "CLIPS_A_SHARD", 25)
     blocks = fit(logits, labels)
     np.testing.assert_allclose(blocks.weights, whole.weights, rtol=1e-10)
     np.testing.assert_array_equal(blocks.apply(logits), whole.apply(logits))
@@ -114,24 +116,24 @@ def test_a_clips_offset_changes_nothing():
 
 def test_a_strong_ridge_gives_the_average():
     logits, labels = problem(3)
-    fused = fit(logits, labels, config=FusionConfig(ridge=1e9))
+    fused = fit(logits, labels, ridge=1e9)
     np.testing.assert_allclose(fused.apply(logits), logits.mean(axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-4])
 def test_a_system_twice_shares_its_weight(ridge):
     logits, labels = problem(4, systems=2, clips=200)
-    fused = fit(logits[[0, 0, 1]], labels, config=FusionConfig(ridge=ridge))
+    fused = fit(logits[[0, 0, 1]], labels, ridge=ridge)
     assert fused.weights[0] == pytest.approx(fused.weights[1], abs=1e-9)
     if ridge == 0.0:  # the ridge weighs two half weights differently from one whole
-        alone = fit(logits, labels, config=FusionConfig(ridge=ridge))
+        alone = fit(logits, labels, ridge=ridge)
         assert fused.weights[:2].sum() == pytest.approx(alone.weights[0], rel=1e-7)
 
 
 def test_a_single_system_gets_a_temperature_and_biases():
     logits, labels = problem(5, systems=1, clips=4_000)
-    overconfident = fit(10 * logits, labels, config=FusionConfig(ridge=0.0))
-    calm = fit(logits, labels, config=FusionConfig(ridge=0.0))
+    overconfident = fit(10 * logits, labels, ridge=0.0)
+    calm = fit(logits, labels, ridge=0.0)
     assert overconfident.weights[0] == pytest.approx(calm.weights[0] / 10, rel=1e-7)
     assert overconfident.objective_after == pytest.approx(calm.objective_after, rel=1e-9)
 
@@ -149,7 +151,7 @@ def test_apply_is_equation_4():
 
 def test_save_and_load_are_exact(tmp_path):
     logits, labels = problem(7)
-    fused = fit(logits, labels, systems=["a", "b", "ü"], classes=list("wxyz"), config=FusionConfig(ridge=1e-3))
+    fused = fit(logits, labels, systems=["a", "b", "ü"], classes=list("wxyz"), ridge=1e-3)
     fused.save(tmp_path / "fusion.json")
     again = Fusion.load(tmp_path / "fusion.json")
     for name in Fusion.__dataclass_fields__:
@@ -188,7 +190,7 @@ def test_separable_classes_need_a_ridge():
     assert fit(logits, labels).weights[0] > 5
     grown = logits * 1e-3
     with np.errstate(all="raise"):
-        fused = fit(grown, labels, config=FusionConfig(ridge=1e-2))
+        fused = fit(grown, labels, ridge=1e-2)
     assert np.isfinite(fused.weights).all()
 
 
@@ -212,7 +214,7 @@ def test_the_chosen_ridge_holds_out_whole_groups_and_calms_a_small_sample():
         return float(np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), answers]))
 
     chosen = fit(logits, labels, groups=np.arange(60) // 5)
-    bare = fit(logits, labels, config=FusionConfig(ridge=1e-4))
+    bare = fit(logits, labels, ridge=1e-4)
     assert chosen.ridge > 1e-3
     assert log_loss(chosen) < log_loss(bare)
     # Every group twice, as two clips of one second: only whole groups left out see through it.

@@ -1,11 +1,12 @@
 """The logit store: round trip, and a join by clip_id that refuses what does not belong together."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 
-from asc_ray.data.logits import join, read_logits, write_logits
+from asc_ray.data.logits import Ensemble, read_logits, write_logits
 from asc_ray.errors import UserError
 
 LABELS = ["bus", "metro", "park"]
@@ -33,28 +34,37 @@ def stored(tmp_path):
     return store
 
 
-def test_round_trip_is_exact_and_mapped(stored):
+def test_round_trip_is_exact(stored):
     logits = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     read = stored(logits=logits, checkpoint="abc")
     assert (read.system, read.labels) == ("passt_1", tuple(LABELS))
     assert read.ids.tolist() == IDS
-    assert read.values.dtype == np.float32
-    assert (read.values == logits).all()
-    assert not read.values.flags.owndata
+    everything = read.take(np.arange(6))
+    assert everything.dtype == np.float32
+    assert (everything == logits).all()
+    assert (read.take(np.array([5, 0, 5])) == logits[[5, 0, 5]]).all()
     assert read.metadata == metadata(checkpoint="abc")
 
 
 def test_several_files_are_one_system(tmp_path):
-    write_logits(tmp_path / "train.arrow", IDS[:4], values(IDS[:4]), metadata())
-    write_logits(tmp_path / "test.arrow", IDS[4:], values(IDS[4:]), metadata(split="test"))
+    write_logits(tmp_path / "train-0.arrow", IDS[:2], values(IDS[:2]), metadata())
+    write_logits(tmp_path / "train-1.arrow", IDS[2:4], values(IDS[2:4]), metadata())
+    write_logits(tmp_path / "test-0.arrow", IDS[4:], values(IDS[4:]), metadata(split="test"))
     read = read_logits(tmp_path)
     assert sorted(read.ids) == IDS
-    assert (read.values == values(read.ids)).all()
+    assert (read.take(np.array([5, 1, 3, 0])) == values(read.ids[[5, 1, 3, 0]])).all()
     assert "split" not in read.metadata
-    assert read_logits([tmp_path / "test.arrow"]).ids.tolist() == IDS[4:]
+    assert read_logits(tmp_path, "train").ids.tolist() == IDS[:4]
+    assert read_logits([tmp_path / "test-0.arrow"]).ids.tolist() == IDS[4:]
     write_logits(tmp_path / "other.arrow", IDS[:1], values(IDS[:1]), metadata(checkpoint="another"))
     with pytest.raises(UserError, match=r"differs from .*other\.arrow in checkpoint"):
         read_logits(tmp_path)
+
+
+def test_a_piece_is_a_slice_of_the_whole_here_and_in_another_process(stored):
+    ensemble = Ensemble([stored(), stored(IDS[::-1], values(IDS[::-1], offset=0.5), system="cpr_1")], IDS)
+    piece = pickle.loads(pickle.dumps(ensemble.piece(slice(1, 4))))
+    assert (piece() == ensemble.read()[:, 1:4]).all()
 
 
 def test_joined_by_clip_id_never_by_position(stored):
@@ -62,7 +72,7 @@ def test_joined_by_clip_id_never_by_position(stored):
     shuffled = [IDS[i] for i in rng.permutation(6)]
     first, second = stored(), stored(shuffled, values(shuffled, offset=0.5), system="cpr_1")
     wanted = [IDS[4], IDS[0], IDS[5]]
-    joined = join([first, second], wanted)
+    joined = Ensemble([first, second], wanted).read()
     assert joined.shape == (2, 3, 3)
     assert joined.dtype == np.float32
     assert (joined[0] == values(wanted)).all()
@@ -92,18 +102,18 @@ def test_join_refuses(stored, case):
     changes, message = REFUSED[case]
     second = stored(**({"system": "cpr_1"} | changes))
     with pytest.raises(UserError, match=message):
-        join([stored(), second], IDS)
+        Ensemble([stored(), second], IDS).read()
 
 
 def test_join_refuses_repeated_requests_and_no_systems(stored):
     with pytest.raises(UserError, match="requested clips"):
-        join([stored()], [IDS[0], IDS[0]])
+        Ensemble([stored()], [IDS[0], IDS[0]])
     with pytest.raises(UserError, match="no system"):
-        join([], IDS)
+        Ensemble([], IDS)
 
 
 def test_broken_logits_of_clips_not_asked_for_do_not_matter(stored):
-    assert np.isfinite(join([stored(logits=broken(3, np.nan))], IDS[:3])).all()
+    assert np.isfinite(Ensemble([stored(logits=broken(3, np.nan))], IDS[:3]).read()).all()
 
 
 def test_files_that_are_no_logits_are_named(tmp_path, stored):

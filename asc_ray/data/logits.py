@@ -19,16 +19,37 @@ IDS_SHOWN = 3
 
 @dataclass(frozen=True)
 class Logits:
+    """One system's logits as its files hold them; `take` reads the numbers."""
+
     system: str
     labels: tuple[str, ...]
-    keys: pa.ChunkedArray  # (N,) utf8, the clip ids, mapped
-    values: np.ndarray  # (N, K) float32, the columns in the order of `labels`
+    files: tuple[Path, ...]
+    starts: np.ndarray  # (files + 1,) the row at which each file starts, and the number of all
     metadata: dict[str, str]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def keys(self) -> pa.ChunkedArray:
+        """(N,) utf8, the clip ids."""
+        return pa.chunked_array([map_batch(file)["clip_id"] for file in self.files], pa.string())
 
     @property
     def ids(self) -> np.ndarray:
         """(N,) str."""
         return self.keys.to_numpy()
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(len(rows), K) float32. A file is mapped while it is read and no longer, so memory does not grow with N."""
+        if out is None:
+            out = np.empty((len(rows), len(self.labels)), dtype=np.float32)
+        of_file = np.searchsorted(self.starts, rows, side="right") - 1
+        for index in np.unique(of_file):
+            here = of_file == index
+            values = map_batch(self.files[index])["logits"].flatten().to_numpy().reshape(-1, len(self.labels))
+            out[here] = values[rows[here] - self.starts[index]]
+        return out
 
 
 def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray, metadata: dict[str, str]) -> None:
@@ -53,18 +74,19 @@ def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray
     write_batch(batch, file)
 
 
-def read_logits(source: Path | Sequence[Path]) -> Logits:
-    """One system's logits from a folder's *.arrow files or from the given files; memory-mapped where it is one file.
+def read_logits(source: Path | Sequence[Path], split: str = "") -> Logits:
+    """One system's logits from a folder's *.arrow files, or only those of one split, SPLIT-*.arrow; or from given files.
 
     The files may differ in the metadata key `split` and in nothing else; `Logits.metadata` has what they share.
     Raises UserError for no files, damaged files, and files of different systems, checkpoints or corpora.
     """
-    files = sorted(source.glob("*.arrow")) if isinstance(source, Path) else list(source)
+    pattern = f"{split}-*.arrow" if split else "*.arrow"
+    files = sorted(source.glob(pattern)) if isinstance(source, Path) else list(source)
     if not files:
-        raise UserError(f"{source}: no *.arrow file with logits; run the teachers' inference first")
-    batches = [map_batch(file) for file in files]
-    metadatas = []
-    for file, batch in zip(files, batches, strict=True):
+        raise UserError(f"{source}: no {pattern} file with logits; run the teachers' inference first")
+    metadatas, counts = [], []
+    for file in files:
+        batch = map_batch(file)
         metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
         if batch.schema.names != ["clip_id", "logits"] or any(key not in metadata for key in REQUIRED_METADATA):
             raise UserError(
@@ -72,6 +94,7 @@ def read_logits(source: Path | Sequence[Path]) -> Logits:
                 f"columns clip_id, logits and metadata {', '.join(REQUIRED_METADATA)}"
             )
         metadatas.append(metadata)
+        counts.append(batch.num_rows)
     first = metadatas[0]
     for file, metadata in zip(files, metadatas, strict=True):
         keys = (first.keys() | metadata.keys()) - {"split"}
@@ -79,64 +102,96 @@ def read_logits(source: Path | Sequence[Path]) -> Logits:
             raise UserError(
                 f"{file}: differs from {files[0]} in {', '.join(different)}; one system's files are expected"
             )
-    labels = tuple(json.loads(first["labels"]))
-    values = [batch["logits"].flatten().to_numpy().reshape(-1, len(labels)) for batch in batches]
     return Logits(
         system=first["system"],
-        labels=labels,
-        keys=pa.chunked_array([batch["clip_id"] for batch in batches], pa.string()),
-        values=values[0] if len(values) == 1 else np.concatenate(values),
+        labels=tuple(json.loads(first["labels"])),
+        files=tuple(files),
+        starts=np.concatenate([[0], np.cumsum(counts)]),
         metadata={key: value for key, value in first.items() if all(m.get(key) == value for m in metadatas)},
     )
 
 
-def join(systems: Sequence[Logits], ids: Sequence[str] | np.ndarray) -> np.ndarray:
-    """(S, N, K) float32: the S systems' logits of the N clips `ids`, in that order, joined by clip_id.
+class Ensemble:
+    """The logits of S systems for the N clips `ids`, in that order, joined by clip_id; read as they are asked for.
 
     A system may hold further clips. Raises UserError for systems of different corpora or label orders, two systems of
-    one name, a clip twice in a system or in `ids`, clips that a system lacks, and logits that are not finite.
+    one name, a clip twice in a system or in `ids`, and clips that a system lacks.
     """
-    if not systems:
-        raise UserError("no system's logits to join")
-    first = systems[0]
-    wanted = pa.array(ids, pa.string())
-    _refuse_duplicates("the requested clips", wanted)
-    names = Counter(system.system for system in systems)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise UserError(f"systems of one name: {', '.join(twice)}; names must differ")
-    rows, rows_of = np.empty(0, dtype=np.int64), None
-    joined = np.empty((len(systems), len(wanted), len(first.labels)), dtype=np.float32)
-    for position, system in enumerate(systems):
-        if system.metadata["corpus"] != first.metadata["corpus"]:
-            raise UserError(
-                f"systems {first.system} and {system.system} are of different corpora: fingerprints "
-                f"{first.metadata['corpus'][:12]} and {system.metadata['corpus'][:12]}"
-            )
-        if system.labels != first.labels:
-            raise UserError(
-                f"systems {first.system} and {system.system} have different labels or label orders: "
-                f"{', '.join(first.labels)} and {', '.join(system.labels)}"
-            )
-        if rows_of is None or not system.keys.equals(rows_of):  # systems usually hold the same clips in the same order
-            _refuse_duplicates(f"system {system.system}", system.keys)
-            found = pc.index_in(wanted, value_set=system.keys)
-            if found.null_count:
-                missing = wanted.filter(found.is_null())
-                raise UserError(f"system {system.system} lacks {len(missing)} of {len(wanted)} clips: {_some(missing)}")
-            rows, rows_of = found.to_numpy(), system.keys
-        np.take(system.values, rows, axis=0, out=joined[position])
-        broken = wanted.filter(pa.array(~np.isfinite(joined[position]).all(axis=1)))
-        if len(broken):
-            raise UserError(f"system {system.system}: logits of {len(broken)} clips are not finite: {_some(broken)}")
-    return joined
+
+    def __init__(self, systems: Sequence[Logits], ids: Sequence[str] | np.ndarray | pa.ChunkedArray) -> None:
+        if not systems:
+            raise UserError("no system's logits to join")
+        first = systems[0]
+        wanted = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([pa.array(ids, pa.string())])
+        names = Counter(system.system for system in systems)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise UserError(f"systems of one name: {', '.join(twice)}; names must differ")
+        _refuse_duplicates("the requested clips", wanted)
+        self._pieces: list[tuple[Logits, np.ndarray]] = []  # a system and its rows of the clips
+        rows, rows_of = np.empty(0, dtype=np.int64), None
+        for system in systems:
+            if system.metadata["corpus"] != first.metadata["corpus"]:
+                raise UserError(
+                    f"systems {first.system} and {system.system} are of different corpora: fingerprints "
+                    f"{first.metadata['corpus'][:12]} and {system.metadata['corpus'][:12]}"
+                )
+            if system.labels != first.labels:
+                raise UserError(
+                    f"systems {first.system} and {system.system} have different labels or label orders: "
+                    f"{', '.join(first.labels)} and {', '.join(system.labels)}"
+                )
+            keys = system.keys
+            if rows_of is None or not keys.equals(rows_of):  # systems usually hold the same clips in the same order
+                rows, rows_of = _rows(system.system, keys, wanted), keys
+            self._pieces.append((system, rows))
+
+    def piece(self, rows: slice) -> "Piece":
+        return Piece(tuple((system, found[rows]) for system, found in self._pieces))
+
+    def read(self) -> np.ndarray:
+        """(S, N, K) float32. Raises UserError for logits that are not finite."""
+        return self.piece(slice(None))()
 
 
-def _refuse_duplicates(owner: str, ids: pa.Array | pa.ChunkedArray) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """Some clips of an ensemble, read anew by each call; it can be sent to another process."""
+
+    systems: tuple[tuple[Logits, np.ndarray], ...]
+
+    def __call__(self) -> np.ndarray:
+        """(S, n, K) float32. Raises UserError for logits that are not finite."""
+        logits, rows = self.systems[0]
+        joined = np.empty((len(self.systems), len(rows), len(logits.labels)), dtype=np.float32)
+        for out, (system, found) in zip(joined, self.systems, strict=True):
+            system.take(found, out)
+            finite = np.isfinite(out).all(axis=1)
+            if not finite.all():
+                broken = system.keys.take(pa.array(found[~finite]))
+                raise UserError(
+                    f"system {system.system}: logits of {len(broken)} clips are not finite: {_some(broken)}"
+                )
+        return joined
+
+
+def _rows(name: str, keys: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarray:
+    """The rows of the clips `wanted` among a system's."""
+    if keys.equals(wanted):
+        return np.arange(len(wanted))
+    _refuse_duplicates(f"system {name}", keys)
+    found = pc.index_in(wanted, value_set=keys)
+    if found.null_count:
+        missing = wanted.filter(found.is_null())
+        raise UserError(f"system {name} lacks {len(missing)} of {len(wanted)} clips: {_some(missing)}")
+    return found.to_numpy()
+
+
+def _refuse_duplicates(owner: str, ids: pa.ChunkedArray) -> None:
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
         twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
         raise UserError(f"{owner}: {len(twice)} clips occur more than once: {_some(twice)}")
 
 
-def _some(ids: pa.Array) -> str:
+def _some(ids: pa.Array | pa.ChunkedArray) -> str:
     return ", ".join(ids[:IDS_SHOWN].to_pylist()) + (", ..." if len(ids) > IDS_SHOWN else "")

@@ -15,7 +15,7 @@ from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import partition
-from asc_ray.data.logits import join, read_logits
+from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.section import Section
 
 IMPULSE_RESPONSES = "impulse_responses.safetensors"
@@ -85,7 +85,7 @@ class Dataset:
         soft = read_logits(targets)
         rows = self.store.index_of(soft.ids)
         values = np.full((len(self.store), len(self.store.labels)), np.nan, dtype=np.float32)
-        values[rows] = join([soft], soft.ids)[0]
+        values[rows] = Ensemble([soft], soft.ids).read()[0]
         return values
 
 

@@ -42,7 +42,9 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
         systems=systems,
         classes=store.labels,
         groups=store.location[learn],
-        config=config,
+        ridge=config.ridge,
+        class_prior=config.class_prior,
+        nonnegative=config.nonnegative,
     )
     fusion.save(folder / FUSION)
     train = np.flatnonzero(store.split == "train")

@@ -1,0 +1,325 @@
+"""Fusion of systems by multi-class linear logistic regression, eq. 4: z(k, x) = sum_s w_s z_s(k, x) + b_k.
+
+    J(w, b) = sum_n a_n CE(softmax z(., x_n), y_n) + ridge / 2 (|w - 1/S|^2 + |b|^2),    sum_n a_n = 1
+
+is convex and has S + K unknowns, so Newton's method with the exact Hessian finds its minimum in a few passes over the
+clips. The ridge pulls towards the plain average of the systems, which is also where the search starts.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field
+
+from asc_ray.errors import UserError
+from asc_ray.fusion.newton import BLOCK, SAMPLE, TOLERANCE, Mapper, Problem, Shard, average, minimize
+from asc_ray.section import Section
+
+RIDGES = tuple(float(10**e) for e in np.arange(-4.0, 1.1, 0.5))
+FOLDS = 5
+CROSS_VALIDATED = 16_384  # clips, for the choice of a ridge
+CLIPS_A_SHARD = 65_536  # of logits that are in memory anyway
+
+ClassPrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(gt=0.0)]]
+
+
+class FusionConfig(Section):
+    """`data`: what eq. 4 is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
+    the training split but the validation part; every teacher is trained `folds` times, and a clip's logits are those of
+    the model that did not see it. train: the clips that the teachers were trained on.
+
+    `ridge: auto` takes the one with the least log loss in cross-validation over places. `class_prior`: every clip
+    weighs the same (empirical), or every class does (uniform), or classes weigh as given, label by label.
+    """
+
+    data: Literal["holdout", "crossfit", "train"] = "holdout"
+    folds: int = Field(4, ge=2, description="of crossfit")
+    ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
+    class_prior: ClassPrior = "empirical"
+    nonnegative: bool = Field(False, description="no system has a negative weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """A fitted fusion; `objective_before` is J of the average, `objective_after` is J of these weights and biases."""
+
+    weights: np.ndarray  # (S,) float64, in the order of `systems`
+    biases: np.ndarray  # (K,) float64 of sum 0, in the order of `labels`
+    systems: tuple[str, ...]
+    labels: tuple[str, ...]
+    ridge: float
+    class_prior: ClassPrior
+    nonnegative: bool
+    clips: int
+    objective_before: float
+    objective_after: float
+    iterations: int
+    notes: tuple[str, ...] = ()  # systems that say nothing, or the same as another
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """Fused logits (N, K) float32 of (S, N, K) logits whose systems and classes are in the order of the fit.
+
+        Raises UserError for another number of systems or classes.
+        """
+        if logits.ndim != 3 or (logits.shape[0], logits.shape[2]) != (len(self.weights), len(self.biases)):
+            raise UserError(
+                f"fusion: logits of shape {logits.shape} (systems, clips, classes); this fusion is of "
+                f"{len(self.weights)} systems ({', '.join(self.systems)}) and {len(self.biases)} classes"
+            )
+        fused = np.empty(logits.shape[1:], dtype=np.float32)
+        for rows in _slices(logits.shape[1], BLOCK):
+            fused[rows] = np.tensordot(self.weights, logits[:, rows].astype(np.float64), axes=1) + self.biases
+        return fused
+
+    def save(self, path: Path) -> None:
+        """Write JSON from which `load` restores every number exactly."""
+        document = asdict(self) | {
+            "weights": dict(zip(self.systems, self.weights.tolist(), strict=True)),
+            "biases": dict(zip(self.labels, self.biases.tolist(), strict=True)),
+        }
+        del document["systems"], document["labels"]
+        path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> "Fusion":
+        """Raises UserError when `path` is not a fusion's JSON."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            weights, biases = document.pop("weights"), document.pop("biases")
+            return Fusion(
+                weights=np.array(list(weights.values()), dtype=np.float64),
+                biases=np.array(list(biases.values()), dtype=np.float64),
+                systems=tuple(weights),
+                labels=tuple(biases),
+                notes=tuple(document.pop("notes")),
+                **document,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read as a fusion ({error}); run the fusion stage again") from None
+
+
+def fit(
+    logits: np.ndarray,
+    labels: ArrayLike,
+    *,
+    systems: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    groups: ArrayLike | None = None,
+    ridge: float | Literal["auto"] = "auto",
+    class_prior: ClassPrior = "empirical",
+    nonnegative: bool = False,
+) -> Fusion:
+    """The minimum of J for logits (S, N, K) and class indices `labels` (N,), on clips no system was trained on.
+
+    `groups` (N,) are the clips' places: clips of one group are never on both sides of the cross-validation that chooses
+    the ridge. Without them every clip is a group. `class_prior` and `nonnegative` are those of FusionConfig.
+
+    Memory beyond the inputs does not grow with N; memory-mapped logits are read in blocks. Raises UserError for shapes
+    that do not agree, logits that are not finite, classes without a clip, and a search that does not converge (only
+    without a ridge, when the systems separate the classes and no finite minimum exists).
+
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(30_000) % 3
+    >>> good = 2.0 * np.eye(3)[labels] + rng.standard_normal((30_000, 3))
+    >>> noise = rng.standard_normal((30_000, 3))
+    >>> fusion = fit(np.stack([good, noise]), labels, systems=["good", "noise"])
+    >>> fusion.weights.round(1).tolist()
+    [2.0, 0.0]
+    >>> fusion.objective_after < fusion.objective_before
+    True
+    >>> fusion.apply(np.stack([good, noise])).shape
+    (30000, 3)
+    """
+    labels = np.asarray(labels)
+    if logits.ndim != 3 or not all(logits.shape) or labels.shape != logits.shape[1:2]:
+        raise UserError(
+            f"fusion: logits of shape {logits.shape} and labels of shape {labels.shape}; expected (systems, clips, "
+            "classes) and (clips,), none of them empty"
+        )
+    count_s, count_n, count_k = logits.shape
+    systems = systems if systems is not None else [f"system {s}" for s in range(count_s)]
+    classes = classes if classes is not None else [f"class {k}" for k in range(count_k)]
+    if (len(systems), len(classes)) != (count_s, count_k):
+        raise UserError(
+            f"fusion: {len(systems)} names of systems and {len(classes)} of classes for logits of {count_s} systems "
+            f"and {count_k} classes"
+        )
+    return fit_shards(
+        [Shard(partial(_view, logits, rows), labels[rows]) for rows in _slices(count_n, CLIPS_A_SHARD)],
+        systems=systems,
+        classes=classes,
+        groups=groups,
+        ridge=ridge,
+        class_prior=class_prior,
+        nonnegative=nonnegative,
+    )
+
+
+def fit_shards(
+    shards: Sequence[Shard],
+    *,
+    systems: Sequence[str],
+    classes: Sequence[str],
+    groups: ArrayLike | None = None,
+    ridge: float | Literal["auto"] = "auto",
+    class_prior: ClassPrior = "empirical",
+    nonnegative: bool = False,
+    map: Mapper = map,
+) -> Fusion:
+    """`fit` for clips that are read shard by shard in every pass; `groups` (N,) are of all shards' clips in order.
+
+    `map` evaluates the shards; the result does not depend on it, and on the sharding only by rounding.
+    """
+    labels = np.concatenate([shard.labels for shard in shards])
+    _check(labels, systems, classes)
+    prior = _prior(class_prior, classes)
+
+    def problem(some: Sequence[Shard], ridge: float) -> Problem:
+        counts = np.bincount(np.concatenate([shard.labels for shard in some]), minlength=len(classes))
+        # A fold of the cross-validation may lack a class; its weight then meets no clip.
+        weights = np.full(len(classes), 1.0 / counts.sum()) if prior is None else prior / np.maximum(counts, 1)
+        return Problem(some, weights, ridge, nonnegative, map)
+
+    start = average(len(systems), len(classes))
+    with np.errstate(invalid="ignore", over="ignore"):
+        at_average = problem(shards, 0.0).evaluate(start, hessian=False)
+    if not (np.isfinite(at_average.value) and np.isfinite(at_average.gradient).all()):
+        _refuse_broken(shards, systems)
+    if ridge == "auto":
+        groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
+        ridge = _choose_ridge(shards, groups, start, problem)
+    tolerance = TOLERANCE * max(1.0, ridge, np.abs(at_average.gradient).max())
+    iterations, few = 0, shards
+    if len(labels) > 4 * SAMPLE:  # most of the way on a sample, the rest on all clips
+        few = [_loaded(shards, np.random.default_rng(0).random(len(labels)) < SAMPLE / len(labels))]
+        near = minimize(problem(few, max(ridge, 1e-6)), start, tolerance=1e-3)
+        start, iterations = near.theta, near.iterations
+    found = minimize(problem(shards, ridge), start, tolerance)
+    weights, biases = np.split(found.theta, [len(systems)])
+    return Fusion(
+        weights=weights,
+        biases=biases - biases.mean(),
+        systems=tuple(systems),
+        labels=tuple(classes),
+        ridge=ridge,
+        class_prior=class_prior,
+        nonnegative=nonnegative,
+        clips=len(labels),
+        objective_before=at_average.value,  # the average is where the ridge pulls to
+        objective_after=found.sums.value,
+        iterations=iterations + found.iterations,
+        notes=_notes(systems, problem(few, 0.0).evaluate(found.theta).hessian),
+    )
+
+
+def _choose_ridge(
+    shards: Sequence[Shard], groups: np.ndarray, start: np.ndarray, problem: Callable[[Sequence[Shard], float], Problem]
+) -> float:
+    """The one of RIDGES with the least log loss on the groups left out, over FOLDS folds of whole groups.
+
+    Of many clips as many groups are taken as hold CROSS_VALIDATED of them. The ridge counts for the mean over clips, so
+    to have the same strength beside the sum over all of them it is made smaller by the share that was taken.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    place = np.random.default_rng(0).permutation(len(names))  # of each group in a shuffled row
+    before = np.concatenate([[0], np.cumsum(np.bincount(place[group]))])  # clips of the groups in front
+    count = max(min(len(names), FOLDS), int(np.searchsorted(before, CROSS_VALIDATED)))
+    if len(names) == 1:  # nothing can be left out
+        return RIDGES[-1]
+    losses = np.zeros(len(RIDGES))
+    folds = [_loaded(shards, (place[group] < count) & (place[group] % FOLDS == fold)) for fold in range(FOLDS)]
+    folds = [fold for fold in folds if len(fold.labels)]
+    for left_out in folds:
+        theta = start
+        for index in reversed(range(len(RIDGES))):  # each from the minimum under the next stronger one
+            training = problem([fold for fold in folds if fold is not left_out], RIDGES[index])
+            theta = minimize(training, theta, tolerance=1e-4 * max(1.0, RIDGES[index])).theta
+            losses[index] += replace(training, shards=[left_out], ridge=0.0).evaluate(theta, hessian=False).value
+    taken = sum(len(fold.labels) for fold in folds)
+    return RIDGES[int(losses.argmin())] * taken / len(groups)
+
+
+def _notes(systems: Sequence[str], hessian: np.ndarray) -> tuple[str, ...]:
+    """What a user should know of systems whose weights the clips do not determine.
+
+    The Hessian's first S rows, without a ridge, are the covariance of the systems' logits over the classes.
+    """
+    count = len(systems)
+    covariance = hessian[:count, :count]
+    spread = covariance.diagonal()
+    small = 1e-12 * spread.max()
+    constant = [s for s in range(count) if spread[s] <= small]
+    equal = [
+        (t, s)
+        for t, s in combinations(sorted({*range(count)} - {*constant}), 2)
+        if spread[t] + spread[s] - 2 * covariance[t, s] <= small
+    ]
+    return (
+        *(f"{systems[s]}: its logits never differ between the classes; its weight means nothing" for s in constant),
+        *(f"{systems[t]} and {systems[s]}: the same logits; they share one weight evenly" for t, s in equal),
+    )
+
+
+def _loaded(shards: Sequence[Shard], chosen: np.ndarray) -> Shard:
+    """The chosen of all shards' clips, a mask over them in order, read into memory."""
+    parts = np.split(chosen, np.cumsum([len(shard.labels) for shard in shards])[:-1])
+    logits = np.concatenate([shard.read()[:, part] for shard, part in zip(shards, parts, strict=True)], axis=1)
+    return Shard(partial(np.asarray, logits), np.concatenate([shard.labels for shard in shards])[chosen])
+
+
+def _view(logits: np.ndarray, rows: slice) -> np.ndarray:
+    return logits[:, rows]
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)
+
+
+def _prior(class_prior: ClassPrior, classes: Sequence[str]) -> np.ndarray | None:
+    """Every class's share of the objective; None: that of its clips. Raises UserError."""
+    if class_prior == "empirical":
+        return None
+    if class_prior == "uniform":
+        return np.full(len(classes), 1.0 / len(classes))
+    assert isinstance(class_prior, Mapping)
+    total = sum(class_prior.values())
+    if class_prior.keys() != set(classes) or abs(total - 1) > 1e-6:
+        raise UserError(
+            f"fusion.class_prior: {class_prior} (sum {total:g}); give each of {', '.join(classes)} its share, "
+            "together 1, or choose empirical or uniform"
+        )
+    return np.array([class_prior[name] for name in classes]) / total
+
+
+def _check(labels: np.ndarray, systems: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuse names that are not different, labels that are no class indices, classes without a clip."""
+    for kind, names in (("system", systems), ("class", classes)):
+        if len(set(names)) != len(names):
+            raise UserError(f"fusion: {kind} names {', '.join(names)}; expected {len(names)} different ones")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"fusion: labels of type {labels.dtype}, expected class indices 0 to {len(classes) - 1}")
+    counts = np.bincount(labels, minlength=len(classes))
+    if not counts.all():
+        found = ", ".join(f"{name} {n}" for name, n in zip(classes, counts, strict=True))
+        raise UserError(
+            f"fusion: a class has no clip in the data that the fusion is learned on (clips: {found}); "
+            "hold out a larger part of the training set"
+        )
+
+
+def _refuse_broken(shards: Sequence[Shard], systems: Sequence[str]) -> None:
+    """Raise UserError with the systems whose logits are not finite, and of how many clips."""
+    broken, total = np.zeros(len(systems), dtype=np.int64), 0
+    for shard in shards:
+        broken += (~np.isfinite(shard.read()).all(axis=2)).sum(axis=1)
+        total += len(shard.labels)
+    found = ", ".join(f"{name}: {n} of {total} clips" for name, n in zip(systems, broken, strict=True) if n)
+    raise UserError(f"fusion: logits that are not finite: {found}; run these systems' inference again")

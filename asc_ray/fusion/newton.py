@@ -1,0 +1,164 @@
+"""The fusion's objective as sums over clips, shard by shard, and Newton's method on it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+
+import numpy as np
+
+from asc_ray.errors import UserError
+
+BLOCK = 1024  # clips held in float64 at a time
+TOLERANCE = 1e-9  # of the gradient's largest entry, relative to its value at the average (or to the ridge, or 1)
+MAX_PASSES = 200  # over the clips; 5 to 20 are needed
+SAMPLE = 8192  # clips of the sample whose minimum is the start for more than a few times as many
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Clips that are read together, anew in each pass: `read()` gives their logits (S, n, K)."""
+
+    read: Callable[[], np.ndarray]
+    labels: np.ndarray  # (n,) class indices
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The weighted sum of the clips' cross-entropies, with its first and second derivatives by theta = (w, b)."""
+
+    value: float
+    gradient: np.ndarray  # (S + K,)
+    hessian: np.ndarray  # (S + K, S + K); zeros where it was not asked for
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.value + other.value, self.gradient + other.gradient, self.hessian + other.hessian)
+
+
+# Evaluates a function for each shard and returns the results in order: builtin `map`, or tasks of a cluster.
+Mapper = Callable[[Callable[[Shard], Sums], Sequence[Shard]], Iterable[Sums]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """J(theta) = sum_n a_n CE_n + ridge / 2 (|w - 1/S|^2 + |b|^2); a_n is `clip_weights` of the clip's class."""
+
+    shards: Sequence[Shard]
+    clip_weights: np.ndarray  # (K,)
+    ridge: float
+    nonnegative: bool = False  # w >= 0
+    map: Mapper = map
+
+    def evaluate(self, theta: np.ndarray, hessian: bool = True) -> Sums:
+        """Summed in the order of the shards, so however they are mapped the result is the same to the bit."""
+        each = self.map(partial(sums, theta=theta, clip_weights=self.clip_weights, hessian=hessian), self.shards)
+        pull = theta - average(len(theta) - len(self.clip_weights), len(self.clip_weights))
+        penalty = Sums(0.5 * self.ridge * float(pull @ pull), self.ridge * pull, self.ridge * np.eye(len(theta)))
+        return reduce(Sums.__add__, each, penalty)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    theta: np.ndarray
+    sums: Sums  # at theta
+    iterations: int
+
+
+def average(systems: int, classes: int) -> np.ndarray:
+    """theta = (w, b) of the systems' plain average."""
+    return np.concatenate([np.full(systems, 1.0 / systems), np.zeros(classes)])
+
+
+def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: bool = True) -> Sums:
+    """What the shard's clips add to J; beyond what `read` gives, memory does not grow with the clips."""
+    logits, labels = shard.read(), shard.labels
+    count_s, count_n, count_k = logits.shape
+    w, b = theta[:count_s], theta[count_s:, None]
+    value, gradient = 0.0, np.zeros(len(theta))
+    curvature = np.zeros((len(theta), len(theta)))
+    ww, wb, bb = curvature[:count_s, :count_s], curvature[:count_s, count_s:], curvature[count_s:, count_s:]
+    for start in range(0, count_n, BLOCK):
+        y = labels[start : start + BLOCK]
+        at_label = (y, np.arange(len(y)))
+        a = clip_weights[y]
+        # (S, K, n): sums over clips then run along the memory.
+        z_s = np.ascontiguousarray(logits[:, start : start + BLOCK].transpose(0, 2, 1), dtype=np.float64)
+        flat = z_s.reshape(count_s, -1)
+        z = (w @ flat).reshape(count_k, -1) + b
+        z -= z.max(axis=0)
+        right = z[at_label]
+        p = np.exp(z, out=z)
+        total = p.sum(axis=0)
+        value += float(a @ (np.log(total) - right))
+        p *= a / total  # the probabilities, weighted
+        p[at_label] -= a
+        gradient[:count_s] += flat @ p.reshape(-1)
+        gradient[count_s:] += p.sum(axis=1)
+        if not hessian:
+            continue
+        # The Hessian is the covariance under p of the derivatives of z: z_s for w_s, the unit vector e_k for b_k.
+        p[at_label] += a
+        root = np.sqrt(np.maximum(p, 0.0, out=p))
+        z_s *= root
+        ww += flat @ flat.T
+        z_s *= root
+        mean = z_s.sum(axis=1)  # (S, n), times a
+        ww -= (mean / a) @ mean.T
+        wb += z_s.sum(axis=2) - (mean / a) @ p.T
+        bb += np.diag(p.sum(axis=1)) - (p / a) @ p.T
+    curvature[count_s:, :count_s] = wb.T
+    return Sums(value, gradient, curvature)
+
+
+def minimize(problem: Problem, start: np.ndarray, tolerance: float = TOLERANCE) -> Minimum:
+    """Newton's method with a line search, projected where weights may not be negative (Bertsekas, 1982).
+
+    Ends when no entry of the gradient that could still move is above `tolerance`. Raises UserError where that does not
+    come: without a ridge, when the systems separate the classes and no finite minimum exists.
+    """
+    count_s = len(start) - len(problem.clip_weights)
+    theta, found = start, problem.evaluate(start)
+    iterations, passes, steepest, last = 0, 1, 0.0, False
+    while True:
+        # A weight of 0 that would grow J by growing stays there.
+        free = np.ones(len(theta), dtype=bool)
+        if problem.nonnegative:
+            free[:count_s] = (theta[:count_s] > 0) | (found.gradient[:count_s] < 0)
+        before, steepest = steepest, float(np.abs(found.gradient[free]).max(initial=0.0))
+        if steepest <= tolerance:
+            return Minimum(theta, found, iterations)
+        if last:  # it was expected to be the minimum, so it came without the Hessian
+            found = problem.evaluate(theta)
+        # Convergence is quadratic: from the last two gradients follows the next.
+        last = steepest**3 <= tolerance * before**2
+        step = np.zeros(len(theta))
+        step[free] = -_solve(found.hessian[np.ix_(free, free)], found.gradient[free])
+        step[count_s:] -= step[count_s:].mean()
+        scale, accepted = 1.0, False
+        while not accepted:
+            if passes == MAX_PASSES:
+                raise UserError(
+                    f"fusion: no minimum after {passes} passes over the clips (largest gradient entry {steepest:.1e}) "
+                    f"with fusion.ridge {problem.ridge:g}; set fusion.ridge higher, e.g. "
+                    f"{max(1e-4, 10 * problem.ridge):g}"
+                )
+            new = theta + scale * step
+            if problem.nonnegative:
+                np.maximum(new[:count_s], 0.0, out=new[:count_s])
+            candidate = problem.evaluate(new, hessian=not last)
+            passes += 1
+            # Near the minimum the decrease drowns in rounding; equality to a few ulps is then as good as a decrease.
+            slack = 8 * np.finfo(float).eps * abs(found.value)
+            accepted = bool(candidate.value <= found.value + 1e-4 * found.gradient @ (new - theta) + slack)
+            scale /= 2
+        theta, found = new, candidate
+        iterations += 1
+
+
+def _solve(hessian: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The least-norm solution: without a ridge the Hessian is singular along b + constant, and along equal systems.
+
+    In units in which its diagonal is 1, so that a system of large logits does not hide the others.
+    """
+    diagonal = np.sqrt(hessian.diagonal())
+    unit = np.where(diagonal > 0, 1.0 / np.where(diagonal > 0, diagonal, 1.0), 1.0)
+    return unit * np.linalg.lstsq(hessian * np.outer(unit, unit), unit * gradient, rcond=None)[0]
