@@ -21,7 +21,7 @@ from asc_ray.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
-FORMAT = 2
+FORMAT = 3
 
 
 def content_key(**parts: Any) -> str:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from asc_ray.errors import UserError
 from asc_ray.plan import BEST_STUDENT, FAILED, NEEDS, REPORT, STAGES, Plan, dump
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
+from asc_ray.training.evaluation import Gain
 from asc_ray.training.systems import import_teacher
 
 
@@ -81,7 +82,8 @@ class _Work:
     def source(self) -> Source:
         from asc_ray.cluster.stream import stream
 
-        return Source(self.plan.clips.path, self.plan.config.partition, self.plan.config.data, stream)
+        config = self.plan.config
+        return Source(self.plan.clips.path, config.partition, config.data, stream, config.fusion)
 
     @contextmanager
     def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
@@ -167,24 +169,22 @@ def _build_teachers(work: _Work) -> None:
     from asc_ray.cluster.teachers import Teacher, train_teachers
 
     plan, config = work.plan, work.plan.config
-    recipes = config.teachers.recipes
     _import_teachers(work)
     todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
     if not todo:
         return
-    work.progress.expect("teachers", {name: recipes[name].optimizer.epochs for name in todo})
+    waiting = {}
+    for system, own in plan.trainings.items():
+        recipe = config.teachers.recipes[system]
+        for fold, (name, artifact) in enumerate(own.items()):
+            if name in todo:
+                sees = work.source if len(own) == 1 else replace(work.source, fold=fold)
+                waiting[name] = Teacher(artifact, recipe, sees, config.teachers.resources_of(recipe))
+    work.progress.expect("teachers", {name: t.recipe.optimizer.epochs for name, t in waiting.items()})
     for artifact in todo.values():
         (artifact.partial / FAILED).unlink(missing_ok=True)
     with work.tracked(todo) as on_event:
-        errors = train_teachers(
-            {
-                name: Teacher(artifact, recipes[name], config.teachers.resources_of(recipes[name]))
-                for name, artifact in todo.items()
-            },
-            work.source,
-            config.cluster.retries,
-            on_event,
-        )
+        errors = train_teachers(waiting, config.cluster.retries, on_event)
     for name, error in errors.items():
         write_atomically(todo[name].open_partial() / FAILED, json.dumps({"error": error}))
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
@@ -192,7 +192,8 @@ def _build_teachers(work: _Work) -> None:
             f"{len(untried)} of {len(todo)} teachers were not finished ({', '.join(untried)}): no node had room for "
             "them, or Ray Train's controllers died too often. The others are kept; the same command goes on"
         )
-    if len(errors) + len(plan.left_out) > config.teachers.allow_missing:
+    failed = [system for system, own in plan.trainings.items() if own.keys() & errors.keys()]
+    if len(failed) + len(plan.left_out) > config.teachers.allow_missing:
         reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
         raise UserError(
             f"{len(errors)} of {len(todo)} teachers failed ({reasons}). The others are kept; the same command goes on "
@@ -231,7 +232,11 @@ def _build_logits(work: _Work) -> None:
     plan, config = work.plan, work.plan.config
     store_logits(
         {
-            name: (artifact, plan.teachers[name].path, config.teachers.recipes[name])
+            name: (
+                artifact,
+                tuple(teacher.path for teacher in plan.trainings[name].values()),
+                config.teachers.recipes[name],
+            )
             for name, artifact in plan.logits.items()
             if not artifact.complete
         },
@@ -246,20 +251,52 @@ def _build_logits(work: _Work) -> None:
 
 
 def _build_fusion(work: _Work) -> None:
+    from asc_ray.cluster.fusion import Tasks
     from asc_ray.training.ensemble import fuse_systems
 
     plan, config = work.plan, work.plan.config
-    logits = {name: artifact.path for name, artifact in plan.logits.items()}
-    work.alone("fusion", plan.fusion, fuse_systems, work.source, logits, config.fusion)
-    facts = plan.fusion.facts()
-    figures = facts["validation"]
-    single = min(plan.logits, key=lambda name: figures[name]["log_loss"])
-    for label, name in {"best single": single, "average": "average", "fusion": "fusion"}.items():
-        title = f"{label} ({single})" if name == single else label
+    if config.fusion.data == "train":
         work.progress.note(
-            f"{title}: log loss {figures[name]['log_loss']:.3f}, accuracy {100 * figures[name]['accuracy']:.1f} % "
-            "on held-out locations"
+            "warning: fusion.data is train: eq. 4 is learned on clips that the teachers were trained on, and favors "
+            "those that overfit; holdout and crossfit do not"
         )
+    elif plan.imported:
+        work.progress.note(
+            f"warning: {len(plan.imported)} systems come from teachers.checkpoints; where they were trained on the "
+            "whole training split, eq. 4 is learned on clips that they know"
+        )
+    logits = {name: artifact.path for name, artifact in plan.logits.items()}
+    mapper = Tasks(config.fusion.tasks, config.logits.resources, config.cluster.retries)
+    arguments = (work.source, logits, config.fusion, *([mapper] if config.fusion.tasks > 1 else []))
+    work.alone("fusion", plan.fusion, fuse_systems, *arguments)
+    facts = plan.fusion.facts()
+    for line in fusion_summary(facts):
+        work.progress.note(line)
+    figures = {f"held_out/{name}/{key}": v for name, own in facts["validation"].items() for key, v in own.items()}
+    figures |= {f"fusion/weight/{name}": weight for name, weight in facts["weights"].items()}
+    figures |= {f"fusion/bias/{name}": bias for name, bias in facts["biases"].items()}
+    work.tracker.log_summary({key.replace(" ", "_"): value for key, value in figures.items()})
+
+
+def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
+    """A table of the systems on held-out places, the fusion's gain over the average, and what the fit noticed."""
+    figures, weights, without = facts["validation"], facts["weights"], facts["validation_without"]
+    width = max(map(len, figures))
+    lines = [f"{'held-out places':{width}}  weight  log loss  accuracy  log loss without it"]
+    for name, own in figures.items():
+        weight = f"{weights[name]:6.3f}" if name in weights else " " * 6
+        line = f"{name:{width}}  {weight}  {own['log_loss']:8.3f}  {100 * own['accuracy']:6.1f} %"
+        if name in without:
+            line += f"  {without[name]['log_loss'] - figures['fusion']['log_loss']:+.4f}"
+        lines.append(line)
+    gain = Gain.model_validate(facts["validation_gain"])
+    loss, accuracy = gain.log_loss, gain.accuracy
+    lines.append(
+        f"fusion over the average: log loss {-loss.value:+.3f} ({-loss.high:+.3f} to {-loss.low:+.3f}), accuracy "
+        f"{100 * accuracy.value:+.1f} points ({100 * accuracy.low:+.1f} to {100 * accuracy.high:+.1f}); 95 % by "
+        f"resampling {gain.places} places"
+    )
+    return [*lines, *facts["notes"]]
 
 
 def _build_sweep(work: _Work) -> None:
@@ -354,7 +391,7 @@ def _build_report(work: _Work) -> None:
     write_report(
         folder / REPORT,
         title=plan.config.name,
-        parts=plan.config.partition,
+        source=work.source,
         student_config=plan.student_config(),
         config=dump(plan.config),
         clips=plan.clips,

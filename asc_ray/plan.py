@@ -65,21 +65,39 @@ class Plan:
         base = {"clips": self.clips.key}
         recipes = config.teachers.recipes
         self.imported = published(config.teachers.checkpoints, recipes) if config.teachers.checkpoints else {}
-        systems = {name: self._teacher(name, recipe, base) for name, recipe in recipes.items()}
-        self.left_out = self._left_out(systems)
-        self.teachers = {name: teacher for name, teacher in systems.items() if name not in self.left_out}
+        crossfit = config.fusion.data == "crossfit"
+        if crossfit and self.imported:
+            raise ConfigError(
+                f"fusion.data: crossfit trains every system {config.fusion.folds} times, but "
+                f"{', '.join(self.imported)} come from teachers.checkpoints; choose holdout, or train them"
+            )
+        folds = range(config.fusion.folds) if crossfit else [None]
+        # Every training of a system, by name: one, or one for each fold.
+        trainings = {
+            name: {
+                name if fold is None else f"{name}-fold{fold}": self._teacher(name, recipe, fold, base)
+                for fold in folds
+            }
+            for name, recipe in recipes.items()
+        }
+        self.left_out = self._left_out(trainings)
+        self.trainings = {name: own for name, own in trainings.items() if name not in self.left_out}
+        self.teachers = {name: teacher for own in self.trainings.values() for name, teacher in own.items()}
         self.logits = {
             name: self._artifact(
-                "logits", name, {"precision": config.logits.precision}, {**base, "teacher": teacher.key}
+                "logits",
+                name,
+                {"precision": config.logits.precision},
+                base | {"teacher" if len(own) == 1 else part: teacher.key for part, teacher in own.items()},
             )
-            for name, teacher in self.teachers.items()
+            for name, own in self.trainings.items()
         }
         fused = {name: logits.key for name, logits in self.logits.items()}
-        fusion = {"fusion": dump(config.fusion), "partition": dump(config.partition)}
+        fusion = {"fusion": config.fusion.model_dump(mode="json", exclude={"tasks"}), "partition": self._division()}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         soft = config.student.distillation.soft_target
         learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
-        student = {"student": dump(config.student), "partition": dump(config.partition)}
+        student = {"student": dump(config.student), "partition": self._division()}
         self.sweep: Artifact | None = None
         if config.sweep:
             self.sweep = self._artifact("sweep", "sweep", {**student, "sweep": dump(config.sweep)}, learned)
@@ -91,9 +109,10 @@ class Plan:
         )
         self.report = self._artifact("report", config.name, {}, {"evaluation": self.evaluation.key})
         sections = {"precision": config.logits.precision, "sweep": config.sweep and dump(config.sweep)}
-        sections |= {name: dump(getattr(config, name)) for name in ("fusion", "partition", "student", "qat")}
+        sections |= {name: dump(getattr(config, name)) for name in ("partition", "student", "qat")} | fusion
         # The configuration's own key, whichever systems are left out.
-        self.key = content_key(stage="pipeline", config=sections, inputs={n: t.key for n, t in systems.items()})
+        inputs = {name: teacher.key for own in trainings.values() for name, teacher in own.items()}
+        self.key = content_key(stage="pipeline", config=sections, inputs=inputs)
 
     def by_stage(self) -> dict[str, list[Artifact]]:
         return {
@@ -157,27 +176,41 @@ class Plan:
                     f"allowed: all, or some of {', '.join(corpus.devices)}"
                 )
         train = [clip for clip in corpus.clips if clip.split == "train"]
-        partition(train, self.config.partition.shares, self.config.partition.seed)
+        partition(train, self.config.partition.shares(self.config.fusion), self.config.partition.seed)
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
         section = config if isinstance(config, dict) else dump(config)
         key = content_key(stage=stage, config=section, inputs=dict(inputs))
         return Artifact(self.config.storage, stage, name, key, section, dict(inputs))
 
-    def _teacher(self, name: str, recipe: Recipe, inputs: Mapping[str, str]) -> Artifact:
-        section: dict[str, Any] = {"recipe": dump(recipe), "partition": dump(self.config.partition)}
+    def _division(self) -> dict[str, Any]:
+        """How the training clips are divided, as keys have it."""
+        fusion, parts = self.config.fusion, dump(self.config.partition)
+        if fusion.data == "holdout":
+            return parts
+        del parts["fusion"]
+        return parts | ({"folds": fusion.folds} if fusion.data == "crossfit" else {})
+
+    def _teacher(self, name: str, recipe: Recipe, fold: int | None, inputs: Mapping[str, str]) -> Artifact:
+        section: dict[str, Any] = {"recipe": dump(recipe), "partition": self._division()}
+        if fold is not None:
+            section["fold"] = fold
         if name in self.imported:
             section = {"recipe": {"model": dump(recipe.model)}, "imported": file_sha256(self.imported[name])}
         elif start := getattr(recipe.model, "pretrained", None):
             if not start.is_file():
                 raise ConfigError(f"teachers.recipes.{name}.model.pretrained: {start}: no such file")
             section["pretrained"] = file_sha256(start)
-        return self._artifact("teachers", name, section, inputs)
+        return self._artifact("teachers", name if fold is None else f"{name}-fold{fold}", section, inputs)
 
-    def _left_out(self, systems: Mapping[str, Artifact]) -> dict[str, str]:
+    def _left_out(self, systems: Mapping[str, Mapping[str, Artifact]]) -> dict[str, str]:
         """Why each system failed that the ensemble goes on without; none where more failed than may be missing."""
-        failures = {name: failure(artifact) for name, artifact in systems.items() if not artifact.complete}
-        failed = {name: error for name, error in failures.items() if error is not None}
+        failed = {
+            name: error
+            for name, own in systems.items()
+            for artifact in own.values()
+            if not artifact.complete and (error := failure(artifact)) is not None
+        }
         if len(failed) > self.config.teachers.allow_missing:
             return {}
         if self.config.student.distillation.soft_target in failed:

@@ -30,7 +30,7 @@ def _progress(artifact: Artifact) -> str:
         text += time.strftime(", ends about %a %H:%M", time.localtime(noted + 60 * entry["minutes_left"]))
         ago = time.time() - noted
         return text + (f", {ago:.0f} s ago" if ago < 3600 else f", {ago / 3600:.1f} h ago")
-    if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("part-*.arrow")):
+    if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("*-*.arrow")):
         return f", {len(shards)} shards"
     if trials := list(artifact.partial.glob("trials/*.json")):
         return f", {len(trials)} trials"

@@ -59,7 +59,7 @@ def main() -> None:
         train_teacher(trial, source, recipe(0, epochs=3))
         epochs = max(1, round(options.seconds / min(m["seconds"] for m in trial.facts()["history"])))
         teachers = {
-            f"teacher-{n:02d}": Teacher(artifact(f"teacher-{n:02d}"), recipe(n, epochs), TrainerResources())
+            f"teacher-{n:02d}": Teacher(artifact(f"teacher-{n:02d}"), recipe(n, epochs), source, TrainerResources())
             for n in range(options.teachers)
         }
         ray.init(
@@ -70,7 +70,7 @@ def main() -> None:
             logging_level=logging.ERROR,
         )
         start = time.perf_counter()
-        failed = train_teachers(teachers, source, 0, lambda name, event: None)
+        failed = train_teachers(teachers, 0, lambda name, event: None)
         wall = time.perf_counter() - start
         ray.shutdown()
         if failed:

@@ -120,7 +120,12 @@ def write(folder: Path, clips: int, systems: int, classes: int) -> None:
         ids = pa.array([f"clip-{n}.wav" for n in range(start, start + count)])
         for system, values in enumerate(logits):
             (folder / f"system-{system}").mkdir(parents=True, exist_ok=True)
-            metadata = {"system": f"system-{system}", "labels": json.dumps(names), "corpus": "made up", "split": "train"}
+            metadata = {
+                "system": f"system-{system}",
+                "labels": json.dumps(names),
+                "corpus": "made up",
+                "split": "train",
+            }
             write_logits(folder / f"system-{system}" / f"train-{part:05d}.arrow", ids, values, metadata)
     np.save(folder / "labels.npy", np.concatenate(labels))
 
@@ -138,8 +143,9 @@ def stream(folder: Path) -> None:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
-        f"{len(labels):,} clips of {len(systems)} systems, {len(rows)} files each: {time.perf_counter() - start:.1f} s, "
-        f"{fusion.iterations} Newton steps, ridge {fusion.ridge:.1e}, peak memory {peak:.2f} GB, {os.cpu_count()} cores"
+        f"{len(labels):,} clips of {len(systems)} systems, {len(rows)} files each: "
+        f"{time.perf_counter() - start:.1f} s, {fusion.iterations} Newton steps, ridge {fusion.ridge:.1e}, "
+        f"peak memory {peak:.2f} GB, {os.cpu_count()} cores"
     )
 
 

@@ -13,7 +13,7 @@ from asc_ray.artifacts import Artifact, write_atomically
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
-from asc_ray.data.clips import plan_shards, shard_file, write_shard
+from asc_ray.data.clips import SPLITS, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
 from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank
 from asc_ray.training.loop import Recipe
@@ -100,7 +100,7 @@ def _report_file(folder: Path, index: int) -> Path:
 
 
 def store_logits(
-    systems: Mapping[str, tuple[Artifact, Path, Recipe]],
+    systems: Mapping[str, tuple[Artifact, tuple[Path, ...], Recipe]],
     source: Source,
     shard_clips: int,
     batch_size: int,
@@ -109,27 +109,34 @@ def store_logits(
     retries: int,
     on_event: OnEvent,
 ) -> None:
-    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folder, recipe).
+    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folders, recipe).
 
-    A task is a shard of clips and all systems of one front end; a system's part that is there already is left out.
+    A task is a shard of clips of one split and all systems of one front end; a system's part that is there already is
+    left out.
     """
-    rows = np.arange(len(source.store()))
-    shards = [rows[start : start + shard_clips] for start in range(0, len(rows), shard_clips)]
+    store = source.store()
+    shards = [
+        (split, index, rows[start : start + shard_clips])
+        for split in SPLITS
+        for rows in [np.flatnonzero(store.split == split)]
+        for index, start in enumerate(range(0, len(rows), shard_clips))
+    ]
     families: dict[str, list[str]] = {}
     for name, (_, _, recipe) in systems.items():
         families.setdefault(recipe.frontend.model_dump_json(), []).append(name)
     tasks, shares, total = [], {}, len(shards) * len(systems)
     for names in families.values():
-        for index, shard in enumerate(shards):
+        for split, index, shard in shards:
             share = []
             for name in names:
-                artifact, teacher, recipe = systems[name]
-                file = artifact.open_partial() / f"part-{index:05d}.arrow"
+                artifact, teachers, recipe = systems[name]
+                file = artifact.open_partial() / f"{split}-{index:05d}.arrow"
                 if not file.is_file():
-                    metadata = {"system": name, "config": artifact.key, "split": "all"}
-                    share.append(Inference(teacher, recipe, file, metadata))
+                    metadata = {"system": name, "config": artifact.key, "split": split}
+                    share.append(Inference(teachers, recipe, file, metadata))
             if share:
-                task = Task(f"{names[0]}-{index:05d}", infer, (share, source, shard, batch_size, precision), resources)
+                title = f"{names[0]}-{split}-{index:05d}"
+                task = Task(title, infer, (share, source, shard, batch_size, precision), resources)
                 tasks.append(task)
                 shares[task.name] = len(share)
     on_event("logits", {"done": total - sum(shares.values()), "total": total})
@@ -140,7 +147,7 @@ def store_logits(
         lambda name, result: on_event("logits", {"advance": shares[name], "total": total}),
     )
     for artifact, _, _ in systems.values():
-        facts: dict[str, Any] = {"clips": len(rows), "parts": len(shards)}
+        facts: dict[str, Any] = {"clips": len(store), "parts": len(shards)}
         found = [worst for result in results for file, worst in result.items() if Path(file).parent == artifact.partial]
         if found:
             facts["bf16_difference"] = max(found)

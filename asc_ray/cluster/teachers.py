@@ -43,6 +43,7 @@ POLL_SECONDS = 0.5
 class Teacher:
     artifact: Artifact
     recipe: Recipe
+    source: Source
     resources: TrainerResources
 
 
@@ -98,7 +99,7 @@ class Queue(Mailbox):
         return dict(self._errors)
 
 
-def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int, on_event: OnEvent) -> dict[str, str]:
+def train_teachers(teachers: Mapping[str, Teacher], retries: int, on_event: OnEvent) -> dict[str, str]:
     """Train every system of `teachers`, the longest first, as many at once as fit the cluster.
 
     One that keeps failing does not stop the others. Returns why, for those that failed. Others that are not complete
@@ -110,7 +111,7 @@ def train_teachers(teachers: Mapping[str, Teacher], source: Source, retries: int
     queue = Queue.options(scheduling_strategy=beside_the_driver()).remote(waiting, retries)  # type: ignore[attr-defined]
     storage = next(iter(teachers.values())).artifact.storage
     scratch = storage / ".ray-train" / uuid.uuid4().hex
-    work = {"queue": queue, "teachers": dict(teachers), "source": source}
+    work = {"queue": queue, "teachers": dict(teachers)}
     lanes: dict[str, _Lane] = {}
     crashes = 0
     numbers = count()
@@ -210,7 +211,7 @@ def _work_through_queue(work: dict[str, Any]) -> None:
             if not parallel.agreed(teacher.artifact.complete):
                 train_teacher(
                     teacher.artifact,
-                    work["source"],
+                    teacher.source,
                     teacher.recipe,
                     on_epoch=lambda metrics, name=name: queue.post.remote(name, metrics),  # type: ignore[misc]
                 )

@@ -75,7 +75,7 @@ def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray
 
 
 def read_logits(source: Path | Sequence[Path], split: str = "") -> Logits:
-    """One system's logits from a folder's *.arrow files, or only those of one split, SPLIT-*.arrow; or from given files.
+    """One system's logits from a folder's *.arrow files (of one split: SPLIT-*.arrow), or from the given files.
 
     The files may differ in the metadata key `split` and in nothing else; `Logits.metadata` has what they share.
     Raises UserError for no files, damaged files, and files of different systems, checkpoints or corpora.

@@ -27,6 +27,7 @@ FOLDS = 5
 CROSS_VALIDATED = 16_384  # clips, for the choice of a ridge
 CLIPS_A_SHARD = 65_536  # of logits that are in memory anyway
 
+Ridge = Annotated[float, Field(ge=0.0)] | Literal["auto"]
 ClassPrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(gt=0.0)]]
 
 
@@ -41,9 +42,10 @@ class FusionConfig(Section):
 
     data: Literal["holdout", "crossfit", "train"] = "holdout"
     folds: int = Field(4, ge=2, description="of crossfit")
-    ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
+    ridge: Ridge = "auto"
     class_prior: ClassPrior = "empirical"
     nonnegative: bool = Field(False, description="no system has a negative weight")
+    tasks: int = Field(1, ge=1, description="so many tasks of the cluster share each pass over the clips; in no key")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ def fit(
     systems: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     groups: ArrayLike | None = None,
-    ridge: float | Literal["auto"] = "auto",
+    ridge: Ridge = "auto",
     class_prior: ClassPrior = "empirical",
     nonnegative: bool = False,
 ) -> Fusion:
@@ -168,7 +170,7 @@ def fit_shards(
     systems: Sequence[str],
     classes: Sequence[str],
     groups: ArrayLike | None = None,
-    ridge: float | Literal["auto"] = "auto",
+    ridge: Ridge = "auto",
     class_prior: ClassPrior = "empirical",
     nonnegative: bool = False,
     map: Mapper = map,
@@ -179,13 +181,9 @@ def fit_shards(
     """
     labels = np.concatenate([shard.labels for shard in shards])
     _check(labels, systems, classes)
-    prior = _prior(class_prior, classes)
 
     def problem(some: Sequence[Shard], ridge: float) -> Problem:
-        counts = np.bincount(np.concatenate([shard.labels for shard in some]), minlength=len(classes))
-        # A fold of the cross-validation may lack a class; its weight then meets no clip.
-        weights = np.full(len(classes), 1.0 / counts.sum()) if prior is None else prior / np.maximum(counts, 1)
-        return Problem(some, weights, ridge, nonnegative, map)
+        return Problem(some, _clip_weights(some, class_prior, classes), ridge, nonnegative, map)
 
     start = average(len(systems), len(classes))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -217,6 +215,20 @@ def fit_shards(
         iterations=iterations + found.iterations,
         notes=_notes(systems, problem(few, 0.0).evaluate(found.theta).hessian),
     )
+
+
+def objectives(
+    shards: Sequence[Shard],
+    *,
+    systems: Sequence[str],
+    classes: Sequence[str],
+    class_prior: ClassPrior = "empirical",
+    map: Mapper = map,
+) -> dict[str, float]:
+    """J of each system by itself, with weight 1 and no bias; without a ridge."""
+    problem = Problem(shards, _clip_weights(shards, class_prior, classes), ridge=0.0, map=map)
+    alone = np.eye(len(systems), len(systems) + len(classes))
+    return {name: problem.evaluate(theta, hessian=False).value for name, theta in zip(systems, alone, strict=True)}
 
 
 def _choose_ridge(
@@ -283,12 +295,14 @@ def _slices(count: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _prior(class_prior: ClassPrior, classes: Sequence[str]) -> np.ndarray | None:
-    """Every class's share of the objective; None: that of its clips. Raises UserError."""
+def _clip_weights(shards: Sequence[Shard], class_prior: ClassPrior, classes: Sequence[str]) -> np.ndarray:
+    """(K,) a_n of the clips of each class. Raises UserError."""
+    counts = np.bincount(np.concatenate([shard.labels for shard in shards]), minlength=len(classes))
     if class_prior == "empirical":
-        return None
+        return np.full(len(classes), 1.0 / counts.sum())
+    counts = np.maximum(counts, 1)  # a fold of the cross-validation may lack a class; its weight then meets no clip
     if class_prior == "uniform":
-        return np.full(len(classes), 1.0 / len(classes))
+        return 1.0 / (len(classes) * counts)
     assert isinstance(class_prior, Mapping)
     total = sum(class_prior.values())
     if class_prior.keys() != set(classes) or abs(total - 1) > 1e-6:
@@ -296,7 +310,7 @@ def _prior(class_prior: ClassPrior, classes: Sequence[str]) -> np.ndarray | None
             f"fusion.class_prior: {class_prior} (sum {total:g}); give each of {', '.join(classes)} its share, "
             "together 1, or choose empirical or uniform"
         )
-    return np.array([class_prior[name] for name in classes]) / total
+    return np.array([class_prior[name] for name in classes]) / total / counts
 
 
 def _check(labels: np.ndarray, systems: Sequence[str], classes: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ import yaml
 from asc_ray.artifacts import Artifact
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.fusion import Fusion
-from asc_ray.report.page import ComplexityRow, CorpusSummary, ReportData, SystemResult, render
-from asc_ray.training.dataset import PartitionConfig, Source
-from asc_ray.training.ensemble import FUSION, read_evaluation
+from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
+from asc_ray.training.dataset import Source
+from asc_ray.training.ensemble import FUSION, read_scores
 from asc_ray.training.search import TrialResult
 from asc_ray.training.systems import StudentConfig
 
@@ -25,7 +25,7 @@ def write_report(
     out: Path,
     *,
     title: str,
-    parts: PartitionConfig,
+    source: Source,
     student_config: StudentConfig,
     config: Mapping[str, object],
     clips: Artifact,
@@ -37,10 +37,11 @@ def write_report(
     evaluation: Artifact,
 ) -> None:
     """Gather everything and write the page to `out`."""
-    data = Source(clips.path, parts).open()
+    data = source.open(test=True)
     store, facts = data.store, clips.facts()
     trained, cost = student.facts(), int8.facts()
     threshold = student_config.augment.dir.threshold
+    tested = read_scores(evaluation.path)
     train = store.split == "train"
     histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
     best = "" if sweep is None else (sweep.path / "best.yaml").read_text()
@@ -60,8 +61,7 @@ def write_report(
                 notes=tuple(f"{note}: {count} clips" for note, count in sorted(facts["notes"].items())),
             ),
             systems=[
-                SystemResult(name=name, kind=_kind(name), evaluation=result)
-                for name, result in read_evaluation(evaluation.path).items()
+                SystemResult(name=name, kind=_kind(name), evaluation=result) for name, result in tested.systems.items()
             ],
             complexity=[
                 ComplexityRow(
@@ -72,8 +72,14 @@ def write_report(
                     bytes_int8=cost["bytes"].get("int8", trained["bytes"]["int8"]),
                 )
             ],
-            fusion=Fusion.load(fusion.path / FUSION),
-            fusion_log_loss={name: f["log_loss"] for name, f in fusion.facts()["validation"].items()},
+            fusion=FusionSection(
+                fusion=Fusion.load(fusion.path / FUSION),
+                data=fusion.facts()["data"],
+                objectives=fusion.facts()["objectives"],
+                held_out=read_scores(fusion.path),
+                test=tested,
+                without={name: figures["log_loss"] for name, figures in fusion.facts()["validation_without"].items()},
+            ),
             energies=np.asarray(store.energy[train]),
             energy_threshold=data.mean_energy if threshold == "auto" else threshold,
             curves=histories | {"student fp32": trained["history"], "student int8": cost["history"]},

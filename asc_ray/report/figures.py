@@ -149,6 +149,36 @@ def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) ->
     return figure
 
 
+@_svg
+def reliability(parts: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
+    """Accuracy over confidence, a row a set of clips: every single system, their average, the fusion.
+
+    On the diagonal an answer is right as often as it says; below it, it is overconfident. Areas are shares of clips.
+    """
+    columns = {"single systems": ACCENT, "average": PALETTE[5], "fusion": PALETTE[1]}
+    figure = Figure(figsize=(WIDTH, 3.1 * len(parts)))
+    grid = figure.subplots(len(parts), len(columns), squeeze=False, sharex=True, sharey=True)
+    for row, (part, systems) in zip(grid, parts.items(), strict=True):
+        for axes, (title, color) in zip(row, columns.items(), strict=True):
+            shown = [e for name, e in systems.items() if name == title] or [
+                e for name, e in systems.items() if name not in columns and not name.startswith("student")
+            ]
+            axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
+            for e in shown:
+                x, y = [b.confidence for b in e.reliability], [b.accuracy for b in e.reliability]
+                axes.plot(x, y, color=color, lw=1.2, alpha=1.0 if len(shown) == 1 else 0.45)
+                if len(shown) == 1:
+                    axes.scatter(x, y, [400 * b.clips / e.clips for b in e.reliability], color=color, alpha=0.5, lw=0)
+            error = np.mean([e.calibration_error for e in shown])
+            axes.set_title(f"{title}, {part}: calibration error {error:.3f}", loc="left")
+            axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
+            axes.grid()
+        row[0].set_ylabel("accuracy")
+    for axes in grid[-1]:
+        axes.set_xlabel("confidence")
+    return figure
+
+
 def _bars(axes: Axes, values: Mapping[str, float], color: str) -> None:
     bars = axes.barh(range(len(values)), list(values.values()), 0.68, color=color)
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)

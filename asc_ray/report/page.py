@@ -12,7 +12,7 @@ from markupsafe import Markup
 from asc_ray.fusion import Fusion
 from asc_ray.report import figures
 from asc_ray.section import Section
-from asc_ray.training.evaluation import Evaluation
+from asc_ray.training.evaluation import Evaluation, Scores
 from asc_ray.training.search import TrialResult
 
 COLORS = {  # by kind, in the order of the systems
@@ -50,6 +50,16 @@ class ComplexityRow(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusionSection:
+    fusion: Fusion
+    data: str  # what it was learned on, as FusionConfig has it
+    objectives: Mapping[str, float]  # J of each system alone, on the clips that the fusion was learned on
+    held_out: Scores  # on clips that neither the systems nor the fusion have seen
+    test: Scores
+    without: Mapping[str, float]  # log loss on the held-out clips of the fusion learned without this system
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """What a page shows; a part that is empty or None has no section."""
 
@@ -57,8 +67,7 @@ class ReportData:
     corpus: CorpusSummary
     systems: Sequence[SystemResult]  # on the test split, in the order of the tables; the last is the deliverable
     complexity: Sequence[ComplexityRow] = ()  # the student's first
-    fusion: Fusion | None = None
-    fusion_log_loss: Mapping[str, float] = field(default_factory=dict)  # on clips that the fusion did not see
+    fusion: FusionSection | None = None
     energies: np.ndarray | None = None  # (N,) of the training clips
     energy_threshold: float | None = None  # of ADIR, None without it
     curves: figures.Curves = field(default_factory=dict)  # run -> metrics of every epoch
@@ -122,9 +131,13 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
     if students := _of_kind(data, "student"):
         drawn["confusion"] = figures.confusion({s.name: s.evaluation for s in students}, colors)
     if data.fusion:
+        fusion = data.fusion.fusion
         drawn["fusion_weights"] = figures.fusion_weights(
-            dict(zip(data.fusion.systems, data.fusion.weights.tolist(), strict=True)),
-            dict(zip(data.fusion.labels, data.fusion.biases.tolist(), strict=True)),
+            dict(zip(fusion.systems, fusion.weights.tolist(), strict=True)),
+            dict(zip(fusion.labels, fusion.biases.tolist(), strict=True)),
+        )
+        drawn["reliability"] = figures.reliability(
+            {"held-out clips": data.fusion.held_out.systems, "test split": data.fusion.test.systems}
         )
     if data.energies is not None:
         drawn["energy_histogram"] = figures.energy_histogram(data.energies, data.energy_threshold)

@@ -16,47 +16,69 @@ from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import partition
 from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.fusion import FusionConfig
 from asc_ray.section import Section
 
+HOLDOUT = FusionConfig()
 IMPULSE_RESPONSES = "impulse_responses.safetensors"
 
 
 class PartitionConfig(Section):
     """Shares of the training clips, by location, that no teacher is trained on; the rest is the part `train`.
 
-    `fusion` is where eq. 4 is learned; `validation` selects and stops, and trains nothing at all.
+    `fusion` is where eq. 4 is learned, with `fusion.data: holdout`; `validation` selects and stops, and trains nothing
+    at all.
     """
 
     fusion: float = Field(0.12, gt=0.0, lt=0.5)
     validation: float = Field(0.12, gt=0.0, lt=0.5)
     seed: int = Field(0, ge=0)
 
-    @property
-    def shares(self) -> dict[str, float]:
-        return {"fusion": self.fusion, "validation": self.validation}
+    def shares(self, fusion: FusionConfig) -> dict[str, float]:
+        """What `partition` takes out of the part `train`."""
+        validation = {"validation": self.validation}
+        if fusion.data == "holdout":
+            return {"fusion": self.fusion} | validation
+        if fusion.data == "crossfit":
+            return {f"fold-{n}": (1 - self.validation) / fusion.folds for n in range(fusion.folds)} | validation
+        return validation
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a training's clips are, how they are divided into parts, and how they reach the device."""
+    """Where a training's clips are, how they are divided into parts, and how they reach the device.
+
+    `fold`: of a teacher that is trained for cross-fitting, the one of the folds that it does not see.
+    """
 
     clips: Path
     parts: PartitionConfig
     delivery: DataConfig = MAPPED
     stream: Stream | None = None
+    fusion: FusionConfig = HOLDOUT
+    fold: int | None = None
 
     def store(self) -> ClipStore:
         return ClipStore(self._local())
 
-    def open(self) -> "Dataset":
+    def open(self, test: bool = False) -> "Dataset":
+        """The clips by part; the part `test` only where it is asked for, by what reports on it."""
         folder = self._local()
         store = ClipStore(folder)
         train = np.flatnonzero(store.split == "train")
         rows = store.clips
-        parts = partition([rows[i] for i in train], self.parts.shares, self.parts.seed)
-        parts = {part: train[indices] for part, indices in parts.items()}
-        parts["test"] = np.flatnonzero(store.split == "test")
-        return Dataset(store, parts, open_bank(folder / IMPULSE_RESPONSES), self.delivery, self.stream)
+        divided = partition([rows[i] for i in train], self.parts.shares(self.fusion), self.parts.seed)
+        parts = {part: train[indices] for part, indices in divided.items()}
+        folds = tuple(parts.pop(name) for name in list(parts) if name.startswith("fold-"))
+        if folds:
+            seen = [rows for n, rows in enumerate(folds) if n != self.fold]
+            parts["train"] = np.sort(np.concatenate(seen))
+            parts["fusion"] = parts["train"] if self.fold is None else folds[self.fold]
+        elif self.fusion.data == "train":
+            parts["fusion"] = parts["train"]
+        if test:
+            parts["test"] = np.flatnonzero(store.split == "test")
+        return Dataset(store, parts, open_bank(folder / IMPULSE_RESPONSES), self.delivery, self.stream, folds)
 
     def _local(self) -> Path:
         return mirrored(self.clips, self.delivery.cache) if self.delivery.cache else self.clips
@@ -64,13 +86,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A clip store with its parts (`train`, `fusion`, `validation`, `test`) as index arrays."""
+    """A clip store with its parts as index arrays: `train`, `fusion`, `validation`, and `test` where asked for.
+
+    Teachers are trained on `train`, eq. 4 is learned on `fusion`. With cross-fitting, and with `fusion.data: train`,
+    both are all of the training split but `validation`; but a Source with a `fold` has that fold in `fusion` and the
+    others in `train`.
+    """
 
     store: ClipStore
     parts: dict[str, np.ndarray]
     bank: ImpulseBank
     delivery: DataConfig
     stream: Stream | None
+    folds: tuple[np.ndarray, ...] = ()  # of cross-fitting
 
     def waves(self, rows: np.ndarray, device: torch.device) -> Waves:
         return Waves(self.store, rows, device, self.delivery, self.stream)

@@ -7,86 +7,123 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asc_ray.artifacts import Artifact, write_atomically
+from asc_ray.artifacts import Artifact, damaged_files, write_atomically
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
-from asc_ray.data.logits import join, read_logits, write_logits
-from asc_ray.fusion import Fusion, FusionConfig, fit
+from asc_ray.data.logits import Ensemble, Logits, read_logits, write_logits
+from asc_ray.errors import UserError
+from asc_ray.fusion import Fusion, FusionConfig, Ridge, fit_shards, objectives
+from asc_ray.fusion.newton import Mapper, Shard
 from asc_ray.training.dataset import Source
-from asc_ray.training.evaluation import Evaluation, device_groups, evaluate
+from asc_ray.training.evaluation import Evaluation, Scores, device_groups, evaluate, gain
 from asc_ray.training.loop import predict, training_device
 from asc_ray.training.systems import StudentConfig, load_int8, load_model
 
 FUSION = "fusion.json"
 EVALUATION = "evaluation.json"
+SHARD_CLIPS = 65_536
 
 
-def read_systems(logits: Mapping[str, Path], ids: np.ndarray) -> np.ndarray:
-    """Logits (S, N, K) of the systems, in the mapping's order, for the clips `ids`."""
-    return join([read_logits(folder) for folder in logits.values()], ids)
+def fuse_systems(
+    artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig, map: Mapper = map
+) -> None:
+    """Learn eq. 4 on the part `fusion`, and write soft targets of the training split.
 
+    `targets/fused` and `targets/average` hold logits free of temperature. The scores beside them are for the part
+    `validation`, which neither the teachers nor the fusion have seen. Of the test split nothing is read: neither its
+    logits' files are opened nor its clips' labels.
 
-def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig) -> None:
-    """Learn eq. 4 on the part `fusion`, which trained no teacher, and write soft targets of the training split.
-
-    `targets/fused` and `targets/average` hold logits free of temperature. The figures beside them are for the part
-    `validation`, which neither the teachers nor the fusion have seen. The test split is not read.
+    Raises UserError for damaged files of logits, and for what `fit` and `Ensemble` refuse.
     """
     folder = artifact.open_partial()
     data = source.open()
-    store, systems = data.store, tuple(logits)
-    learn, held_out = data.parts["fusion"], data.parts["validation"]
-    fusion = fit(
-        read_systems(logits, store.ids[learn]),
-        store.scene[learn],
-        systems=systems,
-        classes=store.labels,
-        groups=store.location[learn],
-        ridge=config.ridge,
-        class_prior=config.class_prior,
-        nonnegative=config.nonnegative,
-    )
+    store, learn, held_out = data.store, data.parts["fusion"], data.parts["validation"]
+    for name, path in logits.items():
+        if damaged := damaged_files(path):
+            raise UserError(f"{path}: {'; '.join(damaged)}. Delete the folder and make the logits of {name} again")
+    systems = {name: read_logits(path, "train") for name, path in logits.items()}
+
+    def learned(some: Mapping[str, Logits], ridge: Ridge) -> Fusion:
+        return fit_shards(
+            shards(some, store, learn),
+            systems=tuple(some),
+            classes=store.labels,
+            groups=store.location[learn],
+            ridge=ridge,
+            class_prior=config.class_prior,
+            nonnegative=config.nonnegative,
+            map=map,
+        )
+
+    fusion = learned(systems, config.ridge)
     fusion.save(folder / FUSION)
-    train = np.flatnonzero(store.split == "train")
-    values = read_systems(logits, store.ids[train])
-    for name, soft in {"fused": fusion.apply(values), "average": values.mean(axis=0)}.items():
-        (folder / "targets" / name).mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "system": name,
-            "labels": json.dumps(store.labels),
-            "corpus": store.corpus,
-            "config": artifact.key,
-            "split": "train",
-        }
-        write_logits(folder / "targets" / name / "part-00000.arrow", store.ids[train], soft, metadata)
-    scores = score_ensemble(store, held_out, read_systems(logits, store.ids[held_out]), systems, fusion)
-    figures = {name: {"log_loss": e.log_loss, "accuracy": e.accuracy} for name, e in scores.items()}
+    _write_targets(folder / "targets", systems, store, fusion, artifact.key)
+
+    values = Ensemble(list(systems.values()), store.ids[held_out]).read()
+    scores = score_ensemble(store, held_out, values, tuple(systems), fusion)
+    write_atomically(folder / EVALUATION, scores.model_dump_json())
+    without = {}
+    for position, name in enumerate(systems) if len(systems) > 1 else ():
+        others = learned({other: value for other, value in systems.items() if other != name}, fusion.ridge)
+        rest = score(store, held_out, others.apply(np.delete(values, position, axis=0)))
+        without[name] = _figures(rest) | {"objective": others.objective_after}
     artifact.finish(
         {
-            "weights": dict(zip(systems, map(float, fusion.weights), strict=True)),
-            "biases": dict(zip(store.labels, map(float, fusion.biases), strict=True)),
-            "clips": len(learn),
+            "data": config.data,
+            "clips": fusion.clips,
             "ridge": fusion.ridge,
             "objective_before": fusion.objective_before,
             "objective_after": fusion.objective_after,
             "iterations": fusion.iterations,
-            "validation": figures,
+            "notes": fusion.notes,
+            "weights": dict(zip(systems, fusion.weights.tolist(), strict=True)),
+            "biases": dict(zip(store.labels, fusion.biases.tolist(), strict=True)),
+            "objectives": objectives(
+                shards(systems, store, learn),
+                systems=tuple(systems),
+                classes=store.labels,
+                class_prior=config.class_prior,
+                map=map,
+            ),
+            "validation": {name: _figures(e) for name, e in scores.systems.items()},
+            "validation_gain": scores.gain.model_dump(),
+            "validation_without": without,
         }
     )
 
 
+def shards(systems: Mapping[str, Logits], store: ClipStore, rows: np.ndarray) -> list[Shard]:
+    """The store's clips `rows`, to be read in pieces."""
+    ensemble, scene = Ensemble(list(systems.values()), store.ids[rows]), store.scene[rows]
+    some = [slice(start, start + SHARD_CLIPS) for start in range(0, len(rows), SHARD_CLIPS)]
+    return [Shard(ensemble.piece(piece), scene[piece]) for piece in some]
+
+
+def _write_targets(folder: Path, systems: Mapping[str, Logits], store: ClipStore, fusion: Fusion, key: str) -> None:
+    train = np.flatnonzero(store.split == "train")
+    for index, shard in enumerate(shards(systems, store, train)):
+        values, ids = shard.read(), store.ids[train[index * SHARD_CLIPS :][: len(shard.labels)]]
+        for name, soft in {"fused": fusion.apply(values), "average": values.mean(axis=0)}.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            metadata = {"system": name, "labels": json.dumps(store.labels), "corpus": store.corpus}
+            metadata |= {"config": key, "split": "train"}
+            write_logits(folder / name / f"train-{index:05d}.arrow", ids, soft, metadata)
+
+
 def score_ensemble(
     store: ClipStore, rows: np.ndarray, logits: np.ndarray, systems: tuple[str, ...], fusion: Fusion
-) -> dict[str, Evaluation]:
+) -> Scores:
     """Every single system, their average, and the fusion, on the same clips; logits (S, N, K)."""
     outputs = dict(zip(systems, logits, strict=True)) | {"average": logits.mean(axis=0), "fusion": fusion.apply(logits)}
-    return {name: score(store, rows, values) for name, values in outputs.items()}
+    return Scores(
+        systems={name: score(store, rows, values) for name, values in outputs.items()},
+        gain=gain(outputs["average"], outputs["fusion"], store.scene[rows], store.location[rows]),
+    )
 
 
 def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
     """Logits (N, K) of the store's clips `rows` against their scenes, by device group."""
-    train = store.split == "train"
-    groups = device_groups(store.device[train], store.device[~train])
+    groups = device_groups(store.device[store.split == "train"], store.device[rows])
     return evaluate(
         logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]
     )
@@ -103,22 +140,25 @@ def evaluate_systems(
 ) -> None:
     """Score teachers, average, fusion and both students on the test split; the only stage that looks at it."""
     folder = artifact.open_partial()
-    data = source.open()
+    data = source.open(test=True)
     store, test = data.store, data.parts["test"]
-    scores = score_ensemble(
-        store, test, read_systems(logits, store.ids[test]), tuple(logits), Fusion.load(fusion / FUSION)
-    )
+    values = Ensemble([read_logits(path, "test") for path in logits.values()], store.ids[test]).read()
+    scores = score_ensemble(store, test, values, tuple(logits), Fusion.load(fusion / FUSION))
     device = training_device()
     fp32 = load_model(student, student_config, len(store.labels)).to(device)
     outputs = predict(fp32, LogMel(student_config.frontend).to(device), store, test, device)
-    scores["student fp32"] = score(store, test, outputs.numpy())
     quantized = predict(load_int8(int8), LogMel(student_config.frontend), store, test, torch.device("cpu"))
-    scores["student int8"] = score(store, test, quantized.numpy())
-    write_atomically(folder / EVALUATION, json.dumps({name: e.model_dump() for name, e in scores.items()}))
-    artifact.finish({name: {"accuracy": e.accuracy, "log_loss": e.log_loss} for name, e in scores.items()})
+    students = {"student fp32": outputs.numpy(), "student int8": quantized.numpy()}
+    scores = scores.model_copy(
+        update={"systems": scores.systems | {name: score(store, test, z) for name, z in students.items()}}
+    )
+    write_atomically(folder / EVALUATION, scores.model_dump_json())
+    artifact.finish({name: _figures(e) for name, e in scores.systems.items()})
 
 
-def read_evaluation(folder: Path) -> dict[str, Evaluation]:
-    return {
-        name: Evaluation.model_validate(value) for name, value in json.loads((folder / EVALUATION).read_text()).items()
-    }
+def read_scores(folder: Path) -> Scores:
+    return Scores.model_validate_json((folder / EVALUATION).read_text())
+
+
+def _figures(e: Evaluation) -> dict[str, float]:
+    return {"accuracy": e.accuracy, "log_loss": e.log_loss, "calibration_error": e.calibration_error}

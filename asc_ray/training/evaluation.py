@@ -12,11 +12,22 @@ from asc_ray.section import Section
 
 Group = Literal["seen", "unseen", "real"]
 CALIBRATION_BINS = 15
+RESAMPLES = 10_000
 SIMULATED = re.compile(r"s\d+")  # TAU22's names of simulated devices; any other name is a real one
 
 
-class DeviceAccuracy(Section):
+class DeviceFigures(Section):
     clips: int
+    accuracy: float
+    log_loss: float
+    calibration_error: float
+
+
+class ReliabilityBin(Section):
+    """Clips whose answers are about equally confident."""
+
+    clips: int
+    confidence: float  # mean
     accuracy: float
 
 
@@ -28,11 +39,35 @@ class Evaluation(Section):
     macro_accuracy: float  # mean over the labels that occur
     log_loss: float  # nats a clip
     calibration_error: float  # expected calibration error, 15 equal bins of confidence
-    per_device: dict[str, DeviceAccuracy]  # sorted by name
+    reliability: tuple[ReliabilityBin, ...]  # of those bins; without the empty ones
+    per_device: dict[str, DeviceFigures]  # sorted by name
     groups: dict[Group, float]  # over the groups' clips; seen = in training, a real device is also seen or unseen
     per_class: dict[str, float]  # recall, in the order of the labels
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]  # (K, K) clips; row: the true label, column: the answer
+
+
+class Interval(Section):
+    """An estimate and the middle 95 % of its resamples."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Gain(Section):
+    """What one system has over another on the same clips; more is better in both."""
+
+    log_loss: Interval  # nats a clip that it loses less
+    accuracy: Interval  # share of the clips that it has more right
+    places: int
+
+
+class Scores(Section):
+    """Every single system, their average and the fusion (and students), on the same clips."""
+
+    systems: dict[str, Evaluation]
+    gain: Gain  # of the fusion over the average
 
 
 def device_groups(train_devices: Iterable[str], test_devices: Iterable[str]) -> dict[Group, tuple[str, ...]]:
@@ -75,18 +110,24 @@ def evaluate(
     if broken := int((~np.isfinite(logits).all(axis=1)).sum()):
         raise UserError(f"evaluation: logits of {broken} of {len(scene)} clips are not finite")
 
-    z = logits.astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    answer = z.argmax(axis=1)
+    log_p = log_posteriors(logits)
+    answer = log_p.argmax(axis=1)
     right = answer == scene
     confusion = np.bincount(scene * count + answer, minlength=count**2).reshape(count, count)
     of_class = confusion.sum(axis=1)
     per_class = {label: float(confusion[k, k] / of_class[k]) for k, label in enumerate(labels) if of_class[k]}
-    per_device = {
-        str(name): DeviceAccuracy(clips=int((device == name).sum()), accuracy=float(right[device == name].mean()))
-        for name in np.unique(device)
-    }
+    losses = -log_p[np.arange(len(scene)), scene]
+    confidence = np.exp(log_p.max(axis=1))
+    per_device = {}
+    for name in np.unique(device):
+        own = device == name
+        per_device[str(name)] = DeviceFigures(
+            clips=int(own.sum()),
+            accuracy=float(right[own].mean()),
+            log_loss=float(losses[own].mean()),
+            calibration_error=_calibration_error(reliability(confidence[own], right[own])),
+        )
+    bins = reliability(confidence, right)
     unseen = set(unseen)
     groups = device_groups(set(per_device) - unseen, per_device)
     if real is not None:
@@ -96,8 +137,9 @@ def evaluate(
         clips=len(scene),
         accuracy=float(right.mean()),
         macro_accuracy=float(np.mean(list(per_class.values()))),
-        log_loss=float(-log_p[np.arange(len(scene)), scene].mean()),
-        calibration_error=_calibration_error(np.exp(log_p.max(axis=1)), right),
+        log_loss=float(losses.mean()),
+        calibration_error=_calibration_error(bins),
+        reliability=bins,
         per_device=per_device,
         groups={group: float(right[member].mean()) for group, member in members.items() if member.any()},
         per_class=per_class,
@@ -106,8 +148,43 @@ def evaluate(
     )
 
 
-def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Guo et al., 2017: mean of |accuracy - confidence| over bins (i/15, (i+1)/15], weighted by their clips."""
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    gap = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
-    return float(np.abs(gap).sum() / len(right))
+def log_posteriors(logits: np.ndarray) -> np.ndarray:
+    """Log of the softmax of logits (N, K), in float64."""
+    z = logits.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def gain(before: np.ndarray, after: np.ndarray, scene: np.ndarray, places: np.ndarray) -> Gain:
+    """Of logits `after` (N, K) over `before`, by bootstrap over `places` (N,).
+
+    Clips of one place are alike, so whole places are drawn with replacement.
+    """
+    names, place = np.unique(places, return_inverse=True)
+    draws = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    clips = draws @ np.bincount(place)
+
+    def interval(each: np.ndarray) -> Interval:
+        low, high = np.quantile(draws @ np.bincount(place, weights=each) / clips, (0.025, 0.975))
+        return Interval(value=float(each.mean()), low=float(low), high=float(high))
+
+    at_label = np.arange(len(scene)), scene
+    old, new = log_posteriors(before), log_posteriors(after)
+    right = (new.argmax(axis=1) == scene).astype(float) - (old.argmax(axis=1) == scene)
+    return Gain(log_loss=interval(new[at_label] - old[at_label]), accuracy=interval(right), places=len(names))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
+    """Guo et al., 2017: the clips (N,) by the confidence of their answer, in bins (i/15, (i+1)/15]."""
+    index = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    members = [index == i for i in np.unique(index)]
+    return tuple(
+        ReliabilityBin(clips=own.sum(), confidence=confidence[own].mean(), accuracy=right[own].mean())
+        for own in members
+    )
+
+
+def _calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Mean of |accuracy - confidence| over the bins, weighted by their clips."""
+    clips = sum(b.clips for b in bins)
+    return sum(b.clips * abs(b.accuracy - b.confidence) for b in bins) / clips

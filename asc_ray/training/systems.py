@@ -7,6 +7,7 @@ the artifact itself, so that finished work survives the driver.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,9 +184,12 @@ def train_int8(
 
 @dataclass(frozen=True)
 class Inference:
-    """One system's share of an inference: its weights, and the file that takes its logits."""
+    """One system's share of an inference: its weights, and the file that takes its logits.
 
-    teacher: Path
+    `teachers`: one, or with cross-fitting that of every fold.
+    """
+
+    teachers: tuple[Path, ...]
     recipe: Recipe
     file: Path
     metadata: Mapping[str, str]
@@ -196,24 +200,38 @@ def infer(
 ) -> dict[str, float]:
     """Write the logits of finished teachers that share a front end for the store's clips `rows`, all splits alike.
 
-    The clips are read and transformed once for all of them, and batch norms are folded into the convolutions. For
-    `bf16` returns, by file name, the largest difference to fp32 in the first batch.
+    With cross-fitting a clip's logits are those of the teacher that did not see it, and the mean of all folds' teachers
+    where none did. The clips are read and transformed once for all systems, and batch norms are folded into the
+    convolutions. For `bf16` returns, by file name, the largest difference to fp32 in a first batch.
     """
-    store = source.store()
+    store, fold = source.store(), np.full(len(rows), -1)
+    if len(systems[0].teachers) > 1:
+        for number, unseen in enumerate(source.open().folds):
+            fold[np.isin(rows, unseen)] = number
     device = training_device()
     front_end = LogMel(systems[0].recipe.frontend).to(device)
-    models = [folded(load_model(s.teacher, s.recipe, len(store.labels))) for s in systems]
-    for model in models:
+    models = [[folded(load_model(path, s.recipe, len(store.labels))) for path in s.teachers] for s in systems]
+    for model in chain(*models):
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    logits = predict_all(models, front_end, store, rows, device, batch, precision == "bf16")
-    differences = {}
-    if precision == "bf16":
-        exact = predict_all(models, front_end, store, rows[:batch], device, batch)
-        worst = (exact - logits[:, : len(rows[:batch])]).abs().amax(dim=(1, 2)).tolist()
-        differences = dict(zip((str(system.file) for system in systems), worst, strict=True))
+    logits = torch.empty(len(systems), len(rows), len(store.labels))
+    differences: dict[str, float] = {}
+    for number in np.unique(fold).tolist():
+        here = np.flatnonzero(fold == number)
+        asked = [own if number < 0 else own[number : number + 1] for own in models]
+
+        def predicted(clips: np.ndarray, bf16: bool, asked: list[list[nn.Module]] = asked) -> torch.Tensor:
+            each = predict_all(list(chain(*asked)), front_end, store, rows[clips], device, batch, bf16)
+            return torch.stack([own.mean(dim=0) for own in each.split([len(own) for own in asked])])
+
+        logits[:, here] = predicted(here, precision == "bf16")
+        if precision == "bf16":
+            first = here[:batch]
+            worst = (predicted(first, False) - logits[:, first]).abs().amax(dim=(1, 2)).tolist()
+            for system, difference in zip(systems, worst, strict=True):
+                differences[str(system.file)] = max(differences.get(str(system.file), 0.0), difference)
     for system, values in zip(systems, logits, strict=True):
-        weights = file_sha256(system.teacher / WEIGHTS)
-        metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": weights}
+        weights = [file_sha256(path / WEIGHTS) for path in system.teachers]
+        metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": " ".join(weights)}
         write_logits(system.file, store.ids[rows], values.numpy(), {**system.metadata, **metadata})
     return differences
 
@@ -233,7 +251,7 @@ def load_int8(folder: Path) -> nn.Module:
 
 def student_clips(data: Dataset) -> np.ndarray:
     """What students learn from: every training clip outside the validation part."""
-    return np.sort(np.concatenate([data.parts["train"], data.parts["fusion"]]))
+    return np.union1d(data.parts["train"], data.parts["fusion"])
 
 
 def _complete_soft_logits(data: Dataset, targets: Path, clips: np.ndarray) -> np.ndarray:
