@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Files of an artifact that are missing or differ from the manifest's checksums."""
+def damaged_files(folder: Path, pattern: str = "*") -> list[str]:
+    """Files of an artifact, of those that match, that are missing or differ from the manifest's checksums."""
     return [
         f"{name}: {'checksum differs' if (folder / name).is_file() else 'missing'}"
         for name, entry in read_manifest(folder)["files"].items()
-        if not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"]
+        if fnmatch(name, pattern) and (not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"])
     ]
 
 

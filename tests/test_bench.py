@@ -66,3 +66,11 @@ def test_teachers_steps():
     output = run("teachers", "--batch", 2, "--runs", 1)
     for name in ("plain, every patch", "plain, patchout 6", "one after another"):
         assert float(re.search(rf"{name} .* ratio ([\d.]+)", output).group(1)) > 0
+
+
+def test_fusion(tmp_path):
+    output = run("fusion", "--clips", 20_000, "--systems", 3, "--runs", 1)
+    assert float(re.search(r"ratio ([\d.]+)", output).group(1)) > 0
+    run("fusion", "--write", tmp_path / "logits", "--clips", 100_000, "--systems", 3)
+    output = run("fusion", "--stream", tmp_path / "logits")
+    assert 0.05 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0

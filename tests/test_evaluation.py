@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asc_ray.errors import UserError
 from asc_ray.training import evaluation
-from asc_ray.training.evaluation import Evaluation, device_groups, evaluate
+from asc_ray.training.evaluation import Evaluation, device_groups, evaluate, gain, log_posteriors
 
 LABELS = ["airport", "bus", "park"]
 
@@ -70,6 +70,37 @@ def test_parts_add_up(seed, clips):
     assert list(e.per_class) == [label for k, label in enumerate(LABELS) if k in scene]
     assert 0.0 <= e.calibration_error <= 1.0
     assert Evaluation.model_validate_json(e.model_dump_json()) == e
+
+
+def test_reliability_has_a_bin_for_each_confidence():
+    e = evaluate(np.concatenate([answers([0] * 6, 0.9), answers([0] * 4, 0.5)]), [0] * 3 + [1] * 3 + [0] * 4,
+                 ["a"] * 6 + ["b"] * 4, LABELS, unseen=[])  # fmt: skip
+    found = [(b.clips, b.confidence, b.accuracy) for b in e.reliability]
+    assert found == [(4, pytest.approx(0.5), 1.0), (6, pytest.approx(0.9), 0.5)]
+    assert e.per_device["a"].calibration_error == pytest.approx(0.4)
+    assert e.per_device["b"].log_loss == pytest.approx(-np.log(0.5))
+
+
+def test_the_gain_is_resampled_by_places():
+    """Ten clips of a place that gain alike are one observation: repeating each clip does not narrow the interval."""
+    rng = np.random.default_rng(0)
+    scene = rng.integers(0, 3, 40)
+    before = rng.standard_normal((40, 3))
+    after = before + 0.5 * np.eye(3)[scene] + 0.5 * rng.standard_normal((40, 3))
+    clips = gain(before, after, scene, np.arange(40))
+    repeated = gain(*(np.repeat(x, 10, axis=0) for x in (before, after, scene, np.arange(40))))
+    assert repeated.accuracy.model_dump() == pytest.approx(clips.accuracy.model_dump())
+    assert repeated.log_loss.model_dump() == pytest.approx(clips.log_loss.model_dump())
+    losses = [-log_posteriors(z)[np.arange(40), scene] for z in (before, after)]
+    difference = losses[0] - losses[1]
+    assert clips.log_loss.value == pytest.approx(difference.mean())
+    width = 2 * 1.96 * difference.std() / np.sqrt(40)  # of the normal distribution
+    assert clips.log_loss.high - clips.log_loss.low == pytest.approx(width, rel=0.1)
+    assert clips.log_loss.low < clips.log_loss.value < clips.log_loss.high
+    as_one = gain(*(np.repeat(x, 10, axis=0) for x in (before, after, scene)), np.arange(400))
+    assert as_one.log_loss.high - as_one.log_loss.low < 0.5 * width
+    nothing = gain(before, before, scene, np.arange(40))
+    assert nothing.log_loss.low == nothing.log_loss.high == nothing.accuracy.value == 0
 
 
 def test_device_groups():

@@ -2,21 +2,26 @@
 
 import doctest
 import re
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import ray
 import scipy.optimize
+import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asc_ray import fusion
+from asc_ray.cluster.fusion import Tasks
+from asc_ray.cluster.resources import Resources
 from asc_ray.errors import UserError
-from asc_ray.fusion import Fusion, FusionConfig, fit, newton
+from asc_ray.fusion import Fusion, fit, fit_shards, newton
+from asc_ray.fusion.newton import Shard
 
-CONFIGS = st.builds(
-    FusionConfig, ridge=st.floats(1e-4, 1.0), class_prior=st.sampled_from(["empirical", "uniform"])
-)  # fmt: skip
+RIDGE, PRIOR = st.floats(1e-4, 1.0), st.sampled_from(["empirical", "uniform", "given"])
 
 
 def problem(seed: int, systems: int = 3, clips: int = 60, classes: int = 4, scale: float = 1.0):
@@ -33,17 +38,20 @@ def _prior(classes: int) -> np.ndarray:
     return p / p.sum()
 
 
-def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, config: FusionConfig) -> torch.Tensor:
+def prior_of(kind: str, classes: int):
+    return {f"class {k}": float(p) for k, p in enumerate(_prior(classes)[::-1])} if kind == "given" else kind
+
+
+def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, ridge: float, prior: str) -> torch.Tensor:
     """J as the module's docstring has it, in torch."""
     z_s, y = torch.tensor(logits), torch.tensor(labels)
     w, b = theta[: len(logits)], theta[len(logits) :]
     z = (w[:, None, None] * z_s).sum(0) + b
     losses = torch.nn.functional.cross_entropy(z, y, reduction="none")
-    if config.class_prior == "uniform":
-        data = torch.stack([losses[y == k].mean() for k in range(z.shape[1])]).mean()
-    else:
-        data = losses.mean()
-    return data + config.ridge / 2 * (((w - 1 / len(logits)) ** 2).sum() + (b**2).sum())
+    each = torch.stack([losses[y == k].mean() for k in range(z.shape[1])])
+    given = torch.tensor(_prior(z.shape[1])[::-1].copy())
+    data = {"uniform": each.mean(), "given": each @ given, "empirical": losses.mean()}[prior]
+    return data + ridge / 2 * (((w - 1 / len(logits)) ** 2).sum() + (b**2).sum())
 
 
 @settings(max_examples=25, deadline=None)
@@ -51,24 +59,25 @@ def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, confi
     seed=st.integers(0, 2**32 - 1),
     systems=st.integers(1, 5),
     classes=st.integers(2, 6),
-    scale=st.sampled_from([0.1, 1.0, 10.0]),
-    config=CONFIGS,
+    scale=st.sampled_from([0.1, 1.0, 10.0, 100.0]),
+    ridge=RIDGE,
+    prior=PRIOR,
 )
-def test_the_minimum_is_scipys(seed, systems, classes, scale, config):
+def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     logits, labels = problem(seed, systems=systems, classes=classes, scale=scale)
-    fused = fit(logits, labels, ridge=config.ridge, class_prior=config.class_prior)
+    fused = fit(logits, labels, ridge=ridge, class_prior=prior_of(prior, classes))
 
     def value(theta):
-        return objective(torch.tensor(theta), logits, labels, config).item()
+        return objective(torch.tensor(theta), logits, labels, ridge, prior).item()
 
     def gradient(theta):
         theta = torch.tensor(theta, requires_grad=True)
-        objective(theta, logits, labels, config).backward()
+        objective(theta, logits, labels, ridge, prior).backward()
         return theta.grad.numpy()
 
     def hessian(theta):
         return torch.autograd.functional.hessian(
-            lambda t: objective(t, logits, labels, config), torch.tensor(theta)
+            lambda t: objective(t, logits, labels, ridge, prior), torch.tensor(theta)
         ).numpy()
 
     start = np.concatenate([np.full(systems, 1 / systems), np.zeros(classes)])
@@ -83,6 +92,92 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, config):
     assert fused.objective_before == pytest.approx(value(start), rel=1e-12)
     assert fused.objective_after <= fused.objective_before + 1e-14
     assert abs(fused.biases.sum()) < 1e-12
+    assert fused.iterations <= 20
+    each = np.eye(systems, systems + classes)
+    alone = fusion.objectives(
+        [Shard(partial(np.asarray, logits), labels)],
+        systems=fused.systems, classes=fused.labels, class_prior=fused.class_prior,
+    )  # fmt: skip
+    pull = ridge / 2 * ((each - start) ** 2).sum(axis=1)
+    np.testing.assert_allclose([*alone.values()], [value(t) for t in each] - pull, rtol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), systems=st.integers(2, 6), ridge=RIDGE)
+def test_weights_that_may_not_be_negative(seed, systems, ridge):
+    """The optimality conditions: no free weight could lower J, and no weight at 0 could by growing."""
+    logits, labels = problem(seed, systems=systems)
+    logits[0] *= -1  # a system that is wrong more often than right
+    fused = fit(logits, labels, ridge=ridge, nonnegative=True)
+    assert (fused.weights >= 0).all()
+    theta = torch.tensor(np.concatenate([fused.weights, fused.biases]), requires_grad=True)
+    objective(theta, logits, labels, ridge, "empirical").backward()
+    gradient = theta.grad.numpy()
+    free = np.concatenate([fused.weights > 0, np.ones(4, dtype=bool)])
+    assert np.abs(gradient[free]).max() < 1e-8
+    assert (gradient[~free] > -1e-8).all()
+    bounds = [(0, None)] * systems + [(None, None)] * 4
+
+    def both(x):
+        t = torch.tensor(x, requires_grad=True)
+        j = objective(t, logits, labels, ridge, "empirical")
+        j.backward()
+        return j.item(), t.grad.numpy()
+
+    x0 = np.concatenate([np.full(systems, 1 / systems), np.zeros(4)])
+    reference = scipy.optimize.minimize(
+        both, x0, jac=True, bounds=bounds, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000}
+    )
+    assert fused.objective_after <= reference.fun + 1e-9
+    unbound = fit(logits, labels, ridge=ridge)
+    assert unbound.objective_after <= fused.objective_after + 1e-12
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 299), unique=True, max_size=6))
+def test_any_sharding_gives_the_same_fusion(seed, cuts):
+    logits, labels = problem(seed, clips=300)
+    groups = np.arange(300) // 7
+    whole = fit(logits, labels, groups=groups)
+    edges = [0, *sorted(cuts), 300]
+    shards = [Shard(partial(np.asarray, logits[:, a:b]), labels[a:b]) for a, b in pairwise(edges)]
+    parts = fit_shards(shards, systems=whole.systems, classes=whole.labels, groups=groups)
+    assert parts.ridge == whole.ridge
+    np.testing.assert_allclose(parts.weights, whole.weights, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(parts.biases, whole.biases, rtol=1e-10, atol=1e-10)
+    assert parts.objective_after == pytest.approx(whole.objective_after, rel=1e-10)
+
+
+def test_tasks_of_a_cluster_give_the_same_bits():
+    logits, labels = problem(9, clips=300)
+    shards = [Shard(partial(np.asarray, logits[:, a : a + 50]), labels[a : a + 50]) for a in range(0, 300, 50)]
+    names = {"systems": list("abc"), "classes": list("wxyz"), "ridge": 1e-3}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        spread = fit_shards(shards, **names, map=Tasks(4, Resources(), retries=0))
+    finally:
+        ray.shutdown()
+    here = fit_shards(shards, **names)
+    np.testing.assert_array_equal(spread.weights, here.weights)
+    np.testing.assert_array_equal(spread.biases, here.biases)
+
+
+def test_many_clips_start_from_a_sample_of_them(monkeypatch):
+    logits, labels = problem(10, clips=2_000)
+    plain = fit(logits, labels, ridge=1e-4)
+    monkeypatch.setattr(fusion, "SAMPLE", 200)
+    sampled = fit(logits, labels, ridge=1e-4)
+    assert sampled.iterations != plain.iterations
+    np.testing.assert_allclose(sampled.weights, plain.weights, rtol=1e-8)
+    assert sampled.objective_before == plain.objective_before
+
+
+def test_the_ridge_of_many_clips_is_chosen_on_some_and_counts_for_all(monkeypatch):
+    """The penalty's strength beside the sum over clips is that of the sample, so beside the mean it is a tenth."""
+    logits, labels = problem(11, systems=6, clips=3_000)
+    monkeypatch.setattr(fusion, "CROSS_VALIDATED", 300)
+    chosen = fit(logits, labels, groups=np.arange(3_000) // 10).ridge
+    assert any(chosen == pytest.approx(0.1 * ridge) for ridge in fusion.RIDGES)
 
 
 def test_planted_weights_and_biases_are_recovered():
@@ -108,10 +203,12 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_a_clips_offset_changes_nothing():
-    """Logits are defined up to a constant per system and clip."""
+    """Logits are defined up to a constant per system and clip, so log-posteriors fuse as the logits do."""
     logits, labels = problem(2)
     shifted = logits + np.random.default_rng(0).normal(0, 5, (*logits.shape[:2], 1))
-    np.testing.assert_allclose(fit(shifted, labels).weights, fit(logits, labels).weights, rtol=1e-9)
+    posteriors = np.log(scipy.special.softmax(logits, axis=2))
+    for same in (shifted, posteriors):
+        np.testing.assert_allclose(fit(same, labels).weights, fit(logits, labels).weights, rtol=1e-9)
 
 
 def test_a_strong_ridge_gives_the_average():
@@ -128,6 +225,28 @@ def test_a_system_twice_shares_its_weight(ridge):
     if ridge == 0.0:  # the ridge weighs two half weights differently from one whole
         alone = fit(logits, labels, ridge=ridge)
         assert fused.weights[:2].sum() == pytest.approx(alone.weights[0], rel=1e-7)
+
+
+def test_systems_that_say_nothing_or_the_same_are_named():
+    logits, labels = problem(4, systems=2, clips=200)
+    constant = np.random.default_rng(0).normal(0, 5, (200, 1)).repeat(4, axis=1)
+    stacked = np.stack([logits[0], constant, logits[1], logits[0] + constant])
+    fused = fit(stacked, labels, systems=["a", "flat", "b", "a again"], ridge=1e-4)
+    assert fused.notes == (
+        "flat: its logits never differ between the classes; its weight means nothing",
+        "a and a again: the same logits; they share one weight evenly",
+    )
+    assert fused.weights[0] == pytest.approx(fused.weights[3])
+    assert fused.weights[1] == pytest.approx(0.25)
+    assert fit(logits, labels).notes == ()
+
+
+def test_a_system_of_huge_logits_does_not_hide_the_others():
+    logits, labels = problem(12, clips=500)
+    scaled = logits * np.array([1e6, 1.0, 1e-3])[:, None, None]
+    fused, plain = (fit(z, labels, ridge=0.0) for z in (scaled, logits))
+    np.testing.assert_allclose(fused.weights * [1e6, 1.0, 1e-3], plain.weights, rtol=1e-5)
+    assert fused.objective_after == pytest.approx(plain.objective_after, rel=1e-9)
 
 
 def test_a_single_system_gets_a_temperature_and_biases():
@@ -181,6 +300,11 @@ def test_what_is_refused():
             fit(*arguments, systems=["a", "b", "c"])
     with pytest.raises(UserError, match=re.escape("system names a, a, b; expected 3 different")):
         fit(logits, labels, systems=["a", "a", "b"])
+    with pytest.raises(UserError, match="2 names of systems and 4 of classes for logits of 3 systems"):
+        fit(logits, labels, systems=["a", "b"])
+    for prior in ({"class 0": 1.0}, {f"class {k}": 0.5 for k in range(4)}):
+        with pytest.raises(UserError, match=r"fusion.class_prior: .* give each of class 0, class 1"):
+            fit(logits, labels, class_prior=prior)
 
 
 def test_separable_classes_need_a_ridge():

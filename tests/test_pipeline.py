@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,14 @@ from safetensors.torch import load_file
 from asc_ray.artifacts import damaged_files, read_manifest
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config import load_config
+from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clips import ClipStore
-from asc_ray.data.logits import join, read_logits
+from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.errors import ConfigError
 from asc_ray.fusion import Fusion
 from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Source
-from asc_ray.training.ensemble import read_evaluation
+from asc_ray.training.ensemble import read_scores
 from asc_ray.training.loop import predict
 from asc_ray.training.search import TrialResult, propose
 from asc_ray.training.systems import Inference, infer, load_int8, load_model
@@ -37,6 +40,11 @@ def plan_of(run):
 @pytest.fixture(scope="module")
 def plan(finished):
     return plan_of(finished)
+
+
+def values(artifact):
+    stored = read_logits(artifact.path)
+    return stored.take(np.arange(len(stored)))
 
 
 def artifacts(plan):
@@ -100,7 +108,7 @@ def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan,
     student, logits = plan.student.path, next(iter(plan.logits.values())).path
     for stage, made, delivery in (
         ("student", student / "model.safetensors", "data.mode=stream"),
-        ("logits", logits / "part-00000.arrow", f"data.cache={tmp_path / 'cache'}"),
+        ("logits", logits / "train-00000.arrow", f"data.cache={tmp_path / 'cache'}"),
     ):
         copy = storage / made.relative_to(finished.storage)
         shutil.rmtree(copy.parent)
@@ -132,7 +140,7 @@ def test_published_checkpoints_are_imported_and_the_rest_is_trained(finished, pl
     assert ours.teachers[name].facts()["imported"] == f"{name}.ckpt"
     assert ours.teachers["passt_dirfms_1"].key == plan.teachers["passt_dirfms_1"].key
     assert ours.teachers[name].key != plan.teachers[name].key
-    assert (read_logits(ours.logits[name].path).values == read_logits(plan.logits[name].path).values).all()
+    assert (values(ours.logits[name]) == values(plan.logits[name])).all()
 
 
 def test_the_output_tells_every_stage_and_where_things_are(finished, plan):
@@ -159,7 +167,7 @@ def test_the_clip_store_keeps_its_contract(plan):
 def test_logits_cover_every_clip_and_fit_their_teachers(plan):
     store = ClipStore(plan.clips.path)
     systems = [read_logits(artifact.path) for artifact in plan.logits.values()]
-    assert join(systems, store.ids).shape == (2, 210, 10)
+    assert Ensemble(systems, store.ids).read().shape == (2, 210, 10)
     for system, teacher in zip(systems, plan.teachers.values(), strict=True):
         weights = read_manifest(teacher.path)["files"]["model.safetensors"]["sha256"]
         assert system.metadata["checkpoint"] == weights
@@ -172,19 +180,19 @@ def test_logits_are_the_network_s_own_whichever_others_shared_the_front_end(plan
         recipe = plan.config.teachers.recipes[name]
         model = load_model(plan.teachers[name].path, recipe, 10)
         expected = predict(model, LogMel(recipe.frontend), store, np.arange(len(store)), torch.device("cpu")).numpy()
-        stored = read_logits(artifact.path)
-        assert (stored.ids == store.ids).all()
-        np.testing.assert_allclose(stored.values, expected, rtol=1e-4, atol=1e-4)
+        stored = Ensemble([read_logits(artifact.path)], store.ids).read()[0]
+        np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_in_bf16_say_how_far_they_are_off(plan, tmp_path):
     for name, artifact in plan.logits.items():
-        recipe, file = plan.config.teachers.recipes[name], tmp_path / name / "part-00000.arrow"
+        recipe, file = plan.config.teachers.recipes[name], tmp_path / name / "all.arrow"
         file.parent.mkdir()
-        share = Inference(plan.teachers[name].path, recipe, file, {"system": name})
+        share = Inference((plan.teachers[name].path,), recipe, file, {"system": name})
         found = infer([share], Source(plan.clips.path, plan.config.partition), np.arange(210), 64, "bf16")
-        exact = read_logits(artifact.path).values
-        worst = np.abs(read_logits(file.parent).values - exact).max()
+        loose = read_logits(file.parent)
+        exact = Ensemble([read_logits(artifact.path)], loose.ids).read()[0]
+        worst = np.abs(loose.take(np.arange(210)) - exact).max()
         assert 0 < found[str(file)] <= worst + 1e-3
         assert worst < 0.1 * np.abs(exact).max()
 
@@ -194,9 +202,9 @@ def test_soft_targets_are_eq_4_of_the_training_clips_alone(plan):
     soft = read_logits(plan.fusion.path / "targets" / "fused")
     assert set(soft.ids) == set(store.ids[store.split == "train"])
     fusion = Fusion.load(plan.fusion.path / "fusion.json")
-    logits = join([read_logits(a.path) for a in plan.logits.values()], soft.ids).astype(np.float64)
+    logits = Ensemble([read_logits(a.path) for a in plan.logits.values()], soft.ids).read().astype(np.float64)
     expected = np.einsum("s,snk->nk", fusion.weights, logits) + fusion.biases
-    np.testing.assert_allclose(soft.values, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(soft.take(np.arange(len(soft))), expected, rtol=1e-4, atol=1e-5)
     assert abs(fusion.biases.sum()) < 1e-9
 
 
@@ -205,6 +213,95 @@ def test_the_fusion_learned_on_places_that_no_teacher_saw(plan):
     assert plan.fusion.facts()["clips"] == len(data.parts["fusion"])
     places = data.store.location
     assert not set(places[data.parts["fusion"]]) & set(places[data.parts["train"]])
+
+
+def fuse(storage, *overrides):
+    return subprocess.run(
+        command("fuse", "--config", TINY, *(w for o in (f"storage={storage}", *overrides) for w in ("--set", o))),
+        capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+
+
+def test_the_fusion_cannot_reach_the_test_split(finished, plan, tmp_path):
+    """Without the test clips' logits, and with other scenes for them, not one bit of its artifact differs."""
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    for file in storage.glob("logits/*/test-*.arrow"):
+        file.unlink()
+    for file in storage.glob("clips/*/shard-*.arrow"):
+        batch = map_batch(file)
+        test = batch["split"].dictionary_decode().to_numpy(zero_copy_only=False) == "test"
+        scene = np.where(test, 0, batch["scene"].indices.to_numpy()).astype(np.int32)
+        scenes = pa.DictionaryArray.from_arrays(pa.array(scene), batch["scene"].dictionary)
+        write_batch(batch.set_column(1, "scene", scenes).replace_schema_metadata(batch.schema.metadata), file)
+    assert set(ClipStore(storage / plan.clips.path.relative_to(finished.storage)).scene) == set(range(10))
+    ours = storage / plan.fusion.path.relative_to(finished.storage)
+    shutil.rmtree(ours)
+    done = fuse(storage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fusion over the average" in done.stdout
+    assert read_manifest(ours) == plan.fusion.manifest()
+    evaluated = subprocess.run(
+        command("evaluate", "--config", TINY, "--set", f"storage={storage}"), capture_output=True, text=True,
+        env=environment(), check=False,
+    )  # fmt: skip
+    assert "evaluate is done" in evaluated.stdout
+
+
+def test_a_changed_byte_of_a_system_s_logits_is_named(finished, plan, tmp_path):
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    name, artifact = next(iter(plan.logits.items()))
+    file = storage / artifact.path.relative_to(finished.storage) / "train-00001.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    shutil.rmtree(storage / plan.fusion.path.relative_to(finished.storage))
+    done = fuse(storage)
+    assert done.returncode == 1
+    assert f"{file.parent}: train-00001.arrow: checksum differs" in done.stderr
+    assert f"make the logits of {name} again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_it(finished, plan, tmp_path):
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage, ignore=shutil.ignore_patterns("mlflow.db"))
+    overrides = (f"storage={storage}", "fusion.data=crossfit", "fusion.folds=2")
+    for stage in ("teachers", "logits", "fuse"):
+        done = subprocess.run(
+            command(stage, "--config", TINY, *(w for o in overrides for w in ("--set", o))),
+            capture_output=True, text=True, env=environment(), check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    ours = Plan(load_config(TINY, overrides))
+    source = Source(ours.clips.path, ours.config.partition, fusion=ours.config.fusion)
+    store = source.store()
+    folds = [replace(source, fold=fold).open().parts for fold in range(2)]
+    whole = source.open().parts
+    assert ours.fusion.facts()["clips"] == len(whole["fusion"]) == sum(len(fold["fusion"]) for fold in folds)
+    for fold in folds:
+        assert not set(store.location[fold["train"]]) & set(store.location[fold["fusion"]])
+        assert sorted([*fold["train"], *fold["fusion"]]) == sorted(whole["train"])
+    assert sorted(ours.teachers) == [f"{name}-fold{fold}" for name in sorted(plan.teachers) for fold in range(2)]
+    for name, artifact in ours.logits.items():
+        recipe = ours.config.teachers.recipes[name]
+        every = np.arange(len(store))
+        each = [
+            predict(load_model(teacher.path, recipe, 10), LogMel(recipe.frontend), store, every, torch.device("cpu"))
+            for teacher in ours.trainings[name].values()
+        ]
+        expected = np.stack(each).mean(0)
+        for fold, logits in zip(folds, each, strict=True):
+            expected[fold["fusion"]] = logits[fold["fusion"]]
+        stored = Ensemble([read_logits(artifact.path)], store.ids).read()[0]
+        np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-4)
+    published = tmp_path / "published" / "cpr_128k_fms_1.safetensors"
+    published.parent.mkdir()
+    shutil.copy(plan.teachers["cpr_128k_fms_1"].path / "model.safetensors", published)
+    config = load_config(TINY, [*overrides, f"teachers.checkpoints={published.parent}"])
+    with pytest.raises(ConfigError, match=r"crossfit trains every system 2 times, but cpr_128k_fms_1 come from"):
+        Plan(config)
 
 
 def test_the_sweep_s_best_is_a_student_s_configuration(plan):
@@ -221,10 +318,10 @@ def test_the_sweep_s_best_is_a_student_s_configuration(plan):
 
 def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
     assert plan.int8.facts()["bytes"]["int8"] == pytest.approx(plan.student.facts()["parameters"], rel=0.1)
-    assert plan.int8.facts()["agreement_with_onnxruntime"] >= 0.95
+    assert plan.int8.facts()["agreement_with_onnxruntime"] >= 0.9  # of 20 clips
     model = load_int8(plan.int8.path)
     assert model(torch.zeros(3, 1, 256, 64)).shape == (3, 10)
-    scores = read_evaluation(plan.evaluation.path)
+    scores = read_scores(plan.evaluation.path).systems
     assert list(scores) == [*plan.teachers, "average", "fusion", "student fp32", "student int8"]
     for result in scores.values():
         assert result.clips == 90
@@ -279,7 +376,7 @@ def test_status_names_every_artifact(finished, plan):
 HALF_DONE = {
     "clips/*.partial/shard-*.json": signal.SIGKILL,
     "teachers/*.partial/checkpoints/epoch-00001": signal.SIGKILL,
-    "logits/*.partial/part-*.arrow": signal.SIGKILL,
+    "logits/*.partial/train-*.arrow": signal.SIGKILL,
     "sweep/*.partial/trials/0000.json": signal.SIGINT,
     "students/*.partial/checkpoints/epoch-00001": signal.SIGKILL,
     "int8/*.partial/checkpoints/epoch-00001": signal.SIGKILL,

@@ -10,8 +10,8 @@ import pytest
 
 from asc_ray.fusion import fit
 from asc_ray.report import figures
-from asc_ray.report.page import ComplexityRow, CorpusSummary, ReportData, SystemResult, render
-from asc_ray.training.evaluation import Evaluation, evaluate
+from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
+from asc_ray.training.evaluation import Evaluation, Scores, evaluate, gain
 from asc_ray.training.search import TrialResult
 
 LABELS = (
@@ -53,7 +53,11 @@ def example(seed: int = 0) -> ReportData:
         result("student fp32", "student", logits(2.2)),
         result("student int8", "student", logits(2.1)),
     ]
-    losses = {s.name: s.evaluation.log_loss for s in systems[-4:-2]}
+    place = np.arange(clips) // 90
+    scores = Scores(
+        systems={s.name: s.evaluation for s in systems},
+        gain=gain(singles.mean(0), fusion.apply(singles), scene, place),
+    )
     return ReportData(
         title="demo: twelve teachers, one student",
         corpus=CorpusSummary(
@@ -70,8 +74,14 @@ def example(seed: int = 0) -> ReportData:
             complexity("DS-FlexiNet sm1", 13_760, 3_880_000),
             complexity("cp_resnet", 127_684, 29_000_000),
         ),
-        fusion=fusion,
-        fusion_log_loss={"best single system (cpr_128k_dirfms_3)": systems[11].evaluation.log_loss, **losses},
+        fusion=FusionSection(
+            fusion=fusion,
+            data="holdout",
+            objectives={s.name: s.evaluation.log_loss for s in systems[:12]},
+            held_out=scores.model_copy(update={"systems": {s.name: s.evaluation for s in systems[:14]}}),
+            test=scores,
+            without=dict.fromkeys(TEACHERS, 0.9),
+        ),
         energies=np.append(rng.lognormal(4.6, 1.5, 8_000), [0.0, 0.0]),
         energy_threshold=323.0,
         curves={name: curve(rng, 25 if "passt" in name else 40) for name in TEACHERS}
@@ -182,7 +192,7 @@ def test_everything_is_there(html, data):
         shares = [e.accuracy, e.macro_accuracy, *(e.groups[group] for group in ("seen", "unseen", "real"))]
         assert cells == [f"{100 * x:.2f}" for x in shares] + [f"{x:.3f}" for x in (e.log_loss, e.calibration_error)]
     assert [a["class"] for tag, a in page.tags if tag == "svg"] == [
-        "device_accuracy", "confusion", "fusion_weights", "sweep", "training_curves", "energy_histogram",
+        "device_accuracy", "confusion", "fusion_weights", "reliability", "sweep", "training_curves", "energy_histogram",
     ]  # fmt: skip
     for expected in ("13.76 K", "3.88 M", "139,620", "2 digitally silent clips", *data.lineage.values(), "ds_flexinet"):
         assert expected in page.text

@@ -18,6 +18,7 @@ from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.errors import UserError
+from asc_ray.fusion import FusionConfig
 from asc_ray.models.registry import build
 from asc_ray.training import loop, parallel
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
@@ -268,7 +269,7 @@ def test_soft_targets_change_the_result_and_only_through_their_clips(data, tmp_p
     soft = np.zeros((len(data.store), 10), dtype=np.float32)
     first, _ = train("cp_resnet", data, tmp_path / "1", soft=soft, epochs=1)
     others = soft.copy()
-    others[data.parts["test"]] = 7.0
+    others[data.store.split == "test"] = 7.0
     same, _ = train("cp_resnet", data, tmp_path / "2", soft=others, epochs=1)
     assert all(torch.equal(first[k], same[k]) for k in first)
     others[data.parts["train"][0], 0] = 9.0
@@ -425,3 +426,20 @@ def test_checkpoints_later_than_the_resumed_one_make_room(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002", "epoch-00004", "epoch-00005"]
     save_checkpoint(tmp_path, model, optimizer, history[:2], [[1.0, 1.0, 1.0]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002", "epoch-00002-step-000001"]
+
+
+def test_where_the_fusion_is_learned(clips):
+    """holdout: on clips of no teacher. train: on theirs. Students have all but the validation part in each way."""
+    parts = PartitionConfig(fusion=0.2, validation=0.2)
+    held, own, crossed = (
+        Source(clips, parts, fusion=FusionConfig(data=data, folds=3)).open()
+        for data in ("holdout", "train", "crossfit")
+    )
+    assert not set(held.parts["train"]) & set(held.parts["fusion"])
+    for data in (own, crossed):
+        assert (data.parts["train"] == data.parts["fusion"]).all()
+        assert not set(student_clips(data)) & set(data.parts["validation"])
+        assert len(student_clips(data)) + len(data.parts["validation"]) == (data.store.split == "train").sum()
+    assert len(student_clips(held)) + len(held.parts["validation"]) == (held.store.split == "train").sum()
+    assert "test" not in held.parts
+    assert set(Source(clips, parts).open(test=True).parts) == {"train", "fusion", "validation", "test"}

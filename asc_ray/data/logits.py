@@ -45,10 +45,14 @@ class Logits:
         if out is None:
             out = np.empty((len(rows), len(self.labels)), dtype=np.float32)
         of_file = np.searchsorted(self.starts, rows, side="right") - 1
-        for index in np.unique(of_file):
-            here = of_file == index
+        if (of_file[1:] < of_file[:-1]).any():
+            order = np.argsort(of_file, kind="stable")
+            out[order] = self.take(rows[order])
+            return out
+        files, firsts = np.unique(of_file, return_index=True)
+        for index, first, end in zip(files, firsts, [*firsts[1:], len(rows)], strict=True):
             values = map_batch(self.files[index])["logits"].flatten().to_numpy().reshape(-1, len(self.labels))
-            out[here] = values[rows[here] - self.starts[index]]
+            np.take(values, rows[first:end] - self.starts[index], axis=0, out=out[first:end], mode="clip")
         return out
 
 

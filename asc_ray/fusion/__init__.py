@@ -190,6 +190,8 @@ def fit_shards(
         at_average = problem(shards, 0.0).evaluate(start, hessian=False)
     if not (np.isfinite(at_average.value) and np.isfinite(at_average.gradient).all()):
         _refuse_broken(shards, systems)
+    if at_average.value > np.log(len(classes)):  # so sure and wrong that it is worse than no system: start there
+        start = np.zeros(len(start))
     if ridge == "auto":
         groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
         ridge = _choose_ridge(shards, groups, start, problem)

@@ -159,6 +159,6 @@ def _solve(hessian: np.ndarray, gradient: np.ndarray) -> np.ndarray:
 
     In units in which its diagonal is 1, so that a system of large logits does not hide the others.
     """
-    diagonal = np.sqrt(hessian.diagonal())
+    diagonal = np.sqrt(np.maximum(hessian.diagonal(), 0.0))
     unit = np.where(diagonal > 0, 1.0 / np.where(diagonal > 0, diagonal, 1.0), 1.0)
     return unit * np.linalg.lstsq(hessian * np.outer(unit, unit), unit * gradient, rcond=None)[0]

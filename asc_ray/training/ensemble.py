@@ -39,7 +39,7 @@ def fuse_systems(
     data = source.open()
     store, learn, held_out = data.store, data.parts["fusion"], data.parts["validation"]
     for name, path in logits.items():
-        if damaged := damaged_files(path):
+        if damaged := damaged_files(path, "train-*"):
             raise UserError(f"{path}: {'; '.join(damaged)}. Delete the folder and make the logits of {name} again")
     systems = {name: read_logits(path, "train") for name, path in logits.items()}
 
