@@ -201,7 +201,8 @@ def fit_shards(
         few = [_loaded(shards, np.random.default_rng(0).random(len(labels)) < SAMPLE / len(labels))]
         near = minimize(problem(few, max(ridge, 1e-6)), start, tolerance=1e-3)
         start, iterations = near.theta, near.iterations
-    found = minimize(problem(shards, ridge), start, tolerance)
+    curvature = problem(few, ridge).evaluate(start).hessian
+    found = minimize(problem(shards, ridge), start, tolerance, curvature)
     weights, biases = np.split(found.theta, [len(systems)])
     return Fusion(
         weights=weights,
@@ -215,7 +216,7 @@ def fit_shards(
         objective_before=at_average.value,  # the average is where the ridge pulls to
         objective_after=found.sums.value,
         iterations=iterations + found.iterations,
-        notes=_notes(systems, problem(few, 0.0).evaluate(found.theta).hessian),
+        notes=_notes(systems, curvature - ridge * np.eye(len(start))),
     )
 
 

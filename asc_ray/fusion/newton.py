@@ -1,7 +1,7 @@
 """The fusion's objective as sums over clips, shard by shard, and Newton's method on it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import numpy as np
@@ -109,14 +109,19 @@ def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: boo
     return Sums(value, gradient, curvature)
 
 
-def minimize(problem: Problem, start: np.ndarray, tolerance: float = TOLERANCE) -> Minimum:
+def minimize(
+    problem: Problem, start: np.ndarray, tolerance: float = TOLERANCE, curvature: np.ndarray | None = None
+) -> Minimum:
     """Newton's method with a line search, projected where weights may not be negative (Bertsekas, 1982).
 
-    Ends when no entry of the gradient that could still move is above `tolerance`. Raises UserError where that does not
-    come: without a ridge, when the systems separate the classes and no finite minimum exists.
+    `curvature`: a Hessian for the first step, as of a sample of the clips. Ends when no entry of the gradient that could
+    still move is above `tolerance`. Raises UserError where that does not come: without a ridge, when the systems
+    separate the classes and no finite minimum exists.
     """
     count_s = len(start) - len(problem.clip_weights)
-    theta, found = start, problem.evaluate(start)
+    theta, found = start, problem.evaluate(start, hessian=curvature is None)
+    if curvature is not None:
+        found = replace(found, hessian=curvature)
     iterations, passes, steepest, last = 0, 1, 0.0, False
     while True:
         # A weight of 0 that would grow J by growing stays there.
