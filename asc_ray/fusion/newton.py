@@ -114,8 +114,8 @@ def minimize(
 ) -> Minimum:
     """Newton's method with a line search, projected where weights may not be negative (Bertsekas, 1982).
 
-    `curvature`: a Hessian for the first step, as of a sample of the clips. Ends when no entry of the gradient that could
-    still move is above `tolerance`. Raises UserError where that does not come: without a ridge, when the systems
+    `curvature`: a Hessian for the first step, as of a sample of the clips. Ends when no entry of the gradient that
+    could still move is above `tolerance`. Raises UserError where that does not come: without a ridge, when the systems
     separate the classes and no finite minimum exists.
     """
     count_s = len(start) - len(problem.clip_weights)

@@ -144,8 +144,8 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
     if data.curves:
         teachers = {system.name for system in _of_kind(data, "teacher")}
         panels = {
-            "teachers": {run: history for run, history in data.curves.items() if run in teachers},
-            "student": {run: history for run, history in data.curves.items() if run not in teachers},
+            "teachers": {run: own for run, own in data.curves.items() if run.split("-fold")[0] in teachers},
+            "student": {run: own for run, own in data.curves.items() if run.split("-fold")[0] not in teachers},
         }
         drawn["training_curves"] = figures.training_curves({title: runs for title, runs in panels.items() if runs})
     if data.trials:
