@@ -202,6 +202,16 @@ def test_blocks_change_nothing(monkeypatch):
     np.testing.assert_array_equal(blocks.apply(logits), whole.apply(logits))
 
 
+@pytest.mark.parametrize(("systems", "clips"), [(1, 60), (3, 61), (1, 61)])
+def test_the_logits_stay_what_they_are(monkeypatch, systems, clips):
+    """A block of one clip, and a single system, are contiguous whichever way they are turned."""
+    monkeypatch.setattr(newton, "BLOCK", 10)
+    logits, labels = problem(13, systems=systems, clips=clips)
+    before = logits.copy()
+    fit(logits, labels)
+    np.testing.assert_array_equal(logits, before)
+
+
 def test_a_clips_offset_changes_nothing():
     """Logits are defined up to a constant per system and clip, so log-posteriors fuse as the logits do."""
     logits, labels = problem(2)

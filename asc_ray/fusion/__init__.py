@@ -179,8 +179,8 @@ def fit_shards(
 
     `map` evaluates the shards; the result does not depend on it, and on the sharding only by rounding.
     """
-    labels = np.concatenate([shard.labels for shard in shards])
-    _check(labels, systems, classes)
+    _check(shards, systems, classes)
+    count = sum(len(shard.labels) for shard in shards)
 
     def problem(some: Sequence[Shard], ridge: float) -> Problem:
         return Problem(some, _clip_weights(some, class_prior, classes), ridge, nonnegative, map)
@@ -193,12 +193,13 @@ def fit_shards(
     if at_average.value > np.log(len(classes)):  # so sure and wrong that it is worse than no system: start there
         start = np.zeros(len(start))
     if ridge == "auto":
-        groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-        ridge = _choose_ridge(shards, groups, start, problem)
+        group = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+        ridge = _choose_ridge(shards, group, start, problem)
     tolerance = TOLERANCE * max(1.0, ridge, np.abs(at_average.gradient).max())
     iterations, few = 0, shards
-    if len(labels) > 4 * SAMPLE:  # most of the way on a sample, the rest on all clips
-        few = [_loaded(shards, np.random.default_rng(0).random(len(labels)) < SAMPLE / len(labels))]
+    if count > 4 * SAMPLE:  # most of the way on a sample, the rest on all clips
+        rng = np.random.default_rng(0)
+        few = [_loaded(shards, [rng.random(len(shard.labels)) < SAMPLE / count for shard in shards])]
         near = minimize(problem(few, max(ridge, 1e-6)), start, tolerance=1e-3)
         start, iterations = near.theta, near.iterations
     curvature = problem(few, ridge).evaluate(start).hessian
@@ -212,7 +213,7 @@ def fit_shards(
         ridge=ridge,
         class_prior=class_prior,
         nonnegative=nonnegative,
-        clips=len(labels),
+        clips=count,
         objective_before=at_average.value,  # the average is where the ridge pulls to
         objective_after=found.sums.value,
         iterations=iterations + found.iterations,
@@ -235,30 +236,32 @@ def objectives(
 
 
 def _choose_ridge(
-    shards: Sequence[Shard], groups: np.ndarray, start: np.ndarray, problem: Callable[[Sequence[Shard], float], Problem]
+    shards: Sequence[Shard], group: np.ndarray, start: np.ndarray, problem: Callable[[Sequence[Shard], float], Problem]
 ) -> float:
     """The one of RIDGES with the least log loss on the groups left out, over FOLDS folds of whole groups.
 
     Of many clips as many groups are taken as hold CROSS_VALIDATED of them. The ridge counts for the mean over clips, so
     to have the same strength beside the sum over all of them it is made smaller by the share that was taken.
     """
-    names, group = np.unique(groups, return_inverse=True)
-    place = np.random.default_rng(0).permutation(len(names))  # of each group in a shuffled row
-    before = np.concatenate([[0], np.cumsum(np.bincount(place[group]))])  # clips of the groups in front
-    count = max(min(len(names), FOLDS), int(np.searchsorted(before, CROSS_VALIDATED)))
-    if len(names) == 1:  # nothing can be left out
+    count = int(group.max()) + 1
+    if count == 1:  # nothing can be left out
         return RIDGES[-1]
+    order = np.random.default_rng(0).permutation(count)
+    enough = np.searchsorted(np.cumsum(np.bincount(group)[order]), CROSS_VALIDATED) + 1
+    taken = order[: max(enough, FOLDS)]
+    fold_of = np.full(count, -1, dtype=np.int8)
+    fold_of[taken] = np.arange(len(taken)) % FOLDS
+    of_shard = np.split(fold_of[group], np.cumsum([len(shard.labels) for shard in shards])[:-1])
     losses = np.zeros(len(RIDGES))
-    folds = [_loaded(shards, (place[group] < count) & (place[group] % FOLDS == fold)) for fold in range(FOLDS)]
-    folds = [fold for fold in folds if len(fold.labels)]
+    folds = [_loaded(shards, [own == fold for own in of_shard]) for fold in range(min(FOLDS, len(taken)))]
     for left_out in folds:
         theta = start
         for index in reversed(range(len(RIDGES))):  # each from the minimum under the next stronger one
             training = problem([fold for fold in folds if fold is not left_out], RIDGES[index])
             theta = minimize(training, theta, tolerance=1e-4 * max(1.0, RIDGES[index])).theta
             losses[index] += replace(training, shards=[left_out], ridge=0.0).evaluate(theta, hessian=False).value
-    taken = sum(len(fold.labels) for fold in folds)
-    return RIDGES[int(losses.argmin())] * taken / len(groups)
+    share = sum(len(fold.labels) for fold in folds) / len(group)
+    return RIDGES[int(losses.argmin())] * share
 
 
 def _notes(systems: Sequence[str], hessian: np.ndarray) -> tuple[str, ...]:
@@ -282,11 +285,11 @@ def _notes(systems: Sequence[str], hessian: np.ndarray) -> tuple[str, ...]:
     )
 
 
-def _loaded(shards: Sequence[Shard], chosen: np.ndarray) -> Shard:
-    """The chosen of all shards' clips, a mask over them in order, read into memory."""
-    parts = np.split(chosen, np.cumsum([len(shard.labels) for shard in shards])[:-1])
-    logits = np.concatenate([shard.read()[:, part] for shard, part in zip(shards, parts, strict=True)], axis=1)
-    return Shard(partial(np.asarray, logits), np.concatenate([shard.labels for shard in shards])[chosen])
+def _loaded(shards: Sequence[Shard], chosen: Sequence[np.ndarray]) -> Shard:
+    """The chosen clips, a mask for each shard, read into memory."""
+    logits = [shard.read()[:, mask] for shard, mask in zip(shards, chosen, strict=True) if mask.any()]
+    labels = [shard.labels[mask] for shard, mask in zip(shards, chosen, strict=True)]
+    return Shard(partial(np.asarray, np.concatenate(logits, axis=1)), np.concatenate(labels))
 
 
 def _view(logits: np.ndarray, rows: slice) -> np.ndarray:
@@ -300,7 +303,7 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 def _clip_weights(shards: Sequence[Shard], class_prior: ClassPrior, classes: Sequence[str]) -> np.ndarray:
     """(K,) a_n of the clips of each class. Raises UserError."""
-    counts = np.bincount(np.concatenate([shard.labels for shard in shards]), minlength=len(classes))
+    counts = _counts(shards, classes)
     if class_prior == "empirical":
         return np.full(len(classes), 1.0 / counts.sum())
     counts = np.maximum(counts, 1)  # a fold of the cross-validation may lack a class; its weight then meets no clip
@@ -316,14 +319,19 @@ def _clip_weights(shards: Sequence[Shard], class_prior: ClassPrior, classes: Seq
     return np.array([class_prior[name] for name in classes]) / total / counts
 
 
-def _check(labels: np.ndarray, systems: Sequence[str], classes: Sequence[str]) -> None:
+def _counts(shards: Sequence[Shard], classes: Sequence[str]) -> np.ndarray:
+    return sum((np.bincount(shard.labels, minlength=len(classes)) for shard in shards), np.zeros(len(classes), int))
+
+
+def _check(shards: Sequence[Shard], systems: Sequence[str], classes: Sequence[str]) -> None:
     """Refuse names that are not different, labels that are no class indices, classes without a clip."""
     for kind, names in (("system", systems), ("class", classes)):
         if len(set(names)) != len(names):
             raise UserError(f"fusion: {kind} names {', '.join(names)}; expected {len(names)} different ones")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f"fusion: labels of type {labels.dtype}, expected class indices 0 to {len(classes) - 1}")
-    counts = np.bincount(labels, minlength=len(classes))
+    for labels in (shard.labels for shard in shards):
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(f"fusion: labels of type {labels.dtype}, expected class indices 0 to {len(classes) - 1}")
+    counts = _counts(shards, classes)
     if not counts.all():
         found = ", ".join(f"{name} {n}" for name, n in zip(classes, counts, strict=True))
         raise UserError(

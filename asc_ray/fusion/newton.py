@@ -80,8 +80,8 @@ def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: boo
         y = labels[start : start + BLOCK]
         at_label = (y, np.arange(len(y)))
         a = clip_weights[y]
-        # (S, K, n): sums over clips then run along the memory.
-        z_s = np.ascontiguousarray(logits[:, start : start + BLOCK].transpose(0, 2, 1), dtype=np.float64)
+        # A copy (S, K, n), changed below: sums over clips run along its memory.
+        z_s = np.array(logits[:, start : start + BLOCK].transpose(0, 2, 1), dtype=np.float64, order="C")
         flat = z_s.reshape(count_s, -1)
         z = (w @ flat).reshape(count_k, -1) + b
         z -= z.max(axis=0)

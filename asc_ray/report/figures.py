@@ -170,7 +170,7 @@ def reliability(parts: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
                 if len(shown) == 1:
                     axes.scatter(x, y, [400 * b.clips / e.clips for b in e.reliability], color=color, alpha=0.5, lw=0)
             error = np.mean([e.calibration_error for e in shown])
-            axes.set_title(f"{title}, {part}: calibration error {error:.3f}", loc="left")
+            axes.set_title(f"{title}, {part}\ncalibration error {error:.3f}", loc="left")
             axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
             axes.grid()
         row[0].set_ylabel("accuracy")
