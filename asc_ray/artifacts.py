@@ -143,6 +143,12 @@ def damaged_files(folder: Path, pattern: str = "*") -> list[str]:
     ]
 
 
+def refuse_damaged(folder: Path, pattern: str = "*") -> None:
+    """Raises UserError where files of an artifact, of those that match, are not as they were written."""
+    if damaged := damaged_files(folder, pattern):
+        raise UserError(f"{folder}: {'; '.join(damaged)}. Delete the folder and run its stage again: it is made anew")
+
+
 def mirrored(artifact: Path, cache: Path) -> Path:
     """The finished artifact's copy in `cache`, a folder of this node; the first who asks makes it, the others wait.
 

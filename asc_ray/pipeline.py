@@ -5,15 +5,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asc_ray.artifacts import Artifact, exclusive, write_atomically
+from asc_ray.artifacts import Artifact, exclusive, refuse_damaged, write_atomically
+from asc_ray.cluster.resources import Resources
 from asc_ray.config import Config
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
+from asc_ray.fusion import check_prior
 from asc_ray.plan import BEST_STUDENT, FAILED, NEEDS, REPORT, STAGES, Plan, dump
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
@@ -112,7 +115,22 @@ class _Work:
             for name, artifact in artifacts.items():
                 self.tracker.end(name, "FINISHED" if artifact.complete else status)
 
-    def alone(self, name: str, artifact: Artifact, function: Callable[..., None], *arguments: Any) -> None:
+    def soft_targets(self) -> Path | None:
+        """Those of the plan. Raises UserError where they are not as they were written."""
+        targets = self.plan.soft_targets()
+        if targets is not None:
+            inside = targets.parent.name == "targets"
+            refuse_damaged(self.plan.fusion.path if inside else targets, "targets/*" if inside else "train-*")
+        return targets
+
+    def alone(
+        self,
+        name: str,
+        artifact: Artifact,
+        function: Callable[..., None],
+        *arguments: Any,
+        resources: Resources | None = None,
+    ) -> None:
         """Run one function as a tracked task on the cluster; it reports epochs when it takes `on_epoch`."""
         from asc_ray.cluster.runtime import Task, run_tasks
 
@@ -120,7 +138,7 @@ class _Work:
         reports = "on_epoch" in function.__annotations__
         with self.tracked({name: artifact}) as on_event:
             on_event(name, {"started": True})
-            task = Task(name, function, (artifact, *arguments), config.student_resources, reports)
+            task = Task(name, function, (artifact, *arguments), resources or config.student_resources, reports)
             run_tasks([task], config.cluster.retries, on_event, lambda name, result: None)
             self.tracker.log_file(name, artifact.path / "manifest.json")
 
@@ -173,6 +191,8 @@ def _build_teachers(work: _Work) -> None:
     todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
     if not todo:
         return
+    # What the configuration asks of the clips is refused here, and not by each teacher.
+    check_prior(config.fusion.class_prior, work.source.open().store.labels)
     waiting = {}
     for system, own in plan.trainings.items():
         recipe = config.teachers.recipes[system]
@@ -266,9 +286,10 @@ def _build_fusion(work: _Work) -> None:
             "whole training split, eq. 4 is learned on clips that they know"
         )
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
-    mapper = Tasks(config.fusion.tasks, config.logits.resources, config.cluster.retries)
-    arguments = (work.source, logits, config.fusion, *([mapper] if config.fusion.tasks > 1 else []))
-    work.alone("fusion", plan.fusion, fuse_systems, *arguments)
+    # No GPU: a task that waits for others keeps its own, and they would wait for it.
+    cpus = Resources(cpus=config.logits.resources.cpus)
+    mapper = [Tasks(config.fusion.tasks, cpus, config.cluster.retries)] if config.fusion.tasks > 1 else []
+    work.alone("fusion", plan.fusion, fuse_systems, work.source, logits, config.fusion, *mapper, resources=cpus)
     facts = plan.fusion.facts()
     for line in fusion_summary(facts):
         work.progress.note(line)
@@ -317,7 +338,7 @@ def _build_sweep(work: _Work) -> None:
         results = run_sweep(
             plan.sweep,
             work.source,
-            plan.soft_targets(),
+            work.soft_targets(),
             config.student,
             config.sweep,
             config.student_resources,
@@ -340,7 +361,7 @@ def _build_student(work: _Work) -> None:
     plan = work.plan
     config = plan.student_config()
     work.progress.expect("student", {"student": config.optimizer.epochs})
-    work.alone("student", plan.student, train_student, work.source, plan.soft_targets(), config)
+    work.alone("student", plan.student, train_student, work.source, work.soft_targets(), config)
     facts = plan.student.facts()
     work.progress.note(f"{facts['parameters']:,} parameters, {facts['macs'] / 1e6:.2f} M MACs")
 

@@ -11,6 +11,7 @@ from asc_ray.artifacts import Artifact, content_key, file_sha256
 from asc_ray.config import Config
 from asc_ray.data.corpus import Corpus, partition, read_corpus
 from asc_ray.errors import ConfigError
+from asc_ray.fusion import check_prior
 from asc_ray.models.pretrained import published
 from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import StudentConfig
@@ -93,7 +94,9 @@ class Plan:
             for name, own in self.trainings.items()
         }
         fused = {name: logits.key for name, logits in self.logits.items()}
-        fusion = {"fusion": config.fusion.model_dump(mode="json", exclude={"tasks"}), "partition": self._division()}
+        # Folds, where there are some, are part of the division.
+        learned = config.fusion.model_dump(mode="json", exclude={"tasks", "folds"})
+        fusion = {"fusion": learned, "partition": self._division()}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         soft = config.student.distillation.soft_target
         learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
@@ -177,6 +180,7 @@ class Plan:
                 )
         train = [clip for clip in corpus.clips if clip.split == "train"]
         partition(train, self.config.partition.shares(self.config.fusion), self.config.partition.seed)
+        check_prior(self.config.fusion.class_prior, corpus.labels)
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
         section = config if isinstance(config, dict) else dump(config)

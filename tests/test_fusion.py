@@ -103,13 +103,23 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), systems=st.integers(2, 6), ridge=RIDGE)
-def test_weights_that_may_not_be_negative(seed, systems, ridge):
-    """The optimality conditions: no free weight could lower J, and no weight at 0 could by growing."""
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    systems=st.integers(2, 12),
+    ridge=RIDGE,
+    own=st.sampled_from([1.0, 0.1, 0.01, 0.003]),
+)
+def test_weights_that_may_not_be_negative(seed, systems, ridge, own):
+    """The optimality conditions: no free weight could lower J, and no weight at 0 could by growing.
+
+    Systems are a common part and `own` of their own: when they are near to equal, most weights end at 0.
+    """
     logits, labels = problem(seed, systems=systems)
     logits[0] *= -1  # a system that is wrong more often than right
+    logits = 2 * logits[-1] + own * logits
     fused = fit(logits, labels, ridge=ridge, nonnegative=True)
     assert (fused.weights >= 0).all()
+    assert fused.iterations <= 20
     theta = torch.tensor(np.concatenate([fused.weights, fused.biases]), requires_grad=True)
     objective(theta, logits, labels, ridge, "empirical").backward()
     gradient = theta.grad.numpy()
@@ -154,7 +164,7 @@ def test_tasks_of_a_cluster_give_the_same_bits():
     names = {"systems": list("abc"), "classes": list("wxyz"), "ridge": 1e-3}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        spread = fit_shards(shards, **names, map=Tasks(4, Resources(), retries=0))
+        spread = fit_shards(shards, **names, mapper=Tasks(4, Resources(), retries=0))
     finally:
         ray.shutdown()
     here = fit_shards(shards, **names)
@@ -243,12 +253,12 @@ def test_systems_that_say_nothing_or_the_same_are_named():
     stacked = np.stack([logits[0], constant, logits[1], logits[0] + constant])
     fused = fit(stacked, labels, systems=["a", "flat", "b", "a again"], ridge=1e-4)
     assert fused.notes == (
-        "flat: its logits never differ between the classes; its weight means nothing",
+        "flat: its logits do not differ between the classes; its weight means nothing",
         "a and a again: the same logits; they share one weight evenly",
     )
     assert fused.weights[0] == pytest.approx(fused.weights[3])
     assert fused.weights[1] == pytest.approx(0.25)
-    assert fit(logits, labels).notes == ()
+    assert fit(logits * np.array([1e6, 0.1])[:, None, None], labels, ridge=1e-4).notes == ()  # quiet is not constant
 
 
 def test_a_system_of_huge_logits_does_not_hide_the_others():
@@ -312,9 +322,15 @@ def test_what_is_refused():
         fit(logits, labels, systems=["a", "a", "b"])
     with pytest.raises(UserError, match="2 names of systems and 4 of classes for logits of 3 systems"):
         fit(logits, labels, systems=["a", "b"])
-    for prior in ({"class 0": 1.0}, {f"class {k}": 0.5 for k in range(4)}):
-        with pytest.raises(UserError, match=r"fusion.class_prior: .* give each of class 0, class 1"):
+    shares = {f"class {k}": 0.25 for k in range(4)}
+    for prior in ("unifrom", {"class 0": 1.0}, shares | {"class 0": 0.5}, shares | {"class 0": 0.5, "class 1": 0.0}):
+        with pytest.raises(UserError, match=r"fusion.class_prior: found .* give each of class 0, class 1"):
             fit(logits, labels, class_prior=prior)
+    for ridge in ("none", -1.0, np.nan):
+        with pytest.raises(UserError, match=r"fusion\.ridge: found .* expected auto, or a number from 0"):
+            fit(logits, labels, ridge=ridge)
+    with pytest.raises(UserError, match="3 groups for 60 clips"):
+        fit(logits, labels, groups=[0, 1, 2])
 
 
 def test_separable_classes_need_a_ridge():
@@ -325,6 +341,16 @@ def test_separable_classes_need_a_ridge():
     grown = logits * 1e-3
     with np.errstate(all="raise"):
         fused = fit(grown, labels, ridge=1e-2)
+    assert np.isfinite(fused.weights).all()
+
+
+def test_a_ridge_too_weak_for_the_logits_is_not_chosen_and_no_error():
+    """A thousand times too large logits of a few clips: not every ridge of the choice leads to a minimum."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(44) % 3
+    logits = 1000 * (rng.uniform(0, 2, (8, 1, 1)) * np.eye(3)[labels] + rng.standard_normal((8, 44, 3)))
+    fused = fit(logits, labels)
+    assert fused.objective_after < fused.objective_before
     assert np.isfinite(fused.weights).all()
 
 

@@ -91,8 +91,8 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "duplicates": ({"ids": [*IDS, IDS[2]]}, r"system cpr_1: 1 clips occur more than once: audio/2\.wav"),
     "missing": ({"ids": IDS[1:5]}, r"system cpr_1 lacks 2 of 6 clips: audio/0\.wav, audio/5\.wav"),
     "all missing": ({"ids": ["audio/9.wav"]}, r"lacks 6 of 6 clips: .*audio/2\.wav, \.\.\."),
-    "nan": ({"logits": broken(3, np.nan)}, r"system cpr_1: logits of 1 clips are not finite: audio/3\.wav"),
-    "infinite": ({"logits": broken(0, -np.inf)}, r"logits of 1 clips are not finite: audio/0\.wav"),
+    "nan": ({"logits": broken(3, np.nan)}, r"system cpr_1: logits of 1 of 6 clips are not finite: audio/3\.wav"),
+    "infinite": ({"logits": broken(0, -np.inf)}, r"logits of 1 of 6 clips are not finite: audio/0\.wav"),
     "one name": ({"system": "passt_1"}, "systems of one name: passt_1"),
 }
 

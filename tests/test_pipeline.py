@@ -17,7 +17,7 @@ from conftest import TINY, command, environment
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from asc_ray.artifacts import damaged_files, read_manifest
+from asc_ray.artifacts import Artifact, damaged_files, read_manifest
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config import load_config
 from asc_ray.data.arrow import map_batch, write_batch
@@ -30,7 +30,7 @@ from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_scores
 from asc_ray.training.loop import predict
 from asc_ray.training.search import TrialResult, propose
-from asc_ray.training.systems import Inference, infer, load_int8, load_model
+from asc_ray.training.systems import Inference, infer, load_int8, load_model, train_teacher
 
 
 def plan_of(run):
@@ -251,7 +251,7 @@ def test_the_fusion_cannot_reach_the_test_split(finished, plan, tmp_path):
 def test_a_changed_byte_of_a_system_s_logits_is_named(finished, plan, tmp_path):
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage)
-    name, artifact = next(iter(plan.logits.items()))
+    artifact = next(iter(plan.logits.values()))
     file = storage / artifact.path.relative_to(finished.storage) / "train-00001.arrow"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -260,8 +260,44 @@ def test_a_changed_byte_of_a_system_s_logits_is_named(finished, plan, tmp_path):
     done = fuse(storage)
     assert done.returncode == 1
     assert f"{file.parent}: train-00001.arrow: checksum differs" in done.stderr
-    assert f"make the logits of {name} again" in done.stderr
+    assert "run its stage again" in done.stderr
     assert "Traceback" not in done.stderr
+    for stage, made, rotten in (
+        ("evaluate", plan.evaluation, artifact.path / "test-00000.arrow"),
+        ("student", plan.student, plan.fusion.path / "targets" / "fused" / "train-00000.arrow"),
+    ):
+        shutil.rmtree(storage)
+        shutil.copytree(finished.storage, storage)
+        shutil.rmtree(storage / made.path.relative_to(finished.storage))
+        file = storage / rotten.relative_to(finished.storage)
+        file.write_bytes(bytes(byte ^ (place == 5_000) for place, byte in enumerate(file.read_bytes())))
+        done = subprocess.run(
+            command(stage, "--config", TINY, "--set", f"storage={storage}"),
+            capture_output=True, text=True, env=environment(), check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert f"{rotten.name}: checksum differs" in done.stderr
+
+
+def test_what_the_clips_cannot_give_is_refused_before_a_teacher_trains(finished, plan, tmp_path):
+    for override, message in (
+        (
+            "fusion.class_prior={airport: 0.5, buss: 0.5}",
+            "fusion.class_prior: found {'airport': 0.5, 'buss': 0.5};",
+        ),
+        ("fusion.data=crossfit", "has every scene in every part"),
+    ):
+        storage = tmp_path / str(len(message))
+        shutil.copytree(finished.storage, storage, ignore=shutil.ignore_patterns("teachers", "mlflow.db"))
+        done = subprocess.run(
+            command("teachers", "--config", TINY, "--set", f"storage={storage}", "--set", override,
+                    "--set", "fusion.folds=9"),
+            capture_output=True, text=True, env=environment(), check=False,
+        )  # fmt: skip
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert done.stderr.count("every part") <= 1
+        assert not list(storage.glob("teachers/*"))
 
 
 def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_it(finished, plan, tmp_path):
@@ -280,6 +316,12 @@ def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_i
     folds = [replace(source, fold=fold).open().parts for fold in range(2)]
     whole = source.open().parts
     assert ours.fusion.facts()["clips"] == len(whole["fusion"]) == sum(len(fold["fusion"]) for fold in folds)
+    # A teacher of fold 0 trained here, on what fold 0 leaves, is the artifact's to the bit.
+    name = "cpr_128k_fms_1"
+    again = Artifact(tmp_path / "again", "teachers", name, "0", {}, {})
+    train_teacher(again, replace(source, fold=0), ours.config.teachers.recipes[name])
+    mine, theirs = (load_file(a.path / "model.safetensors") for a in (again, ours.trainings[name][f"{name}-fold0"]))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     for fold in folds:
         assert not set(store.location[fold["train"]]) & set(store.location[fold["fusion"]])
         assert sorted([*fold["train"], *fold["fusion"]]) == sorted(whole["train"])

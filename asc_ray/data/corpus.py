@@ -279,7 +279,8 @@ def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dic
     if lacking or not clips:
         raise CorpusError(
             f"no split into {', '.join(share)} by location has every scene in every part; {len(clips)} clips."
-            f"{''.join(lacking)}\nHold out fewer parts, or use a corpus with more locations in these scenes."
+            f"{''.join(lacking)}\nHold out fewer parts (lower fusion.folds), or use a corpus with more locations "
+            "in these scenes."
         )
     indices: dict[str, list[int]] = {part: [] for part in share}
     for index, clip in enumerate(clips):

@@ -150,7 +150,8 @@ class Ensemble:
             self._pieces.append((system, rows))
 
     def piece(self, rows: slice) -> "Piece":
-        return Piece(tuple((system, found[rows]) for system, found in self._pieces))
+        chosen = {id(found): found[rows] for _, found in self._pieces}  # one array for systems that share one
+        return Piece(tuple((system, chosen[id(found)]) for system, found in self._pieces))
 
     def read(self) -> np.ndarray:
         """(S, N, K) float32. Raises UserError for logits that are not finite."""
@@ -173,7 +174,8 @@ class Piece:
             if not finite.all():
                 broken = system.keys.take(pa.array(found[~finite]))
                 raise UserError(
-                    f"system {system.system}: logits of {len(broken)} clips are not finite: {_some(broken)}"
+                    f"system {system.system}: logits of {len(broken)} of {len(found)} clips are not finite: "
+                    f"{_some(broken)}"
                 )
         return joined
 

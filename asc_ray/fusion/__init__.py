@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from asc_ray.errors import UserError
-from asc_ray.fusion.newton import BLOCK, SAMPLE, TOLERANCE, Mapper, Problem, Shard, average, minimize
+from asc_ray.fusion.newton import BLOCK, SAMPLE, TOLERANCE, Mapper, NoMinimum, Problem, Shard, average, minimize
 from asc_ray.section import Section
 
 RIDGES = tuple(float(10**e) for e in np.arange(-4.0, 1.1, 0.5))
@@ -139,7 +139,7 @@ def fit(
     >>> fusion.apply(np.stack([good, noise])).shape
     (30000, 3)
     """
-    labels = np.asarray(labels)
+    logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 3 or not all(logits.shape) or labels.shape != logits.shape[1:2]:
         raise UserError(
             f"fusion: logits of shape {logits.shape} and labels of shape {labels.shape}; expected (systems, clips, "
@@ -173,37 +173,39 @@ def fit_shards(
     ridge: Ridge = "auto",
     class_prior: ClassPrior = "empirical",
     nonnegative: bool = False,
-    map: Mapper = map,
+    mapper: Mapper = map,
 ) -> Fusion:
     """`fit` for clips that are read shard by shard in every pass; `groups` (N,) are of all shards' clips in order.
 
-    `map` evaluates the shards; the result does not depend on it, and on the sharding only by rounding.
+    `mapper` evaluates the shards; the result does not depend on it, and on the sharding only by rounding.
     """
-    _check(shards, systems, classes)
+    _check(shards, systems, classes, ridge)
     count = sum(len(shard.labels) for shard in shards)
+    group = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if len(group) != count:
+        raise UserError(f"fusion: {len(group)} groups for {count} clips; expected one for each")
 
-    def problem(some: Sequence[Shard], ridge: float) -> Problem:
-        return Problem(some, _clip_weights(some, class_prior, classes), ridge, nonnegative, map)
+    def problem(some: Sequence[Shard], ridge: float, mapper: Mapper = map) -> Problem:
+        return Problem(some, _clip_weights(some, class_prior, classes), ridge, nonnegative, mapper)
 
     start = average(len(systems), len(classes))
     with np.errstate(invalid="ignore", over="ignore"):
-        at_average = problem(shards, 0.0).evaluate(start, hessian=False)
+        at_average = problem(shards, 0.0, mapper).evaluate(start, hessian=False)
     if not (np.isfinite(at_average.value) and np.isfinite(at_average.gradient).all()):
         _refuse_broken(shards, systems)
     if at_average.value > np.log(len(classes)):  # so sure and wrong that it is worse than no system: start there
         start = np.zeros(len(start))
+    scale = max(1.0, float(np.abs(at_average.gradient).max()))
     if ridge == "auto":
-        group = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
-        ridge = _choose_ridge(shards, group, start, problem)
-    tolerance = TOLERANCE * max(1.0, ridge, np.abs(at_average.gradient).max())
+        ridge = _choose_ridge(shards, group, start, scale, problem)
     iterations, few = 0, shards
     if count > 4 * SAMPLE:  # most of the way on a sample, the rest on all clips
         rng = np.random.default_rng(0)
         few = [_loaded(shards, [rng.random(len(shard.labels)) < SAMPLE / count for shard in shards])]
-        near = minimize(problem(few, max(ridge, 1e-6)), start, tolerance=1e-3)
+        near = minimize(problem(few, max(ridge, 1e-6)), start, 1e-3 * scale)
         start, iterations = near.theta, near.iterations
     curvature = problem(few, ridge).evaluate(start).hessian
-    found = minimize(problem(shards, ridge), start, tolerance, curvature)
+    found = minimize(problem(shards, ridge, mapper), start, TOLERANCE * max(scale, ridge), curvature)
     weights, biases = np.split(found.theta, [len(systems)])
     return Fusion(
         weights=weights,
@@ -217,7 +219,7 @@ def fit_shards(
         objective_before=at_average.value,  # the average is where the ridge pulls to
         objective_after=found.sums.value,
         iterations=iterations + found.iterations,
-        notes=_notes(systems, curvature - ridge * np.eye(len(start))),
+        notes=_notes(few, systems),
     )
 
 
@@ -227,16 +229,20 @@ def objectives(
     systems: Sequence[str],
     classes: Sequence[str],
     class_prior: ClassPrior = "empirical",
-    map: Mapper = map,
+    mapper: Mapper = map,
 ) -> dict[str, float]:
     """J of each system by itself, with weight 1 and no bias; without a ridge."""
-    problem = Problem(shards, _clip_weights(shards, class_prior, classes), ridge=0.0, map=map)
+    problem = Problem(shards, _clip_weights(shards, class_prior, classes), ridge=0.0, map=mapper)
     alone = np.eye(len(systems), len(systems) + len(classes))
     return {name: problem.evaluate(theta, hessian=False).value for name, theta in zip(systems, alone, strict=True)}
 
 
 def _choose_ridge(
-    shards: Sequence[Shard], group: np.ndarray, start: np.ndarray, problem: Callable[[Sequence[Shard], float], Problem]
+    shards: Sequence[Shard],
+    group: np.ndarray,
+    start: np.ndarray,
+    scale: float,
+    problem: Callable[[Sequence[Shard], float], Problem],
 ) -> float:
     """The one of RIDGES with the least log loss on the groups left out, over FOLDS folds of whole groups.
 
@@ -258,29 +264,33 @@ def _choose_ridge(
         theta = start
         for index in reversed(range(len(RIDGES))):  # each from the minimum under the next stronger one
             training = problem([fold for fold in folds if fold is not left_out], RIDGES[index])
-            theta = minimize(training, theta, tolerance=1e-4 * max(1.0, RIDGES[index])).theta
-            losses[index] += replace(training, shards=[left_out], ridge=0.0).evaluate(theta, hessian=False).value
+            try:
+                theta = minimize(training, theta, 1e-4 * max(scale, RIDGES[index])).theta
+                losses[index] += replace(training, shards=[left_out], ridge=0.0).evaluate(theta, hessian=False).value
+            except NoMinimum:  # too weak for logits like these
+                losses[index] = np.inf
     share = sum(len(fold.labels) for fold in folds) / len(group)
     return RIDGES[int(losses.argmin())] * share
 
 
-def _notes(systems: Sequence[str], hessian: np.ndarray) -> tuple[str, ...]:
-    """What a user should know of systems whose weights the clips do not determine.
-
-    The Hessian's first S rows, without a ridge, are the covariance of the systems' logits over the classes.
-    """
-    count = len(systems)
-    covariance = hessian[:count, :count]
-    spread = covariance.diagonal()
-    small = 1e-12 * spread.max()
-    constant = [s for s in range(count) if spread[s] <= small]
+def _notes(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]:
+    """What a user should know of systems whose weights the clips do not determine."""
+    products, squares = np.zeros((len(systems), len(systems))), np.zeros(len(systems))
+    for shard in shards:
+        logits = shard.read().astype(np.float64)
+        squares += (logits**2).sum(axis=(1, 2))
+        logits -= logits.mean(axis=2, keepdims=True)
+        flat = logits.reshape(len(systems), -1)
+        products += flat @ flat.T
+    spread = products.diagonal()
+    constant = [s for s in range(len(systems)) if spread[s] <= 1e-10 * squares[s]]
     equal = [
         (t, s)
-        for t, s in combinations(sorted({*range(count)} - {*constant}), 2)
-        if spread[t] + spread[s] - 2 * covariance[t, s] <= small
+        for t, s in combinations([s for s in range(len(systems)) if s not in constant], 2)
+        if spread[t] + spread[s] - 2 * products[t, s] <= 1e-10 * max(spread[t], spread[s])
     ]
     return (
-        *(f"{systems[s]}: its logits never differ between the classes; its weight means nothing" for s in constant),
+        *(f"{systems[s]}: its logits do not differ between the classes; its weight means nothing" for s in constant),
         *(f"{systems[t]} and {systems[s]}: the same logits; they share one weight evenly" for t, s in equal),
     )
 
@@ -309,22 +319,31 @@ def _clip_weights(shards: Sequence[Shard], class_prior: ClassPrior, classes: Seq
     counts = np.maximum(counts, 1)  # a fold of the cross-validation may lack a class; its weight then meets no clip
     if class_prior == "uniform":
         return 1.0 / (len(classes) * counts)
+    check_prior(class_prior, classes)
     assert isinstance(class_prior, Mapping)
-    total = sum(class_prior.values())
-    if class_prior.keys() != set(classes) or abs(total - 1) > 1e-6:
+    return np.array([class_prior[name] for name in classes]) / counts
+
+
+def check_prior(class_prior: ClassPrior, classes: Sequence[str]) -> None:
+    """Raises UserError where the classes' shares are not one for each, above 0, together 1."""
+    if class_prior in ("empirical", "uniform"):
+        return
+    shares = class_prior if isinstance(class_prior, Mapping) else {}
+    if shares.keys() != set(classes) or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise UserError(
-            f"fusion.class_prior: {class_prior} (sum {total:g}); give each of {', '.join(classes)} its share, "
+            f"fusion.class_prior: found {class_prior}; give each of {', '.join(classes)} its share, above 0 and "
             "together 1, or choose empirical or uniform"
         )
-    return np.array([class_prior[name] for name in classes]) / total / counts
 
 
 def _counts(shards: Sequence[Shard], classes: Sequence[str]) -> np.ndarray:
     return sum((np.bincount(shard.labels, minlength=len(classes)) for shard in shards), np.zeros(len(classes), int))
 
 
-def _check(shards: Sequence[Shard], systems: Sequence[str], classes: Sequence[str]) -> None:
-    """Refuse names that are not different, labels that are no class indices, classes without a clip."""
+def _check(shards: Sequence[Shard], systems: Sequence[str], classes: Sequence[str], ridge: Ridge) -> None:
+    """Refuse names that are not different, labels that are no class indices, classes without a clip, no ridge."""
+    if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < np.inf):
+        raise UserError(f"fusion.ridge: found {ridge!r}; expected auto, or a number from 0")
     for kind, names in (("system", systems), ("class", classes)):
         if len(set(names)) != len(names):
             raise UserError(f"fusion: {kind} names {', '.join(names)}; expected {len(names)} different ones")

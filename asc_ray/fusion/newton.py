@@ -14,6 +14,10 @@ MAX_PASSES = 200  # over the clips; 5 to 20 are needed
 SAMPLE = 8192  # clips of the sample whose minimum is the start for more than a few times as many
 
 
+class NoMinimum(UserError):
+    """The search did not come to an end."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Clips that are read together, anew in each pass: `read()` gives their logits (S, n, K)."""
@@ -112,43 +116,40 @@ def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: boo
 def minimize(
     problem: Problem, start: np.ndarray, tolerance: float = TOLERANCE, curvature: np.ndarray | None = None
 ) -> Minimum:
-    """Newton's method with a line search, projected where weights may not be negative (Bertsekas, 1982).
+    """Newton's method with a line search; where weights may not be negative, its quadratic problems have that bound.
 
     `curvature`: a Hessian for the first step, as of a sample of the clips. Ends when no entry of the gradient that
-    could still move is above `tolerance`. Raises UserError where that does not come: without a ridge, when the systems
+    could still move is above `tolerance`. Raises NoMinimum where that does not come: without a ridge, when the systems
     separate the classes and no finite minimum exists.
     """
     count_s = len(start) - len(problem.clip_weights)
+    bounded = (np.arange(len(start)) < count_s) & problem.nonnegative
     theta, found = start, problem.evaluate(start, hessian=curvature is None)
     if curvature is not None:
         found = replace(found, hessian=curvature)
     iterations, passes, steepest, last = 0, 1, 0.0, False
     while True:
         # A weight of 0 that would grow J by growing stays there.
-        free = np.ones(len(theta), dtype=bool)
-        if problem.nonnegative:
-            free[:count_s] = (theta[:count_s] > 0) | (found.gradient[:count_s] < 0)
-        before, steepest = steepest, float(np.abs(found.gradient[free]).max(initial=0.0))
+        held = bounded & (theta <= 0) & (found.gradient >= 0)
+        before, steepest = steepest, float(np.abs(found.gradient[~held]).max(initial=0.0))
         if steepest <= tolerance:
             return Minimum(theta, found, iterations)
         if last:  # it was expected to be the minimum, so it came without the Hessian
             found = problem.evaluate(theta)
         # Convergence is quadratic: from the last two gradients follows the next.
         last = steepest**3 <= tolerance * before**2
-        step = np.zeros(len(theta))
-        step[free] = -_solve(found.hessian[np.ix_(free, free)], found.gradient[free])
+        step = _step(found, theta, bounded)
         step[count_s:] -= step[count_s:].mean()
         scale, accepted = 1.0, False
         while not accepted:
             if passes == MAX_PASSES:
-                raise UserError(
+                raise NoMinimum(
                     f"fusion: no minimum after {passes} passes over the clips (largest gradient entry {steepest:.1e}) "
                     f"with fusion.ridge {problem.ridge:g}; set fusion.ridge higher, e.g. "
                     f"{max(1e-4, 10 * problem.ridge):g}"
                 )
             new = theta + scale * step
-            if problem.nonnegative:
-                np.maximum(new[:count_s], 0.0, out=new[:count_s])
+            new[bounded] = np.maximum(new[bounded], 0.0)  # what rounding left below
             candidate = problem.evaluate(new, hessian=not last)
             passes += 1
             # Near the minimum the decrease drowns in rounding; equality to a few ulps is then as good as a decrease.
@@ -157,6 +158,28 @@ def minimize(
             scale /= 2
         theta, found = new, candidate
         iterations += 1
+
+
+def _step(found: Sums, theta: np.ndarray, bounded: np.ndarray) -> np.ndarray:
+    """To the minimum of J's quadratic model; by active sets (Lawson and Hanson, 1974) where 0 bounds entries."""
+    x, free = theta, ~bounded | (theta > 0)
+    for _ in range(10 * len(theta)):
+        slope = found.gradient + found.hessian @ (x - theta)
+        move = np.zeros(len(theta))
+        move[free] = -_solve(found.hessian[np.ix_(free, free)], slope[free])
+        crossing = bounded & free & (x + move < 0)
+        if crossing.any():  # go as far as the first bound, and stay at it
+            reach = np.where(crossing, x / np.where(crossing, -move, 1.0), np.inf)
+            x = x + reach.min() * move
+            free &= reach > reach.min()
+            x[~free] = 0.0
+            continue
+        x = x + move
+        slope = np.where(free, 0.0, found.gradient + found.hessian @ (x - theta))
+        if slope.min() >= -1e-10 * np.abs(found.gradient).max():
+            break
+        free[slope.argmin()] = True  # the bound that holds back most
+    return x - theta
 
 
 def _solve(hessian: np.ndarray, gradient: np.ndarray) -> np.ndarray:

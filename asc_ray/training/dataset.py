@@ -110,7 +110,7 @@ class Dataset:
 
     def soft_logits(self, targets: Path) -> np.ndarray:
         """Soft targets as (clips of the store, K) float32, joined by clip id; NaN where a clip has none."""
-        soft = read_logits(targets)
+        soft = read_logits(targets, "train")
         rows = self.store.index_of(soft.ids)
         values = np.full((len(self.store), len(self.store.labels)), np.nan, dtype=np.float32)
         values[rows] = Ensemble([soft], soft.ids).read()[0]

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asc_ray.artifacts import Artifact, damaged_files, write_atomically
+from asc_ray.artifacts import Artifact, refuse_damaged, write_atomically
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, Logits, read_logits, write_logits
-from asc_ray.errors import UserError
 from asc_ray.fusion import Fusion, FusionConfig, Ridge, fit_shards, objectives
 from asc_ray.fusion.newton import Mapper, Shard
 from asc_ray.training.dataset import Source
@@ -25,7 +24,7 @@ SHARD_CLIPS = 65_536
 
 
 def fuse_systems(
-    artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig, map: Mapper = map
+    artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig, mapper: Mapper = map
 ) -> None:
     """Learn eq. 4 on the part `fusion`, and write soft targets of the training split.
 
@@ -38,9 +37,8 @@ def fuse_systems(
     folder = artifact.open_partial()
     data = source.open()
     store, learn, held_out = data.store, data.parts["fusion"], data.parts["validation"]
-    for name, path in logits.items():
-        if damaged := damaged_files(path, "train-*"):
-            raise UserError(f"{path}: {'; '.join(damaged)}. Delete the folder and make the logits of {name} again")
+    for path in logits.values():
+        refuse_damaged(path, "train-*")
     systems = {name: read_logits(path, "train") for name, path in logits.items()}
 
     def learned(some: Mapping[str, Logits], ridge: Ridge) -> Fusion:
@@ -52,7 +50,7 @@ def fuse_systems(
             ridge=ridge,
             class_prior=config.class_prior,
             nonnegative=config.nonnegative,
-            map=map,
+            mapper=mapper,
         )
 
     fusion = learned(systems, config.ridge)
@@ -83,7 +81,7 @@ def fuse_systems(
                 systems=tuple(systems),
                 classes=store.labels,
                 class_prior=config.class_prior,
-                map=map,
+                mapper=mapper,
             ),
             "validation": {name: _figures(e) for name, e in scores.systems.items()},
             "validation_gain": scores.gain.model_dump(),
@@ -138,8 +136,10 @@ def evaluate_systems(
     student_config: StudentConfig,
     int8: Path,
 ) -> None:
-    """Score teachers, average, fusion and both students on the test split; the only stage that looks at it."""
+    """Score teachers, average, fusion and both students on the test split; no stage before it looks there."""
     folder = artifact.open_partial()
+    for path in logits.values():
+        refuse_damaged(path, "test-*")
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
     values = Ensemble([read_logits(path, "test") for path in logits.values()], store.ids[test]).read()

@@ -12,7 +12,7 @@ from asc_ray.section import Section
 
 Group = Literal["seen", "unseen", "real"]
 CALIBRATION_BINS = 15
-RESAMPLES = 10_000
+RESAMPLES = 2_000
 SIMULATED = re.compile(r"s\d+")  # TAU22's names of simulated devices; any other name is a real one
 
 
@@ -161,17 +161,20 @@ def gain(before: np.ndarray, after: np.ndarray, scene: np.ndarray, places: np.nd
     Clips of one place are alike, so whole places are drawn with replacement.
     """
     names, place = np.unique(places, return_inverse=True)
-    draws = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    clips = draws @ np.bincount(place)
-
-    def interval(each: np.ndarray) -> Interval:
-        low, high = np.quantile(draws @ np.bincount(place, weights=each) / clips, (0.025, 0.975))
-        return Interval(value=float(each.mean()), low=float(low), high=float(high))
-
     at_label = np.arange(len(scene)), scene
     old, new = log_posteriors(before), log_posteriors(after)
     right = (new.argmax(axis=1) == scene).astype(float) - (old.argmax(axis=1) == scene)
-    return Gain(log_loss=interval(new[at_label] - old[at_label]), accuracy=interval(right), places=len(names))
+    gained = np.stack([new[at_label] - old[at_label], right, np.ones(len(scene))])
+    sums = np.stack([np.bincount(place, weights=each) for each in gained], axis=1)  # (places, 3)
+    rng, even = np.random.default_rng(0), np.full(len(names), 1 / len(names))
+    draws = [rng.multinomial(len(names), even).astype(float) @ sums for _ in range(RESAMPLES)]
+    means = np.array([(loss / clips, accuracy / clips) for loss, accuracy, clips in draws])
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    loss, accuracy = (
+        Interval(value=float(each.mean()), low=float(a), high=float(b))
+        for each, a, b in zip(gained[:2], low, high, strict=True)
+    )
+    return Gain(log_loss=loss, accuracy=accuracy, places=len(names))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
