@@ -129,6 +129,64 @@ def verify(
 
 
 @app.command()
+def complexity(
+    model: Annotated[str, typer.Argument(help="A preset (sm1, cp_mobile, passt, ...), or a YAML file with a model.")],
+    limit: Annotated[
+        list[str], typer.Option(metavar="NAME=NUMBER", help="bytes=128000 (of int8) and macs=30e6 are the defaults.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Count a network's parameters, MACs, bytes and activations; exit code 1 if it is over a limit."""
+    from asc_ray.config import network_preset
+    from asc_ray.models.complexity import complexity as counted
+    from asc_ray.models.registry import build
+    from asc_ray.training.systems import input_shape
+
+    limits = _limits(limit)
+    recipe = _recipe(model, network_preset(model))
+    shape = input_shape(recipe)
+    cost = counted(build(recipe.model, classes=10), shape)
+    table = Table("layer", "kind", "output", *(("parameters", "MACs")), title=f"{model}: input {shape}", box=None)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for layer in cost.layers:
+        if layer.parameters or layer.macs:
+            row = (layer.name, layer.kind, "x".join(map(str, layer.output_shape[1:])))
+            table.add_row(*row, f"{layer.parameters:,}", f"{layer.macs:,}")
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    typer.echo(f"parameters        {cost.parameters:,}")
+    typer.echo(f"MACs              {cost.macs:,}")
+    for title, sizes in (("parameters, bytes", cost.bytes), ("peak activations", cost.peak_activations)):
+        typer.echo(f"{title:<18}" + ", ".join(f"{dtype} {size:,}" for dtype, size in sizes.items()))
+    if over := limits.exceeded(cost):
+        raise UserError(f"{model}: over the limits: {'; '.join(over)}")
+    typer.echo(f"within the limits: {limits.bytes:,} bytes as int8, {limits.macs:,} MACs")
+
+
+def _limits(given: list[str]) -> Any:
+    from pydantic import ValidationError
+
+    from asc_ray.models.complexity import Limits
+
+    try:
+        pairs = {name: float(number) for name, _, number in (text.partition("=") for text in given)}
+        return Limits.model_validate(pairs)
+    except (ValueError, ValidationError):
+        raise UserError(f"--limit {' '.join(given)}: expected bytes=NUMBER or macs=NUMBER, whole and above 0") from None
+
+
+def _recipe(name: str, raw: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from asc_ray.config import explain
+    from asc_ray.training.loop import Recipe
+
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{name}: {explain(error, Recipe)}") from None
+
+
+@app.command()
 def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
     """Show what is done, running and missing, and where."""
     from asc_ray.config import load_config

@@ -18,6 +18,7 @@ from asc_ray.data.batches import DataConfig
 from asc_ray.data.corpus import CorpusConfig
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import FusionConfig
+from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section
 from asc_ray.training.dataset import PartitionConfig
@@ -87,6 +88,7 @@ class Config(Section):
     fusion: FusionConfig = FusionConfig()
     sweep: SweepConfig | None = None
     student: StudentConfig
+    limits: Limits = Limits()
     student_resources: Resources = Resources()
     qat: QATConfig = QATConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -119,7 +121,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = _find(source)
     raw = _compose(path)
-    for override in overrides:
+    # A preset first: what else is given changes it.
+    for override in sorted(overrides, key=lambda override: not override.startswith("student.preset=")):
+        _resolve_student(raw, path)
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY.PATH=VALUE, as in --set student.optimizer.epochs=20")
@@ -127,11 +131,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
             apply_overrides(raw, {key: yaml.safe_load(text)})
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from None
+    _resolve_student(raw, path)
     _resolve_teachers(raw, path)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain(error)}") from None
 
 
 def _find(source: str | Path) -> Path:
@@ -181,6 +186,31 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
+    """Model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
+    folders = [PRESETS / "students", PRESETS / "teachers"]
+    if beside is not None:
+        folders.insert(0, beside / "students")
+    if Path(name).suffix and Path(name).is_file():
+        raw = _compose(Path(name).resolve())
+    else:
+        known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(f"{name}: no such network; {hint}known: {', '.join(sorted(known))}")
+        raw = _compose(known[name])
+    return {key: raw[key] for key in ("model", "frontend") if key in raw}
+
+
+def _resolve_student(raw: dict[str, Any], path: Path) -> None:
+    """Replace `student.preset` by that network and its front end, or the default one."""
+    student = raw.get("student")
+    if isinstance(student, dict) and (preset := student.pop("preset", None)) is not None:
+        student.pop("frontend", None)
+        student.update(network_preset(str(preset), path.parent))
+
+
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
     """Replace `systems` (names of recipe files) and `override` (changes by the model's name) by the recipes."""
     teachers = raw.get("teachers")
@@ -217,15 +247,15 @@ def _teacher_file(name: str, path: Path) -> Path:
     raise ConfigError(f"{path}: teachers.systems: unknown teacher {name!r}; {hint}known: {', '.join(known)}")
 
 
-def _explain(error: ValidationError) -> str:
-    """Every finding on one line: the key's path, what was found, what is allowed."""
+def explain(error: ValidationError, root: type[Section] = Config) -> str:
+    """Every finding on one line: the key's path below `root`, what was found, what is allowed."""
     lines = []
     for finding in error.errors():
         path = ".".join(str(part) for part in finding["loc"] if not _is_union_tag(part))
         message = finding["msg"].removeprefix("Value error, ")
         found = finding["input"]
         if finding["type"] == "extra_forbidden":
-            allowed = _allowed_keys(finding["loc"][:-1])
+            allowed = _allowed_keys(finding["loc"][:-1], root)
             close = difflib.get_close_matches(str(finding["loc"][-1]), allowed, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             lines.append(f"{path}: unknown key; allowed here: {', '.join(allowed)}{hint}")
@@ -242,9 +272,9 @@ def _is_union_tag(part: Any) -> bool:
     return part in NETWORKS
 
 
-def _allowed_keys(loc: tuple[Any, ...]) -> list[str]:
+def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
     """Field names of the section at `loc`, found by walking the annotations."""
-    types: list[Any] = [Config]
+    types: list[Any] = [root]
     for part in loc:
         if _is_union_tag(part):
             types = [t for t in types if _tag(t) == part]

@@ -15,13 +15,15 @@ from asc_ray.cluster.resources import Resources
 from asc_ray.config import Config
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import make_demo_corpus
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import check_prior
+from asc_ray.models.complexity import complexity
+from asc_ray.models.registry import build
 from asc_ray.plan import BEST_STUDENT, FAILED, NEEDS, REPORT, STAGES, Plan, dump
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Gain
-from asc_ray.training.systems import import_teacher
+from asc_ray.training.systems import import_teacher, input_shape
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -46,6 +48,8 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                     f"{stage}: needs the stage `{need}`, which is not done; run `asc-ray {need}` with the same "
                     "configuration first, or `asc-ray pipeline` for all stages"
                 )
+    if {"sweep", "student"} & set(todo):
+        refuse_large(config)
     # Heavy imports wait until there is work: `asc-ray status` and a finished configuration answer at once.
     from asc_ray import tracking
     from asc_ray.cluster import runtime
@@ -71,6 +75,17 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                     with progress.stage(stage):
                         _BUILDERS[stage](work)
     return work.plan
+
+
+def refuse_large(config: Config) -> None:
+    """Raises ConfigError where the student is over the limits: before teachers train for it, too."""
+    student = config.student
+    over = config.limits.exceeded(complexity(build(student.model, classes=10), input_shape(student)))
+    if over:
+        raise ConfigError(
+            f"student.model: {student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller "
+            "one, or raise the limits"
+        )
 
 
 @dataclass

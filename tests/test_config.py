@@ -176,3 +176,45 @@ def test_a_stage_names_the_one_that_it_needs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "run `asc-ray fuse`" in done.stderr
+
+
+def test_a_student_s_preset_gives_way_to_what_else_is_given(tmp_path):
+    """Its network and front end take the place of those below, whatever the order of the overrides."""
+    overrides = ["student.model.width=48", "student.preset=cp_mobile", f"storage={tmp_path}"]
+    student = load_config("demo", overrides).student
+    assert (student.model.name, student.model.width) == ("cp_mobile", 48)
+    assert student.optimizer == load_config("demo", [f"storage={tmp_path}"]).student.optimizer
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"base: {PRESETS / 'demo.yaml'}\nstudent: {{preset: dcase22_baseline, augment: {{freq_mask: 8}}}}\n"
+    )
+    student = load_config(file).student
+    assert (student.model.name, student.frontend.mels, student.augment.freq_mask) == ("dcase22_baseline", 40, 8)
+    with pytest.raises(ConfigError, match="cp_mobil: no such network; did you mean cp_mobile"):
+        load_config("demo", ["student.preset=cp_mobil"])
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "asc_ray.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_complexity_counts_and_refuses():
+    small = command("complexity", "sm1")
+    assert small.returncode == 0, small.stderr
+    assert "parameters        13,792\n" in small.stdout
+    assert "within the limits: 128,000 bytes as int8, 30,000,000 MACs" in small.stdout
+    over = command("complexity", "sm1", "--limit", "macs=1e6", "--limit", "bytes=20000")
+    assert over.returncode == 1
+    assert over.stderr == "asc-ray: sm1: over the limits: limits.macs: 3,889,970, allowed 1,000,000\n"
+    wrong = command("complexity", "sm1", "--limit", "watts=3")
+    assert (wrong.returncode, "expected bytes=NUMBER or macs=NUMBER" in wrong.stderr) == (1, True)
+
+
+def test_a_student_over_the_limits_is_refused_before_any_work(tmp_path):
+    arguments = ["--config", "demo", "--set", f"storage={tmp_path}/s", "--set", "student.model={name: cp_resnet}"]
+    done = command("pipeline", *arguments, "--set", "limits.bytes=100000")
+    assert done.returncode == 2
+    assert "student.model: cp_resnet is too large for the device (limits.bytes: 127,684, allowed 100,000" in done.stderr
+    assert not (tmp_path / "s").exists()

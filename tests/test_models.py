@@ -10,13 +10,18 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from asc_ray.models.complexity import complexity
+from asc_ray.config import PRESETS, network_preset
+from asc_ray.models.bsconv import BSConvConfig
+from asc_ray.models.complexity import Limits, complexity
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
+from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
 from asc_ray.models.ds_flexinet import PLANS, DSFlexiNet, DSFlexiNetConfig, Plan, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.passt import Passt, PasstConfig
 from asc_ray.models.registry import ModelConfig, build, folded
+from asc_ray.training.loop import Recipe
+from asc_ray.training.systems import input_shape
 
 REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference outputs beside the checkout")
@@ -78,6 +83,41 @@ def test_table_ii(size):
     assert counted.bytes == {"float32": 4 * counted.parameters, "int8": counted.parameters}
 
 
+TABLE_III = {"cp_resnet_64k": (63_500, 19.5e6), "bsconv_cnn": (73_390, 13.18e6)}
+
+
+@pytest.mark.parametrize("name", TABLE_III)
+def test_the_rivals_of_table_iii(name):
+    parameters, macs = TABLE_III[name]
+    recipe = Recipe.model_validate(network_preset(name))
+    counted = complexity(build(recipe.model, classes=10), input_shape(recipe))
+    assert counted.parameters == pytest.approx(parameters, rel=0.01)
+    assert counted.macs == pytest.approx(macs, rel=0.01)
+
+
+def test_the_dcase22_baseline_has_the_published_numbers():
+    """46,512 are the bytes of its int8 form: weights of one, biases of four, and no batch norm is left."""
+    recipe = Recipe.model_validate(network_preset("dcase22_baseline"))
+    model, shape = build(recipe.model, classes=10), input_shape(recipe)
+    assert shape == (1, 1, 40, 51)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    assert sum(layer.weight.numel() + 4 * layer.bias.numel() for layer in layers) == 46_512
+    assert complexity(model, shape).macs == pytest.approx(29.23e6, rel=0.002)
+    with pytest.raises(ValidationError, match="makes 256 mels x 64 frames of a clip, dcase22_baseline takes 40 x 51"):
+        Recipe.model_validate({"model": {"name": "dcase22_baseline"}})
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (PRESETS / "students").glob("*.yaml")))
+def test_every_student_s_preset_is_within_the_limits_of_the_challenge(name):
+    recipe = Recipe.model_validate(network_preset(name))
+    counted = complexity(build(recipe.model, classes=10), input_shape(recipe))
+    assert Limits().exceeded(counted) == []
+    assert Limits(bytes=counted.parameters - 1, macs=counted.macs - 1).exceeded(counted) == [
+        f"limits.bytes: {counted.parameters:,}, allowed {counted.parameters - 1:,}",
+        f"limits.macs: {counted.macs:,}, allowed {counted.macs - 1:,}",
+    ]
+
+
 def test_complexity_of_a_network_counted_by_hand():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Linear(8, 5)
@@ -91,6 +131,8 @@ def test_complexity_of_a_network_counted_by_hand():
     ]
     assert (counted.parameters, counted.macs) == (36 + 8 + 45, 36 * 24 + 8 + 45 * 12)
     assert model.training
+    most = 2 * 4 * 3 * 8  # into the batch norm and out of it
+    assert counted.peak_activations == {"float32": 4 * most, "int8": most}
 
 
 SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {
@@ -99,6 +141,8 @@ SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {
     "cp_resnet": (CPResNetConfig(width=8), (256, 43)),
     "cp_resnet, small field": (CPResNetConfig(width=16, rho=4, cut_channels_s3=0), (256, 43)),
     "cp_mobile": (CPMobileConfig(width=8), (256, 64)),
+    "bsconv_cnn": (BSConvConfig(stem=4, channels=(8, 12)), (256, 64)),
+    "dcase22_baseline": (DCASE22BaselineConfig(), (40, 51)),
     "ds_flexinet": (DSFlexiNetConfig(size="sm1"), (256, 64)),
     "ds_flexinet, own plan": (
         DSFlexiNetConfig(

@@ -8,13 +8,15 @@ from pydantic import Field
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
+from asc_ray.models.bsconv import BSConvCNN, BSConvConfig
 from asc_ray.models.cp_mobile import CPMobile, CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNet, CPResNetConfig
+from asc_ray.models.dcase22_baseline import DCASE22Baseline, DCASE22BaselineConfig
 from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig
 from asc_ray.models.passt import Passt, PasstConfig
 
 ModelConfig = Annotated[
-    PasstConfig | CPResNetConfig | CPMobileConfig | DSFlexiNetConfig,
+    PasstConfig | CPResNetConfig | CPMobileConfig | DSFlexiNetConfig | DCASE22BaselineConfig | BSConvConfig,
     Field(discriminator="name"),
 ]
 
@@ -23,6 +25,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cp_resnet": CPResNet,
     "cp_mobile": CPMobile,
     "ds_flexinet": DSFlexiNet,
+    "dcase22_baseline": DCASE22Baseline,
+    "bsconv_cnn": BSConvCNN,
 }
 
 

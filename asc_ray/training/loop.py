@@ -21,6 +21,7 @@ from asc_ray.data.batches import Waves, epoch_batches, eval_batches, moved, step
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.models.dcase22_baseline import FRAMES, MELS, DCASE22BaselineConfig
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.registry import ModelConfig
 from asc_ray.section import Section
@@ -79,13 +80,17 @@ class Recipe(Section):
             check_masks(self.augment, self.frontend)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        if isinstance(self.model, PasstConfig):
-            mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
-            if self.model.mels != mels or self.model.frames < frames:
-                raise ValueError(
-                    f"frontend makes {mels} mels x {frames} frames of a clip, model takes {self.model.mels} x at most "
-                    f"{self.model.frames}; change frontend.mels, frontend.hop, model.mels or model.frames"
-                )
+        mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
+        if isinstance(self.model, DCASE22BaselineConfig) and (mels, frames) != (MELS, FRAMES):
+            raise ValueError(
+                f"frontend makes {mels} mels x {frames} frames of a clip, dcase22_baseline takes {MELS} x {FRAMES}; "
+                "use student.preset: dcase22_baseline, or change frontend.mels and frontend.hop"
+            )
+        if isinstance(self.model, PasstConfig) and (self.model.mels != mels or self.model.frames < frames):
+            raise ValueError(
+                f"frontend makes {mels} mels x {frames} frames of a clip, model takes {self.model.mels} x at most "
+                f"{self.model.frames}; change frontend.mels, frontend.hop, model.mels or model.frames"
+            )
         return self
 
 

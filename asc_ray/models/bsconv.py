@@ -1,0 +1,49 @@
+"""BSConv-CNN: a plain stack of blueprint separable convolutions (Haase and Amthor, 2020, BSConv-U)."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from asc_ray.models.cp_mobile import conv_bn
+from asc_ray.section import Section
+
+
+class BSConvConfig(Section):
+    """The defaults meet Table III's 73.39 K parameters and 13.18 M MACs; its channels are not known, these are ours."""
+
+    name: Literal["bsconv_cnn"] = "bsconv_cnn"
+    stem: int = Field(16, ge=1, le=256)
+    channels: tuple[int, ...] = Field((40, 80, 112, 176, 184), min_length=1, max_length=8)
+
+
+class BSConv(nn.Sequential):
+    """A pointwise convolution across channels, then a depthwise one across the plane: the reverse of MobileNet's."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(
+            nn.Conv2d(inputs, outputs, 1, bias=False), *conv_bn(outputs, outputs, 3, groups=outputs), nn.ReLU()
+        )
+
+
+class BSConvCNN(nn.Module):
+    """(B, 1, F, T) log-mel to logits (B, classes). A pool between blocks: F and T of 32 at least."""
+
+    def __init__(self, config: BSConvConfig, classes: int):
+        super().__init__()
+        layers: list[nn.Module] = [*conv_bn(1, config.stem, 3, 2), nn.ReLU()]
+        inputs = config.stem
+        for index, outputs in enumerate(config.channels):
+            layers.append(BSConv(inputs, outputs))
+            if index < len(config.channels) - 1:
+                layers.append(nn.MaxPool2d(2))
+            inputs = outputs
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x))
