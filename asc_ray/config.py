@@ -6,6 +6,7 @@ A file may begin with `base: other.yaml` (relative to itself): it is merged over
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ def explain(error: ValidationError, root: type[Section] = Config) -> str:
 
 
 def _is_union_tag(part: Any) -> bool:
-    return part in NETWORKS
+    return part in NETWORKS or bool(re.match(r"\(|constrained-|literal\[|function-|dict\[", str(part)))
 
 
 def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
@@ -277,7 +278,7 @@ def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
     types: list[Any] = [root]
     for part in loc:
         if _is_union_tag(part):
-            types = [t for t in types if _tag(t) == part]
+            types = [t for t in types if _tag(t) == part] or types
             continue
         found: list[Any] = []
         for candidate in types:

@@ -218,3 +218,18 @@ def test_a_student_over_the_limits_is_refused_before_any_work(tmp_path):
     assert done.returncode == 2
     assert "student.model: cp_resnet is too large for the device (limits.bytes: 127,684, allowed 100,000" in done.stderr
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2", "student.distillation.label_weight: found 2: input should be less than or equal to 1"),
+        ("{start: 0.5, end: 2}", "student.distillation.label_weight.end: found 2: input should be less than or equal"),
+        ("{start: 0.5, low: 0.6}", "student.distillation.label_weight: low 0.6 < start 0.5 < high 1 must hold"),
+        ("{start: 0.5, end: 0.1, shap: cosine}", "label_weight.shap: unknown key; allowed here: .*did you mean shape"),
+    ],
+)
+def test_a_wrong_label_weight_is_told_in_the_form_that_was_meant(value, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_config("demo", ["storage=/tmp/none", f"student.distillation.label_weight={value}"])
+    assert ";" not in str(refused.value).replace("; allowed", "").replace("; did", "")  # one finding

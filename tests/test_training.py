@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asc_ray.audio.augment import Augment
@@ -23,7 +24,7 @@ from asc_ray.models.registry import build
 from asc_ray.training import loop, parallel
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
 from asc_ray.training.dataset import IMPULSE_RESPONSES, PartitionConfig, Source, save_bank
-from asc_ray.training.distillation import DistillationConfig, objective
+from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
 from asc_ray.training.systems import student_clips
@@ -56,7 +57,7 @@ def test_objective_is_eq_5_and_its_gradient_is_the_divergence_s(seed, tau, weigh
     soft = 3 * torch.randn(5, 4, generator=g, dtype=torch.float64)
     target = torch.nn.functional.one_hot(torch.randint(4, (5,), generator=g), 4).double()
     config = DistillationConfig(label_weight=weight, temperature=tau)
-    losses = objective(logits, target, soft, config)
+    losses = Objective(config)(logits, target, soft)
     label = torch.nn.functional.cross_entropy(logits, target.argmax(1), reduction="none")
     torch.testing.assert_close(losses["label"], label)
     torch.testing.assert_close(losses["total"], weight * label + (1 - weight) * losses["distillation"])
@@ -70,9 +71,45 @@ def test_objective_is_eq_5_and_its_gradient_is_the_divergence_s(seed, tau, weigh
 
 def test_objective_without_soft_targets_is_the_label_loss():
     logits, target = torch.randn(3, 2), torch.eye(2)[[0, 1, 1]]
-    losses = objective(logits, target, None, None)
+    losses = Objective(None)(logits, target, None)
     assert set(losses) == {"total", "label"}
     assert torch.equal(losses["total"], losses["label"])
+
+
+def test_lambda_by_schedule_and_learned_within_its_bounds():
+    @torch.no_grad()
+    def weights(config):
+        objective = Objective(DistillationConfig(label_weight=config))
+        return [float(objective.label_weight(progress)) for progress in (0.0, 0.25, 0.5, 1.0)]
+
+    assert weights(ScheduledWeight(start=0.8, end=0.2)) == pytest.approx([0.8, 0.65, 0.5, 0.2])
+    cosine = [0.8, 0.8 - 0.6 * (1 - math.sqrt(0.5)) / 2, 0.5, 0.2]
+    assert weights(ScheduledWeight(start=0.8, end=0.2, shape="cosine")) == pytest.approx(cosine)
+    assert weights(LearnedWeight(start=0.3, low=0.1, high=0.9)) == pytest.approx([0.3] * 4)
+    with pytest.raises(ValidationError, match=r"low 0\.3 < start 0\.3 < high 0\.9"):
+        LearnedWeight(start=0.3, low=0.3, high=0.9)
+    # It goes to the smaller loss, as far as the bound: the label is certain, the soft target is at odds with it.
+    learner = Objective(DistillationConfig(label_weight=LearnedWeight(start=0.3, low=0.1, high=0.9)))
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
+    logits, target, soft = torch.tensor([[9.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0]])
+    for _ in range(200):
+        optimizer.zero_grad()
+        learner(logits, target, soft)["total"].sum().backward()
+        optimizer.step()
+    assert 0.89 < float(learner.label_weight(0.0).detach()) <= 0.9
+
+
+def test_a_learned_lambda_is_resumed_with_the_network(data, tmp_path):
+    soft = np.zeros((len(data.store), 10), dtype=np.float32)
+    learned = DistillationConfig(label_weight=LearnedWeight(start=0.3, low=0.1, high=0.9))
+    whole, history = train("cp_resnet", data, tmp_path / "whole", soft=soft, distillation=learned)
+    train("cp_resnet", data, tmp_path / "cut", until=2, soft=soft, distillation=learned)
+    resumed, again = train("cp_resnet", data, tmp_path / "cut", soft=soft, distillation=learned)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert timeless(history) == timeless(again)
+    weights = [epoch["label_weight"] for epoch in history]
+    assert len(set(weights)) == len(weights)
+    assert all(0.1 < weight < 0.9 for weight in weights)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +151,7 @@ def recipe(name, epochs=4, **changes):
     return Recipe.model_validate({**RECIPES[name], "augment": AUGMENT, "optimizer": optimizer})
 
 
-def train(name, data, folder, until=None, soft=None, **changes):
+def train(name, data, folder, until=None, soft=None, distillation=None, **changes):
     """Train four epochs; `until` raises after that many, as a killed worker would leave it."""
     config = recipe(name, **changes)
     model = build(config.model, 10, seed=1)
@@ -123,7 +160,8 @@ def train(name, data, folder, until=None, soft=None, **changes):
         if metrics["epoch"] == until:
             raise KeyboardInterrupt
 
-    distillation = DistillationConfig(label_weight=0.3) if soft is not None else None
+    if soft is not None:
+        distillation = distillation or DistillationConfig(label_weight=0.3)
     try:
         history = fit(
             model, config, data, data.parts["train"], folder, on_epoch=stop, soft_logits=soft, distillation=distillation
@@ -234,7 +272,7 @@ def test_a_step_never_makes_the_host_wait(model, data):
         augment=augment,
         store=data.store,
         soft=torch.zeros(len(data.store), 10),
-        distillation=DistillationConfig(),
+        objective=Objective(DistillationConfig()),
         clip_norm=1.0,
         accumulate=2,
         autocast=False,
@@ -343,8 +381,8 @@ def test_the_best_epoch_s_checkpoint_is_kept_and_can_be_the_result(data, tmp_pat
     fit(model, config, data, data.parts["train"], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002", "epoch-00005", "epoch-00006"]
     best, last = load_checkpoint(tmp_path, 2), load_checkpoint(tmp_path)
-    assert all(torch.equal(value, best.model[key]) for key, value in model.state_dict().items())
-    assert not all(torch.equal(value, last.model[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, best.model[f"network.{key}"]) for key, value in model.state_dict().items())
+    assert not all(torch.equal(value, last.model[f"network.{key}"]) for key, value in model.state_dict().items())
     (tmp_path / "epoch-00002" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="checkpoint of the best epoch, 2, is damaged"):
         fit(model, config, data, data.parts["train"], tmp_path)

@@ -1,38 +1,105 @@
 """The training objective, eq. 5: hard labels and soft targets, by cross-entropy both."""
 
+import math
+from typing import Annotated, Any, Literal, Self
+
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Discriminator, Field, Tag, model_validator
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asc_ray.section import Section
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ScheduledWeight(Section):
+    """From `start` in the first epoch to `end` in the last."""
+
+    start: Share
+    end: Share
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+class LearnedWeight(Section):
+    """Trained with the network, by the same objective, between `low` and `high`."""
+
+    start: Share = 0.5
+    low: Share = 0.0
+    high: Share = 1.0
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        if not self.low < self.start < self.high:
+            raise ValueError(f"low {self.low:g} < start {self.start:g} < high {self.high:g} must hold")
+        return self
+
+
+def _kind(value: Any) -> str:
+    """Which of the forms of a weight is meant."""
+    if not isinstance(value, dict | Section):
+        return "(number)"
+    return "(schedule)" if "end" in dict(value) else "(learned)"
+
+
+LabelWeight = Annotated[
+    Annotated[Share, Tag("(number)")]
+    | Annotated[ScheduledWeight, Tag("(schedule)")]
+    | Annotated[LearnedWeight, Tag("(learned)")],
+    Discriminator(_kind),
+]
+
 
 class DistillationConfig(Section):
-    """`soft_target`: `none`, `average`, `fused`, or the name of one teacher system."""
+    """`soft_target`: `none`, `average`, `fused`, or the name of one teacher system.
+
+    `label_weight` is lambda of eq. 5, the share of the label loss: a number, `{start, end, shape}` over the epochs, or
+    `{start, low, high}` to learn it.
+    """
 
     soft_target: str = "fused"
-    label_weight: float = Field(0.02, ge=0.0, le=1.0, description="lambda of eq. 5: the share of the label loss")
+    label_weight: LabelWeight = 0.02
     temperature: float = Field(2.0, gt=0.0, le=100.0)
 
 
-def objective(
-    logits: Tensor,
-    target: Tensor,
-    soft_logits: Tensor | None,
-    config: DistillationConfig | None,
-) -> dict[str, Tensor]:
-    """Named losses (`total`, `label`, and `distillation` when there are soft targets), each (B,): one value a clip.
+class Objective(nn.Module):
+    """Eq. 5 as named losses (`total`, `label`, and `distillation` when there are soft targets), one value a clip.
 
-    logits (B, K) of the student; target (B, K) class probabilities (one-hot, or mixed under mixup);
-    soft_logits (B, K) of the teachers, free of temperature. Both sides are divided by the temperature tau and the
-    distillation loss is multiplied by tau^2 (Hinton et al., 2015), so its gradient keeps its size as tau changes.
+    Both sides of the distillation loss are divided by the temperature tau, and it is multiplied by tau^2 (Hinton et
+    al., 2015), so its gradient keeps its size as tau changes. A learned lambda is low + (high - low) sigmoid(`raw`).
     """
-    label = -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
-    if soft_logits is None or config is None:
-        return {"total": label, "label": label}
-    tau = config.temperature
-    soft_target = torch.softmax(soft_logits / tau, dim=1)
-    distillation = -(soft_target * F.log_softmax(logits / tau, dim=1)).sum(dim=1) * tau**2
-    total = config.label_weight * label + (1.0 - config.label_weight) * distillation
-    return {"total": total, "label": label, "distillation": distillation}
+
+    def __init__(self, config: DistillationConfig | None) -> None:
+        super().__init__()
+        self.config = config
+        learned = config.label_weight if config else None
+        if isinstance(learned, LearnedWeight):
+            share = (learned.start - learned.low) / (learned.high - learned.low)
+            self.raw = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+
+    def label_weight(self, progress: float) -> Tensor | float:
+        """lambda at `progress`, 0 in the first epoch and 1 in the last."""
+        weight = self.config.label_weight if self.config else 1.0
+        if isinstance(weight, LearnedWeight):
+            return weight.low + (weight.high - weight.low) * torch.sigmoid(self.raw)
+        if isinstance(weight, ScheduledWeight):
+            share = progress if weight.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+            return weight.start + (weight.end - weight.start) * share
+        return weight
+
+    def forward(
+        self, logits: Tensor, target: Tensor, soft_logits: Tensor | None, progress: float = 0.0
+    ) -> dict[str, Tensor]:
+        """logits (B, K) of the student; target (B, K) class probabilities (one-hot, or mixed under mixup); soft_logits
+        (B, K) of the teachers, free of temperature. Each loss is (B,)."""
+        label = -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
+        if soft_logits is None or self.config is None:
+            return {"total": label, "label": label}
+        tau, weight = self.config.temperature, self.label_weight(progress)
+        soft_target = torch.softmax(soft_logits / tau, dim=1)
+        distillation = -(soft_target * F.log_softmax(logits / tau, dim=1)).sum(dim=1) * tau**2
+        return {
+            "total": weight * label + (1.0 - weight) * distillation,
+            "label": label,
+            "distillation": distillation,
+        }

@@ -28,7 +28,7 @@ from asc_ray.section import Section
 from asc_ray.training import parallel
 from asc_ray.training.checkpoints import best_epoch, load_checkpoint, restore_optimizer, save_checkpoint
 from asc_ray.training.dataset import Dataset
-from asc_ray.training.distillation import DistillationConfig, objective
+from asc_ray.training.distillation import DistillationConfig, Objective
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
 
 # Within an epoch too, for on a large corpus it can last an hour.
@@ -132,11 +132,11 @@ def fit(
     device = training_device()
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = recipe.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
-    )
+    objective = Objective(distillation).to(device)
+    trained = nn.ModuleDict({"network": model, "objective": objective})  # what checkpoints hold
+    optimizer = _optimizer(model, objective, settings, device)
     rank, world = parallel.rank(), parallel.world()
-    history, steps = _resumed(folder, model, optimizer)
+    history, steps = _resumed(folder, trained, optimizer)
     if rank == 0:
         for metrics in history:
             on_epoch(metrics)
@@ -148,7 +148,7 @@ def fit(
         augment=Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy),
         store=data.store,
         soft=None if soft_logits is None else torch.from_numpy(soft_logits),
-        distillation=distillation,
+        objective=objective,
         clip_norm=settings.clip_norm,
         accumulate=settings.accumulate,
         autocast=mixed_precision and device.type == "cuda",
@@ -161,6 +161,7 @@ def fit(
     for epoch in range(len(history), settings.epochs):
         start = saved = time.perf_counter()
         factor = learning_rate_factor(epoch, settings.schedule)
+        trainer.progress = epoch / max(1, settings.epochs - 1)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         set_training(model, True)
@@ -177,7 +178,7 @@ def fit(
             results.append(trainer.step(wave, clips[step], step_generator(recipe.seed, epoch, step)))
             if rank == 0 and time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
                 sums = _finite(results, epoch, data.store, clips)
-                save_checkpoint(folder, model, optimizer, history, sums.tolist())
+                save_checkpoint(folder, trained, optimizer, history, sums.tolist())
                 saved = time.perf_counter()
         sums = _finite(results, epoch, data.store, clips)
         seconds = time.perf_counter() - start
@@ -188,21 +189,31 @@ def fit(
             "loss": float(sums[:, 0].sum() / sums[:, 1].sum()),
             "train_accuracy": float(sums[:, 2].sum() / sums[:, 1].sum()),
             **validate(model, front_end, data, device),
+            **trainer.notes(),
             "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
         metrics["seconds"] = time.perf_counter() - start
         whole = metrics["seconds"] * len(batches) / max(1, len(batches) - first)
         metrics["minutes_left"] = whole * (settings.epochs - epoch - 1) / 60
-        if recipe.compile:
-            metrics["compiled"] = float(trainer.compiled)
         history.append(metrics)
         if rank == 0:
-            save_checkpoint(folder, model, optimizer, history)
+            save_checkpoint(folder, trained, optimizer, history)
             on_epoch(metrics)
     if rank == 0 and recipe.select == "best":
-        _restore_best(folder, model, history)
+        _restore_best(folder, trained, history)
     set_training(model, False)
     return history
+
+
+def _optimizer(
+    model: nn.Module, objective: Objective, settings: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if own := list(objective.parameters()):  # decay would draw a learned lambda to the middle of its bounds
+        groups.append({"params": own, "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
+    )
 
 
 def _resumed(
@@ -239,15 +250,15 @@ class _Trainer:
         augment: Augment,
         store: ClipStore,
         soft: Tensor | None,
-        distillation: DistillationConfig | None,
+        objective: Objective,
         clip_norm: float,
         accumulate: int,
         autocast: bool,
     ) -> None:
         self.model, self.optimizer, self.front_end, self.augment = model, optimizer, front_end, augment
-        self.store, self.soft, self.distillation = store, soft, distillation
+        self.store, self.soft, self.objective, self.progress = store, soft, objective, 0.0
         self.clip_norm, self.accumulate, self.autocast = clip_norm, accumulate, autocast
-        self.compiled = False
+        self.compiled: bool | None = None  # None: it was not asked for
         self.rank, self.world = parallel.rank(), parallel.world()
         self._distributed: Any = parallel.distributed(model)
         self._forward: Callable[..., Tensor] = self._distributed
@@ -263,11 +274,20 @@ class _Trainer:
             self._logits(forward, mel, torch.Generator()).sum().backward()
         except Exception as error:  # compilers fail in their own ways, for lack of a C++ compiler to begin with
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.compiled = False
             warnings.warn(f"torch.compile failed, training goes on without it: {reason}", stacklevel=2)
         else:
             self._forward, self.compiled = forward, True
         self.model.load_state_dict(state)
         self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def notes(self) -> Metrics:
+        """What an epoch's metrics say of the training itself."""
+        notes = {} if self.compiled is None else {"compiled": float(self.compiled)}
+        if self.soft is not None:
+            notes["label_weight"] = float(self.objective.label_weight(self.progress))
+        return notes
 
     def step(self, wave: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
         """One update on the store's `clips`; (summed loss, clips, right answers), without waiting for the device.
@@ -300,7 +320,7 @@ class _Trainer:
                 with record_function("forward"):
                     logits = self._logits(self._forward, mel[own], generator)
                     soft = None if teacher is None else teacher[own]
-                    loss = objective(logits, target[own], soft, self.distillation)["total"]
+                    loss = self.objective(logits, target[own], soft, self.progress)["total"]
                 with record_function("backward"):
                     # DistributedDataParallel averages over the ranks what is a sum.
                     (loss.sum() * (self.world / len(clips))).backward()

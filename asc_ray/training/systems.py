@@ -17,7 +17,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from asc_ray.artifacts import Artifact, file_sha256, write_atomically
+from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_atomically
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
@@ -149,13 +149,16 @@ def train_int8(
             quantization.freeze(module)
 
     train = student_clips(data)
+    # lambda stays what it was in the student's last epoch.
+    last = read_manifest(student)["facts"]["history"][-1].get("label_weight")
+    distillation = config.distillation.model_copy(update={"label_weight": last}) if targets else None
     history = fit(
         prepared,
         recipe,
         data,
         train,
         folder / "checkpoints",
-        distillation=config.distillation if targets else None,
+        distillation=distillation,
         soft_logits=_complete_soft_logits(data, targets, train) if targets else None,
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
