@@ -379,6 +379,9 @@ def _build_student(work: _Work) -> None:
     work.alone("student", plan.student, train_student, work.source, work.soft_targets(), config)
     facts = plan.student.facts()
     work.progress.note(f"{facts['parameters']:,} parameters, {facts['macs'] / 1e6:.2f} M MACs")
+    if learned := facts["residual_lambda"]:
+        values = ", ".join(f"{name.split('.')[-1]} {value:.3f}" for name, value in learned.items())
+        work.progress.note(f"residual normalization learned lambda: {values}")
 
 
 def _build_int8(work: _Work) -> None:

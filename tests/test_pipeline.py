@@ -372,6 +372,13 @@ def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
         assert total == pytest.approx(90 * result.accuracy)
 
 
+def test_the_student_tells_what_its_normalizations_learned(finished, plan):
+    weights = load_file(plan.student.path / "model.safetensors")
+    learned = plan.student.facts()["residual_lambda"]
+    assert learned == {name: float(weights[f"{name}.lambda_"]) for name in ("features.norm1", "features.norm2")}
+    assert f"learned lambda: norm1 {learned['features.norm1']:.3f}, norm2" in finished.output
+
+
 def test_the_report_is_one_file_that_shows_every_system(plan):
     html = (plan.report.path / "report.html").read_text()
     for name in [*plan.teachers, "average", "fusion", "student fp32", "student int8"]:

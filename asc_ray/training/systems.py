@@ -23,6 +23,7 @@ from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
+from asc_ray.models.normalization import ResidualNorm
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.pretrained import load_published, start_from
 from asc_ray.models.registry import build, folded
@@ -98,8 +99,16 @@ def train_student(
     _save_weights(model, folder)
     shape = input_shape(config)
     cost = complexity(model.cpu(), shape)
+    learned = {name: layer.lambda_.item() for name, layer in model.named_modules() if isinstance(layer, ResidualNorm)}
     artifact.finish(
-        {"history": history, "parameters": cost.parameters, "macs": cost.macs, "bytes": cost.bytes, "input": shape},
+        {
+            "history": history,
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "bytes": cost.bytes,
+            "input": shape,
+            "residual_lambda": learned,
+        },
         SCRATCH,
     )
 
