@@ -1,6 +1,8 @@
 """One frozen configuration from YAML files and dotted overrides.
 
 A file may begin with `base: other.yaml` (relative to itself): it is merged over that file, mapping by mapping.
+`student.preset: NAME` takes a network and its front end from `students/NAME.yaml`, `student.recipe: NAME` augmentation,
+optimizer and distillation from `recipes/NAME.yaml`, in place of what was below, and what else is given changes them; the soft target stays.
 `teachers.systems` names recipe files `teachers/NAME.yaml` beside the configuration or among the packaged presets.
 """
 
@@ -122,17 +124,19 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = _find(source)
     raw = _compose(path)
-    # A preset first: what else is given changes it.
-    for override in sorted(overrides, key=lambda override: not override.startswith("student.preset=")):
-        _resolve_student(raw, path)
+    # Presets first: what else is given changes them.
+    for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in _STUDENT_PRESETS):
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY.PATH=VALUE, as in --set student.optimizer.epochs=20")
         try:
-            apply_overrides(raw, {key: yaml.safe_load(text)})
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from None
-    _resolve_student(raw, path)
+        if key in _STUDENT_PRESETS:
+            raw = _laid_over(raw, {"student": {key.partition(".")[2]: value}}, path)
+        else:
+            apply_overrides(raw, {key: value})
     _resolve_teachers(raw, path)
     try:
         return Config.model_validate(raw)
@@ -167,11 +171,11 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
     base = raw.pop("base", None)
     if base is None:
-        return raw
+        return _laid_over({}, raw, path)
     base_path = (path.parent / str(base)).resolve()
     if not base_path.is_file():
         raise ConfigError(f"{path}: base: {base}: no such file")
-    return merged(_compose(base_path, (*above, path)), raw)
+    return _laid_over(_compose(base_path, (*above, path)), raw, path)
 
 
 def _one_line(error: Exception) -> str:
@@ -189,27 +193,45 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
     """Model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
-    folders = [PRESETS / "students", PRESETS / "teachers"]
-    if beside is not None:
-        folders.insert(0, beside / "students")
+    raw = _preset("network", name, ("students", "teachers"), beside)
+    return {key: raw[key] for key in _NETWORK if key in raw}
+
+
+def _preset(kind: str, name: str, folders: Sequence[str], beside: Path | None) -> dict[str, Any]:
+    """The mapping of a YAML file, or of the one with this name in a folder `beside` or among the packaged presets."""
     if Path(name).suffix and Path(name).is_file():
-        raw = _compose(Path(name).resolve())
-    else:
-        known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(f"{name}: no such network; {hint}known: {', '.join(sorted(known))}")
-        raw = _compose(known[name])
-    return {key: raw[key] for key in ("model", "frontend") if key in raw}
+        return _compose(Path(name).resolve())
+    places = [parent / folder for parent in (beside, PRESETS) if parent is not None for folder in folders]
+    known = {file.stem: file for place in reversed(places) for file in place.glob("*.yaml")}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"{name}: no such {kind}; {hint}known: {', '.join(sorted(known))}")
+    return _compose(known[name])
 
 
-def _resolve_student(raw: dict[str, Any], path: Path) -> None:
-    """Replace `student.preset` by that network and its front end, or the default one."""
-    student = raw.get("student")
-    if isinstance(student, dict) and (preset := student.pop("preset", None)) is not None:
-        student.pop("frontend", None)
-        student.update(network_preset(str(preset), path.parent))
+_NETWORK = ("model", "frontend")
+_RECIPE = ("augment", "optimizer")  # distillation is merged: the soft target stays
+_STUDENT_PRESETS = ("student.preset", "student.recipe")
+
+
+def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`merged`, with `preset` and `recipe` of the student above in place of those sections below."""
+    student = above.get("student")
+    if not isinstance(student, dict):
+        return merged(below, above)
+    old, new = below.get("student"), dict(student)
+    old = dict(old) if isinstance(old, Mapping) else {}
+    for key, sections in (("preset", _NETWORK), ("recipe", _RECIPE)):
+        if (name := new.pop(key, None)) is None:
+            continue
+        if key == "preset":
+            replaced = network_preset(str(name), path.parent)
+        else:
+            replaced = _preset("recipe", str(name), ("recipes",), path.parent)
+        old = {section: value for section, value in old.items() if section not in sections}
+        new = merged(replaced, new)
+    return merged({**below, "student": old}, {**above, "student": new})
 
 
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:

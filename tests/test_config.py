@@ -194,6 +194,23 @@ def test_a_student_s_preset_gives_way_to_what_else_is_given(tmp_path):
         load_config("demo", ["student.preset=cp_mobil"])
 
 
+def test_a_student_s_recipe_takes_the_place_of_another_and_keeps_the_soft_target(tmp_path):
+    overrides = ["student.optimizer.epochs=30", "student.distillation.soft_target=none", "student.recipe=cpjku"]
+    student = load_config("small", overrides).student
+    assert (student.augment.dir.apply_to, student.augment.dir.threshold) == (("a",), None)
+    assert (student.optimizer.epochs, student.optimizer.batch_size) == (30, 256)
+    assert (student.distillation.soft_target, student.distillation.label_weight) == ("none", 0.02)
+    assert student.model == load_config("small").student.model
+    file = tmp_path / "mine.yaml"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "ours.yaml").write_text("optimizer: {epochs: 9}\n")
+    file.write_text(f"base: {PRESETS / 'small.yaml'}\nstudent: {{recipe: ours, optimizer: {{batch_size: 4}}}}\n")
+    student = load_config(file).student
+    assert (student.optimizer.epochs, student.optimizer.batch_size, student.augment.roll) == (9, 4, 0)
+    with pytest.raises(ConfigError, match=r"papr: no such recipe; did you mean paper\? known: cpjku, paper"):
+        load_config("demo", ["student.recipe=papr"])
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "asc_ray.cli", *arguments], capture_output=True, text=True, check=False

@@ -291,6 +291,22 @@ def test_a_bad_model_section_says_what_is_allowed(config, message):
         TypeAdapter(ModelConfig).validate_python(config)
 
 
+def test_normalization_stands_where_it_is_asked_for():
+    def names(*places: str) -> list[str]:
+        config = DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig.model_validate({"places": places}))
+        return [
+            name.removeprefix("features.") for name, _ in build(config, classes=10).named_modules() if "norm" in name
+        ]
+
+    assert names("stages") == ["norm1", "norm2"]
+    assert names("last", "stages", "stem", "input") == ["norm_input", "norm_stem", "norm1", "norm2", "norm3"]
+    gain = build(
+        DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind="in", eps=1e-12, places=("input",))), 10
+    ).eval()
+    x = mel(2, 1, 256, 64)
+    torch.testing.assert_close(gain(3 * x + 1), gain(x))  # a level makes no difference to it
+
+
 @pytest.mark.parametrize("kind", ["rn", "rn_frequency", "in", "bn", "none"])
 def test_export_has_a_dynamic_batch_and_no_normalization_operator_of_its_own(kind):
     """RN exports as mean, mul and rsqrt, which quantization leaves in float."""

@@ -250,7 +250,9 @@ def test_the_given_model_is_left_alone(trained):
     "config",
     [
         DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind="bn", eps=0.01)),
-        DSFlexiNetConfig(size="sm3", normalization=NormalizationConfig(kind="rn_frequency")),
+        DSFlexiNetConfig(
+            size="sm3", normalization=NormalizationConfig(kind="rn_frequency", places=("input", "stem", "last"))
+        ),
         DSFlexiNetConfig(size="sm4", normalization=NormalizationConfig(kind="none")),
         CPMobileConfig(width=16),
     ],

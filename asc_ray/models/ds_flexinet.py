@@ -98,9 +98,15 @@ class DSFlexiNet(nn.Module):
         super().__init__()
         plan = config.channel_plan
         c1, channels = plan.stem
-        layers = OrderedDict[str, nn.Module](
-            stem=nn.Sequential(*conv_bn(1, c1, 3, 2), nn.ReLU(), *conv_bn(c1, channels, 3, 2), nn.ReLU())
-        )
+        layers = OrderedDict[str, nn.Module]()
+
+        def normalized(place: str, name: str, channels: int) -> None:
+            if place in config.normalization.places:
+                layers[f"norm{name}"] = normalization(config.normalization, channels)
+
+        normalized("input", "_input", 1)
+        layers["stem"] = nn.Sequential(*conv_bn(1, c1, 3, 2), nn.ReLU(), *conv_bn(c1, channels, 3, 2), nn.ReLU())
+        normalized("stem", "_stem", channels)
         for index, stage in enumerate(plan.stages, start=1):
             blocks = []
             for block in range(stage.blocks):
@@ -108,8 +114,7 @@ class DSFlexiNet(nn.Module):
                 blocks.append(Block(channels, stage.channels, stride, stage.expansion))
                 channels = stage.channels
             layers[f"stage{index}"] = nn.Sequential(*blocks)
-            if index < len(plan.stages):
-                layers[f"norm{index}"] = normalization(config.normalization, channels)
+            normalized("stages" if index < len(plan.stages) else "last", str(index), channels)
         self.features = nn.Sequential(layers)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
         for module in self.modules():

@@ -1,6 +1,6 @@
-"""Normalization between the stages of DS-FlexiNet: residual normalization and what the paper compares it with."""
+"""Normalization inside DS-FlexiNet: residual normalization and what the paper compares it with."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -10,11 +10,15 @@ from asc_ray.section import Section
 
 
 class NormalizationConfig(Section):
-    """`rn`: eq. 2 with the statistics of eq. 1. `rn_frequency`: the same by frequency bin. `in`: eq. 1."""
+    """`rn`: eq. 2 with the statistics of eq. 1. `rn_frequency`: the same by frequency bin. `in`: eq. 1.
+
+    `places`: of the log-mel, behind the two stem convolutions, between the stages (the paper's), behind the last one.
+    """
 
     kind: Literal["rn", "rn_frequency", "in", "bn", "none"] = "rn"
     lambda_start: float = Field(0.5, ge=0, le=10)
     eps: float = Field(1e-5, gt=0, le=1)
+    places: Annotated[tuple[Literal["input", "stem", "stages", "last"], ...], Field(min_length=1)] = ("stages",)
 
 
 class InstanceNorm(nn.Module):
