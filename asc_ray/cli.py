@@ -34,7 +34,7 @@ _HELP = {
     "logits": "Store every teacher's logits over every clip.",
     "fuse": "Learn the fusion (eq. 4) on held-out locations and write the soft targets.",
     "sweep": "Search the student's configuration on the validation part.",
-    "student": "Train the student from the soft targets.",
+    "student": "Train the student from the soft targets, with student.seeds=n n of them at once.",
     "qat": "Train the student for int8 and convert it.",
     "evaluate": "Score teachers, fusion and both students on the test split.",
     "report": "Write the HTML report.",
@@ -184,6 +184,44 @@ def _recipe(name: str, raw: dict[str, Any]) -> Any:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{name}: {explain(error, Recipe)}") from None
+
+
+@app.command("table")
+def make_table(
+    number: Annotated[
+        str, typer.Argument(help="2, 3, 4 or 5 of the paper, or a YAML file in the form of configs/tables/.")
+    ],
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
+) -> None:
+    """Train, evaluate and compare the students of one of the paper's tables, beside its figures on TAU22."""
+    from asc_ray.comparison import run_table
+    from asc_ray.progress import Progress
+    from asc_ray.report.table import markdown
+
+    progress = Progress()
+    artifact, comparison = run_table("tables", number, config, set, progress)
+    typer.echo(markdown(comparison))
+    typer.echo(f"table   {artifact.path / 'table.html'}   (also .md, .csv)")
+
+
+@app.command("figure")
+def make_figure(
+    number: Annotated[str, typer.Argument(help="2 (energies of the clips) or 3 (confusions) of the paper.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
+) -> None:
+    """Draw one of the paper's figures, training what it shows."""
+    from asc_ray.comparison import FIGURE, draw_energies, run_table
+    from asc_ray.config import load_config
+    from asc_ray.progress import Progress
+
+    progress = Progress()
+    if number == "2":
+        artifact = draw_energies(load_config(config, set), progress)
+    else:
+        artifact, _ = run_table("figures", number, config, set, progress)
+    typer.echo(f"figure  {artifact.path / FIGURE}")
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 A file may begin with `base: other.yaml` (relative to itself): it is merged over that file, mapping by mapping.
 `student.preset: NAME` takes a network and its front end from `students/NAME.yaml`, `student.recipe: NAME` augmentation,
-optimizer and distillation from `recipes/NAME.yaml`, in place of what was below, and what else is given changes them; the soft target stays.
+optimizer and distillation from `recipes/NAME.yaml`, in place of what was below but for the soft target; what else is
+given changes them.
 `teachers.systems` names recipe files `teachers/NAME.yaml` beside the configuration or among the packaged presets.
 """
 
@@ -193,11 +194,11 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
     """Model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
-    raw = _preset("network", name, ("students", "teachers"), beside)
+    raw = preset("network", name, ("students", "teachers"), beside)
     return {key: raw[key] for key in _NETWORK if key in raw}
 
 
-def _preset(kind: str, name: str, folders: Sequence[str], beside: Path | None) -> dict[str, Any]:
+def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = None) -> dict[str, Any]:
     """The mapping of a YAML file, or of the one with this name in a folder `beside` or among the packaged presets."""
     if Path(name).suffix and Path(name).is_file():
         return _compose(Path(name).resolve())
@@ -228,7 +229,7 @@ def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> d
         if key == "preset":
             replaced = network_preset(str(name), path.parent)
         else:
-            replaced = _preset("recipe", str(name), ("recipes",), path.parent)
+            replaced = preset("recipe", str(name), ("recipes",), path.parent)
         old = {section: value for section, value in old.items() if section not in sections}
         new = merged(replaced, new)
     return merged({**below, "student": old}, {**above, "student": new})

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import check_prior
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
-from asc_ray.plan import BEST_STUDENT, FAILED, NEEDS, REPORT, STAGES, Plan, dump
+from asc_ray.plan import BEST_STUDENT, FAILED, REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Gain
@@ -42,7 +42,7 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
         progress.nothing_to_do()
         return plan
     for stage in todo:
-        for need in NEEDS[stage]:
+        for need in plan.needs(stage):
             if need not in todo and plan.missing(need):
                 raise UserError(
                     f"{stage}: needs the stage `{need}`, which is not done; run `asc-ray {need}` with the same "
@@ -50,15 +50,28 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                 )
     if {"sweep", "student"} & set(todo):
         refuse_large(config)
+    with at_work(plan, config.name, plan.key, dump(config), plan.complete_keys(), progress) as work:
+        for stage in todo:
+            if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again
+                continue
+            with progress.stage(stage):
+                _BUILDERS[stage](work)
+    return work.plan
+
+
+@contextmanager
+def at_work(
+    plan: Plan, name: str, key: str, parameters: Mapping[str, Any], complete: Container[str], progress: Progress
+) -> Iterator["Work"]:
+    """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
     # Heavy imports wait until there is work: `asc-ray status` and a finished configuration answer at once.
     from asc_ray import tracking
     from asc_ray.cluster import runtime
 
+    config = plan.config
     with exclusive(config.storage):
         progress.note(f"storage {config.storage}")
-        tracker = tracking.Tracker(
-            config.tracking.uri, config.tracking.experiment, config.storage, config.name, plan.key
-        )
+        tracker = tracking.Tracker(config.tracking.uri, config.tracking.experiment, config.storage, name, key)
         with runtime.connected(config.cluster):
             runtime.check_feasible(
                 {
@@ -67,14 +80,8 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                     "student_resources": config.student_resources,
                 }
             )
-            with tracker.parent(dump(config), plan.complete_keys()):
-                work = _Work(plan, tracker, progress)
-                for stage in todo:
-                    if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again
-                        continue
-                    with progress.stage(stage):
-                        _BUILDERS[stage](work)
-    return work.plan
+            with tracker.parent(parameters, complete):
+                yield Work(plan, tracker, progress)
 
 
 def refuse_large(config: Config) -> None:
@@ -88,8 +95,18 @@ def refuse_large(config: Config) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Job:
+    """`function(artifact, *arguments)` on the cluster; it counts epochs where it reports them."""
+
+    artifact: Artifact
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    epochs: int = 0
+
+
 @dataclass
-class _Work:
+class Work:
     """What a stage's builder needs: the plan, which changes when systems are left out, the tracker, the progress."""
 
     plan: Plan
@@ -98,10 +115,7 @@ class _Work:
 
     @property
     def source(self) -> Source:
-        from asc_ray.cluster.stream import stream
-
-        config = self.plan.config
-        return Source(self.plan.clips.path, config.partition, config.data, stream, config.fusion)
+        return source_of(self.plan)
 
     @contextmanager
     def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
@@ -130,35 +144,49 @@ class _Work:
             for name, artifact in artifacts.items():
                 self.tracker.end(name, "FINISHED" if artifact.complete else status)
 
-    def soft_targets(self) -> Path | None:
-        """Those of the plan. Raises UserError where they are not as they were written."""
-        targets = self.plan.soft_targets()
-        if targets is not None:
-            inside = targets.parent.name == "targets"
-            refuse_damaged(self.plan.fusion.path if inside else targets, "targets/*" if inside else "train-*")
-        return targets
-
-    def alone(
-        self,
-        name: str,
-        artifact: Artifact,
-        function: Callable[..., None],
-        *arguments: Any,
-        resources: Resources | None = None,
-    ) -> None:
-        """Run one function as a tracked task on the cluster; it reports epochs when it takes `on_epoch`."""
+    def together(self, jobs: Mapping[str, Job], resources: Resources | None = None, tracked: bool = True) -> None:
+        """Run what is not complete as tasks on the cluster, as many at once as fit, each in a child run of its name."""
         from asc_ray.cluster.runtime import Task, run_tasks
 
         config = self.plan.config
-        reports = "on_epoch" in function.__annotations__
-        with self.tracked({name: artifact}) as on_event:
-            on_event(name, {"started": True})
-            task = Task(name, function, (artifact, *arguments), resources or config.student_resources, reports)
-            run_tasks([task], config.cluster.retries, on_event, lambda name, result: None)
-            self.tracker.log_file(name, artifact.path / "manifest.json")
+        todo = {name: job for name, job in jobs.items() if not job.artifact.complete}
+        self.progress.expect("all", {name: job.epochs for name, job in todo.items() if job.epochs})
+        with self.tracked({name: job.artifact for name, job in todo.items()} if tracked else {}) as on_event:
+            tasks = []
+            for name, job in todo.items():
+                if not job.epochs:
+                    on_event(name, {"started": True})
+                asked = resources or config.student_resources
+                tasks.append(Task(name, job.function, (job.artifact, *job.arguments), asked, bool(job.epochs)))
+
+            def on_done(name: str, result: Any) -> None:
+                if tracked:
+                    on_event(name, {"started": True})
+                    self.tracker.log_file(name, todo[name].artifact.path / "manifest.json")
+                if len(todo) > 1 and todo[name].epochs:
+                    on_event(name, {"finished": True})
+
+            run_tasks(tasks, config.cluster.retries, on_event, on_done)
 
 
-def _build_corpus(work: _Work) -> None:
+def source_of(plan: Plan) -> Source:
+    """The clips of a plan's trainings."""
+    from asc_ray.cluster.stream import stream
+
+    config = plan.config
+    return Source(plan.clips.path, config.partition, config.data, stream, config.fusion)
+
+
+def sound_targets(plan: Plan) -> Path | None:
+    """The soft targets of the plan. Raises UserError where they are not as they were written."""
+    targets = plan.soft_targets()
+    if targets is not None:
+        inside = targets.parent.name == "targets"
+        refuse_damaged(plan.fusion.path if inside else targets, "targets/*" if inside else "train-*")
+    return targets
+
+
+def _build_corpus(work: Work) -> None:
     artifact = work.plan.demo
     assert artifact is not None
     shutil.rmtree(artifact.partial, ignore_errors=True)
@@ -167,7 +195,7 @@ def _build_corpus(work: _Work) -> None:
     artifact.finish({})
 
 
-def _build_clips(work: _Work) -> None:
+def _build_clips(work: Work) -> None:
     from asc_ray.cluster.ingest import ingest
 
     plan, config = work.plan, work.plan.config
@@ -198,7 +226,7 @@ def ingest_summary(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _build_teachers(work: _Work) -> None:
+def _build_teachers(work: Work) -> None:
     from asc_ray.cluster.teachers import Teacher, train_teachers
 
     plan, config = work.plan, work.plan.config
@@ -244,7 +272,7 @@ def _left_out(name: str, error: str) -> str:
     return f"left out: {name} failed ({error}); --set teachers.allow_missing=0 tries it again"
 
 
-def _import_teachers(work: _Work) -> None:
+def _import_teachers(work: Work) -> None:
     from asc_ray.cluster.runtime import Task, run_tasks
 
     plan, config = work.plan, work.plan.config
@@ -261,7 +289,7 @@ def _import_teachers(work: _Work) -> None:
         work.progress.note(f"{len(todo)} of {len(plan.teachers)} systems from {config.teachers.checkpoints}")
 
 
-def _build_logits(work: _Work) -> None:
+def _build_logits(work: Work) -> None:
     from asc_ray.cluster.ingest import store_logits
 
     plan, config = work.plan, work.plan.config
@@ -285,7 +313,7 @@ def _build_logits(work: _Work) -> None:
     )
 
 
-def _build_fusion(work: _Work) -> None:
+def _build_fusion(work: Work) -> None:
     from asc_ray.cluster.fusion import Tasks
     from asc_ray.training.ensemble import fuse_systems
 
@@ -304,7 +332,8 @@ def _build_fusion(work: _Work) -> None:
     # No GPU: a task that waits for others keeps its own, and they would wait for it.
     cpus = Resources(cpus=config.logits.resources.cpus)
     mapper = [Tasks(config.fusion.tasks, cpus, config.cluster.retries)] if config.fusion.tasks > 1 else []
-    work.alone("fusion", plan.fusion, fuse_systems, work.source, logits, config.fusion, *mapper, resources=cpus)
+    fusion = Job(plan.fusion, fuse_systems, (work.source, logits, config.fusion, *mapper))
+    work.together({"fusion": fusion}, resources=cpus)
     facts = plan.fusion.facts()
     for line in fusion_summary(facts):
         work.progress.note(line)
@@ -335,7 +364,7 @@ def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
     return [*lines, *facts["notes"]]
 
 
-def _build_sweep(work: _Work) -> None:
+def _build_sweep(work: Work) -> None:
     from asc_ray.cluster.sweep import best_student, run_sweep
 
     plan, config = work.plan, work.plan.config
@@ -353,7 +382,7 @@ def _build_sweep(work: _Work) -> None:
         results = run_sweep(
             plan.sweep,
             work.source,
-            work.soft_targets(),
+            sound_targets(plan),
             config.student,
             config.sweep,
             config.student_resources,
@@ -370,58 +399,74 @@ def _build_sweep(work: _Work) -> None:
     work.tracker.log_file("", plan.sweep.path / BEST_STUDENT)
 
 
-def _build_student(work: _Work) -> None:
+def student_jobs(plan: Plan) -> dict[str, Job]:
+    """The trainings of the plan's students. Raises UserError where their soft targets are damaged."""
     from asc_ray.training.systems import train_student
 
-    plan = work.plan
-    config = plan.student_config()
-    work.progress.expect("student", {"student": config.optimizer.epochs})
-    work.alone("student", plan.student, train_student, work.source, work.soft_targets(), config)
-    facts = plan.student.facts()
-    work.progress.note(f"{facts['parameters']:,} parameters, {facts['macs'] / 1e6:.2f} M MACs")
-    if learned := facts["residual_lambda"]:
-        values = ", ".join(f"{name.split('.')[-1]} {value:.3f}" for name, value in learned.items())
-        work.progress.note(f"residual normalization learned lambda: {values}")
+    configs = plan.student_configs()
+    targets = None if all(artifact.complete for artifact in plan.students.values()) else sound_targets(plan)
+    return {
+        name: Job(artifact, train_student, (source_of(plan), targets, configs[name]), configs[name].optimizer.epochs)
+        for name, artifact in plan.students.items()
+    }
 
 
-def _build_int8(work: _Work) -> None:
+def int8_jobs(plan: Plan) -> dict[str, Job]:
     from asc_ray.training.systems import train_int8
 
+    source, targets, qat = source_of(plan), plan.soft_targets(), plan.config.qat
+    configs = plan.student_configs()
+    students = [(artifact.path, configs[name]) for name, artifact in plan.students.items()]
+    return {
+        name: Job(artifact, train_int8, (source, targets, *student, qat), qat.epochs)
+        for (name, artifact), student in zip(plan.int8.items(), students, strict=True)
+    }
+
+
+def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:
+    """Scores on the test split of the plan's students and int8 forms with these names."""
+    from asc_ray.training.ensemble import evaluate_student
+
+    models, config = plan.students | plan.int8, next(iter(plan.student_configs().values()))
+    return {
+        name: Job(plan.evaluations[name], evaluate_student, (source_of(plan), models[name].path, config))
+        for name in names
+    }
+
+
+def _build_student(work: Work) -> None:
     plan = work.plan
-    work.progress.expect("qat", {"int8": plan.config.qat.epochs})
-    work.alone(
-        "int8",
-        plan.int8,
-        train_int8,
-        work.source,
-        plan.soft_targets(),
-        plan.student.path,
-        plan.student_config(),
-        plan.config.qat,
-    )
+    work.together(student_jobs(plan))
+    for number, (name, artifact) in enumerate(plan.students.items()):
+        facts = artifact.facts()
+        if number == 0:
+            work.progress.note(f"{facts['parameters']:,} parameters, {facts['macs'] / 1e6:.2f} M MACs")
+        if learned := facts["residual_lambda"]:
+            values = ", ".join(f"{layer.split('.')[-1]} {value:.3f}" for layer, value in learned.items())
+            work.progress.note(f"{name}: residual normalization learned lambda: {values}")
 
 
-def _build_evaluation(work: _Work) -> None:
-    from asc_ray.training.ensemble import evaluate_systems
+def _build_int8(work: Work) -> None:
+    work.together(int8_jobs(work.plan))
+
+
+def _build_evaluation(work: Work) -> None:
+    from asc_ray.training.ensemble import evaluate_ensemble
 
     plan = work.plan
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
-    work.alone(
-        "evaluation",
-        plan.evaluation,
-        evaluate_systems,
-        work.source,
-        logits,
-        plan.fusion.path,
-        plan.student.path,
-        plan.student_config(),
-        plan.int8.path,
-    )
-    for name, figures in plan.evaluation.facts().items():
-        work.tracker.log_summary({f"test/{name}/{key}".replace(" ", "_"): v for key, v in figures.items()})
+    ensemble = Job(plan.evaluation, evaluate_ensemble, (work.source, logits, plan.fusion.path))
+    work.together({"ensemble": ensemble} | evaluation_jobs(plan, plan.evaluations), tracked=False)
+    figures = dict(plan.evaluation.facts())
+    for form, (mean, deviation) in scores_over_seeds(plan).items():
+        figures[form] = {name: getattr(mean, name) for name in next(iter(figures.values()))}
+        if deviation:
+            figures[form] |= {f"{name}_deviation": getattr(deviation, name) for name in figures[form]}
+    for name, own in figures.items():
+        work.tracker.log_summary({f"test/{name}/{key}".replace(" ", "_"): value for key, value in own.items()})
 
 
-def _build_report(work: _Work) -> None:
+def _build_report(work: Work) -> None:
     from asc_ray.report.collect import write_report
 
     artifact = work.plan.report
@@ -431,22 +476,24 @@ def _build_report(work: _Work) -> None:
         folder / REPORT,
         title=plan.config.name,
         source=work.source,
-        student_config=plan.student_config(),
+        student_config=next(iter(plan.student_configs().values())),
         config=dump(plan.config),
         clips=plan.clips,
         teachers=plan.teachers,
         fusion=plan.fusion,
         sweep=plan.sweep,
-        student=plan.student,
+        students=plan.students,
         int8=plan.int8,
         evaluation=plan.evaluation,
+        student_scores=scores_over_seeds(plan),
     )
     artifact.finish({})
     work.tracker.log_file("", artifact.path / REPORT)
-    work.tracker.log_file("", work.plan.int8.path / "model.pt2", "int8")
+    for name, int8 in plan.int8.items():
+        work.tracker.log_file("", int8.path / "model.pt2", name)
 
 
-_BUILDERS: dict[str, Callable[[_Work], None]] = {
+_BUILDERS: dict[str, Callable[[Work], None]] = {
     "corpus": _build_corpus,
     "ingest": _build_clips,
     "teachers": _build_teachers,

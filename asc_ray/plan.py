@@ -1,4 +1,8 @@
-"""What a configuration makes: every artifact of every stage, its key, and what it is made from."""
+"""What a configuration makes: every artifact of every stage, its key, and what it is made from.
+
+With `student.seeds` there are several students, and int8 forms of them, under names with their seeds. An artifact does
+not know how many there are, so a student of three is that of a configuration of one.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,6 +17,8 @@ from asc_ray.data.corpus import Corpus, partition, read_corpus
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import check_prior
 from asc_ray.models.pretrained import published
+from asc_ray.training.ensemble import read_evaluation
+from asc_ray.training.evaluation import Deviation, Evaluation, over_seeds
 from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import StudentConfig
 
@@ -98,24 +104,44 @@ class Plan:
         learned = config.fusion.model_dump(mode="json", exclude={"tasks", "folds"})
         fusion = {"fusion": learned, "partition": self._division()}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
-        soft = config.student.distillation.soft_target
-        learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
-        student = {"student": dump(config.student), "partition": self._division()}
-        self.sweep: Artifact | None = None
-        if config.sweep:
-            self.sweep = self._artifact("sweep", "sweep", {**student, "sweep": dump(config.sweep)}, learned)
-            learned = {**learned, "sweep": self.sweep.key}
-        self.student = self._artifact("students", "student", student, learned)
-        self.int8 = self._artifact("int8", "student", {"qat": dump(config.qat)}, {"student": self.student.key})
-        self.evaluation = self._artifact(
-            "evaluation", "test", {}, {**fused, "fusion": self.fusion.key, "int8": self.int8.key}
-        )
-        self.report = self._artifact("report", config.name, {}, {"evaluation": self.evaluation.key})
+        self._add_students(base)
+        self.evaluation = self._artifact("evaluation", "ensemble", {}, {**fused, "fusion": self.fusion.key})
+        evaluated = {name: artifact.key for name, artifact in self.evaluations.items()}
+        self.report = self._artifact("report", config.name, {}, {"ensemble": self.evaluation.key, **evaluated})
         sections = {"precision": config.logits.precision, "sweep": config.sweep and dump(config.sweep)}
         sections |= {name: dump(getattr(config, name)) for name in ("partition", "student", "qat")} | fusion
         # The configuration's own key, whichever systems are left out.
         inputs = {name: teacher.key for own in trainings.values() for name, teacher in own.items()}
         self.key = content_key(stage="pipeline", config=sections, inputs=inputs)
+
+    def _add_students(self, base: Mapping[str, str]) -> None:
+        """The search, the students, their int8 forms, and the scores of both."""
+        config = self.config
+        soft = config.student.distillation.soft_target
+        learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
+        seeds = range(config.student.seed, config.student.seed + config.student.seeds)
+        student = {"student": dump(config.student), "partition": self._division()}
+        del student["student"]["seeds"]
+        self.sweep: Artifact | None = None
+        if config.sweep:
+            self.sweep = self._artifact("sweep", "sweep", {**student, "sweep": dump(config.sweep)}, learned)
+            learned = {**learned, "sweep": self.sweep.key}
+        self.seeds = {_of_seed("student", seed, len(seeds)): seed for seed in seeds}
+        self.students = {
+            name: self._artifact(
+                "students", "student", student | {"student": student["student"] | {"seed": seed}}, learned
+            )
+            for name, seed in self.seeds.items()
+        }
+        self.int8 = {
+            _int8(name): self._artifact("int8", "student", {"qat": dump(config.qat)}, {"student": artifact.key})
+            for name, artifact in self.students.items()
+        }
+        # Of each student and each int8 form, by their names.
+        self.evaluations = {
+            name: self._artifact("evaluation", artifact.stage, {}, {"model": artifact.key})
+            for name, artifact in (self.students | self.int8).items()
+        }
 
     def by_stage(self) -> dict[str, list[Artifact]]:
         return {
@@ -125,9 +151,9 @@ class Plan:
             "logits": list(self.logits.values()),
             "fuse": [self.fusion],
             "sweep": [self.sweep] if self.sweep else [],
-            "student": [self.student],
-            "qat": [self.int8],
-            "evaluate": [self.evaluation],
+            "student": list(self.students.values()),
+            "qat": list(self.int8.values()),
+            "evaluate": [self.evaluation, *self.evaluations.values()],
             "report": [self.report],
         }
 
@@ -160,12 +186,19 @@ class Plan:
             return None
         return self.logits[target].path if target in self.logits else self.fusion.path / "targets" / target
 
-    def student_config(self) -> StudentConfig:
-        """The student's configuration: the sweep's best, where there is a sweep."""
-        if self.sweep is None:
-            return self.config.student
-        best = yaml.safe_load((self.sweep.path / BEST_STUDENT).read_text())
-        return StudentConfig.model_validate(best["student"])
+    def student_configs(self) -> dict[str, StudentConfig]:
+        """The students' configurations: the sweep's best, where there is a sweep."""
+        config = self.config.student
+        if self.sweep is not None:
+            best = yaml.safe_load((self.sweep.path / BEST_STUDENT).read_text())
+            config = StudentConfig.model_validate(best["student"])
+        return {name: config.model_copy(update={"seed": seed}) for name, seed in self.seeds.items()}
+
+    def needs(self, stage: str) -> tuple[str, ...]:
+        """The stages that it takes something from: a student without soft targets asks for no teachers."""
+        if stage in ("sweep", "student") and self.config.student.distillation.soft_target == "none":
+            return tuple("ingest" if need == "fuse" else need for need in NEEDS[stage])
+        return NEEDS[stage]
 
     def _check_corpus(self, corpus: Corpus) -> None:
         """Refuse, before any work, what this corpus cannot give. Raises ConfigError or CorpusError."""
@@ -235,6 +268,23 @@ class Plan:
     def missing(self, stage: str) -> list[Artifact]:
         """The stage's artifacts that are not complete."""
         return [artifact for artifact in self.by_stage()[stage] if not artifact.complete]
+
+
+def scores_over_seeds(plan: Plan) -> dict[str, tuple[Evaluation, Deviation | None]]:
+    """Of the students and of their int8 forms, over the seeds, on the test split."""
+    forms = {"student fp32": plan.students, "student int8": plan.int8}
+    return {
+        form: over_seeds([read_evaluation(plan.evaluations[name].path) for name in models])
+        for form, models in forms.items()
+    }
+
+
+def _of_seed(name: str, seed: int, seeds: int) -> str:
+    return name if seeds == 1 else f"{name}-seed{seed}"
+
+
+def _int8(student: str) -> str:
+    return student.replace("student", "int8")
 
 
 def failure(artifact: Artifact) -> str | None:

@@ -4,7 +4,7 @@ import json
 import time
 
 from asc_ray.artifacts import Artifact, is_locked
-from asc_ray.plan import REPORT, Plan, failure
+from asc_ray.plan import REPORT, Plan, failure, scores_over_seeds
 from asc_ray.training.systems import INT8_MODEL
 
 
@@ -42,14 +42,19 @@ def where_things_are(plan: Plan) -> list[str]:
     from asc_ray.tracking import default_uri
 
     lines = []
-    if plan.evaluation.complete:
-        figures = plan.evaluation.facts()
-        shown = ("fusion", "student fp32", "student int8")
-        lines += [f"  {name:<13} {100 * figures[name]['accuracy']:5.1f} % of the test clips right" for name in shown]
+    if not plan.missing("evaluate"):
+        lines.append(
+            f"  {'fusion':<13} {100 * plan.evaluation.facts()['fusion']['accuracy']:5.1f} % of the test clips right"
+        )
+        for name, (mean, deviation) in scores_over_seeds(plan).items():
+            spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""
+            lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}")
     if plan.report.complete:
         lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
-    if plan.int8.complete:
-        lines.append(f"model   {plan.int8.path / INT8_MODEL}   (torch.export.load)")
+    if not plan.missing("qat"):
+        best = max(plan.int8.values(), key=lambda int8: int8.facts()["history"][-1]["validation_macro_accuracy"])
+        why = "torch.export.load" if len(plan.int8) == 1 else "the best of the seeds on the validation part"
+        lines.append(f"model   {best.path / INT8_MODEL}   ({why})")
     uri = plan.config.tracking.uri or default_uri(plan.config.storage)
     lines.append(f"runs    {uri}   (mlflow ui --backend-store-uri {uri})")
     return lines

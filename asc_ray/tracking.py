@@ -117,6 +117,19 @@ class Tracker:
         """Store a file as an artifact of the child `name`, or of the parent when `name` is empty."""
         self._client.log_artifact(self._run_id(name), str(path), folder)
 
+    def record(self, name: str, key: str, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Final figures of the thing with this key, on its child run below this parent; a new one where it has none."""
+        if name not in self._open:
+            query = f"tags.`{KEY_TAG}` = '{key}' and tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"
+            query += f" and tags.`{MLFLOW_RUN_NAME}` = '{name}'"
+            with _undisturbed():
+                found = self._client.search_runs([self.experiment_id], query, max_results=1)
+            if found:
+                self._open[name] = found[0].info.run_id
+        self.start(name, key, parameters)
+        self.log(name, metrics, 0)
+        self.end(name)
+
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         """Final figures on the parent run, where runs are compared."""
         self.log("", metrics, 0)

@@ -17,7 +17,7 @@ LAYERS = (
     {"config", "progress"},
     {"plan"},
     {"pipeline"},
-    {"status"},
+    {"comparison", "status"},
     {"cli"},
 )
 # `config` reads the cluster's section, which imports no ray.

@@ -105,7 +105,7 @@ def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan,
     """A student trained from a stream, logits from a node's own copy of the clips."""
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage)
-    student, logits = plan.student.path, next(iter(plan.logits.values())).path
+    student, logits = plan.students["student"].path, next(iter(plan.logits.values())).path
     for stage, made, delivery in (
         ("student", student / "model.safetensors", "data.mode=stream"),
         ("logits", logits / "train-00000.arrow", f"data.cache={tmp_path / 'cache'}"),
@@ -146,7 +146,11 @@ def test_published_checkpoints_are_imported_and_the_rest_is_trained(finished, pl
 def test_the_output_tells_every_stage_and_where_things_are(finished, plan):
     for stage in STAGES:
         assert f"{stage} done in" in finished.output
-    for path in (plan.report.path / "report.html", plan.int8.path / "model.pt2", finished.storage / "mlflow.db"):
+    for path in (
+        plan.report.path / "report.html",
+        plan.int8["int8"].path / "model.pt2",
+        finished.storage / "mlflow.db",
+    ):
         assert str(path) in finished.output
         assert path.is_file()
 
@@ -264,7 +268,7 @@ def test_a_changed_byte_of_a_system_s_logits_is_named(finished, plan, tmp_path):
     assert "Traceback" not in done.stderr
     for stage, made, rotten in (
         ("evaluate", plan.evaluation, artifact.path / "test-00000.arrow"),
-        ("student", plan.student, plan.fusion.path / "targets" / "fused" / "train-00000.arrow"),
+        ("student", plan.students["student"], plan.fusion.path / "targets" / "fused" / "train-00000.arrow"),
     ):
         shutil.rmtree(storage)
         shutil.copytree(finished.storage, storage)
@@ -351,7 +355,7 @@ def test_the_sweep_s_best_is_a_student_s_configuration(plan):
     assert [t.number for t in trials] == [0, 1, 2]
     for trial in trials:
         assert trial.parameters == propose(plan.config.sweep, trial.number, trials)
-    best = plan.student_config()
+    best = plan.student_configs()["student"]
     assert best.model == plan.config.student.model
     assert best.distillation.label_weight in [t.parameters["distillation.label_weight"] for t in trials]
     again = load_config(TINY, [f"storage={plan.config.storage}"]).model_copy(update={"student": best})
@@ -359,9 +363,11 @@ def test_the_sweep_s_best_is_a_student_s_configuration(plan):
 
 
 def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
-    assert plan.int8.facts()["bytes"]["int8"] == pytest.approx(plan.student.facts()["parameters"], rel=0.1)
-    assert plan.int8.facts()["agreement_with_onnxruntime"] >= 0.9  # of 20 clips
-    model = load_int8(plan.int8.path)
+    assert plan.int8["int8"].facts()["bytes"]["int8"] == pytest.approx(
+        plan.students["student"].facts()["parameters"], rel=0.1
+    )
+    assert plan.int8["int8"].facts()["agreement_with_onnxruntime"] >= 0.9  # of 20 clips
+    model = load_int8(plan.int8["int8"].path)
     assert model(torch.zeros(3, 1, 256, 64)).shape == (3, 10)
     scores = read_scores(plan.evaluation.path).systems
     assert list(scores) == [*plan.teachers, "average", "fusion", "student fp32", "student int8"]
@@ -373,8 +379,8 @@ def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
 
 
 def test_the_student_tells_what_its_normalizations_learned(finished, plan):
-    weights = load_file(plan.student.path / "model.safetensors")
-    learned = plan.student.facts()["residual_lambda"]
+    weights = load_file(plan.students["student"].path / "model.safetensors")
+    learned = plan.students["student"].facts()["residual_lambda"]
     assert learned == {name: float(weights[f"{name}.lambda_"]) for name in ("features.norm1", "features.norm2")}
     assert f"learned lambda: norm1 {learned['features.norm1']:.3f}, norm2" in finished.output
 
@@ -395,7 +401,7 @@ def test_mlflow_has_one_parent_and_a_finished_child_for_everything_trained(finis
     assert [run.info.run_name for run in parents] == ["tiny"]
     children = {run.info.run_name: run for run in runs if run not in parents}
     trained = {*plan.teachers, "student", "int8"}
-    assert set(children) == {*trained, "fusion", "evaluation", "trial-000", "trial-001", "trial-002"}
+    assert set(children) == {*trained, "fusion", "trial-000", "trial-001", "trial-002"}
     for name in trained:
         history = client.get_metric_history(children[name].info.run_id, "validation_accuracy")
         assert len(history) == (2 if name == "int8" else 3)
@@ -459,7 +465,7 @@ def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run
         assert ours.key == theirs.key
     for one, other in [
         *zip(broken.teachers.values(), plan.teachers.values(), strict=True),
-        (broken.student, plan.student),
+        (broken.students["student"], plan.students["student"]),
     ]:
         mine, whole = load_file(one.path / "model.safetensors"), load_file(other.path / "model.safetensors")
         assert all(torch.equal(mine[name], whole[name]) for name in whole), one.name

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import yaml
@@ -15,6 +16,7 @@ from asc_ray.fusion import Fusion
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import FUSION, read_scores
+from asc_ray.training.evaluation import Deviation, Evaluation
 from asc_ray.training.search import TrialResult
 from asc_ray.training.systems import StudentConfig
 
@@ -32,14 +34,15 @@ def write_report(
     teachers: Mapping[str, Artifact],
     fusion: Artifact,
     sweep: Artifact | None,
-    student: Artifact,
-    int8: Artifact,
+    students: Mapping[str, Artifact],
+    int8: Mapping[str, Artifact],
     evaluation: Artifact,
+    student_scores: Mapping[str, tuple[Evaluation, Deviation | None]],
 ) -> None:
     """Gather everything and write the page to `out`."""
     data = source.open(test=True)
     store, facts = data.store, clips.facts()
-    trained, cost = student.facts(), int8.facts()
+    trained, cost = next(iter(students.values())).facts(), next(iter(int8.values())).facts()
     threshold = student_config.augment.dir.threshold
     tested = read_scores(evaluation.path)
     train = store.split == "train"
@@ -47,7 +50,9 @@ def write_report(
     best = "" if sweep is None else (sweep.path / "best.yaml").read_text()
     model = student_config.model
     size = getattr(model, "size", None)
-    lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, student, int8, evaluation)}
+    lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, evaluation)}
+    lineage |= {f"{a.stage}/{name}": a.key for name, a in {**students, **int8}.items()}
+    forms = {name: artifact.facts()["history"] for name, artifact in {**students, **int8}.items()}
     render(
         ReportData(
             title=title,
@@ -61,7 +66,11 @@ def write_report(
                 notes=tuple(f"{note}: {count} clips" for note, count in sorted(facts["notes"].items())),
             ),
             systems=[
-                SystemResult(name=name, kind=_kind(name), evaluation=result) for name, result in tested.systems.items()
+                *(SystemResult(name=name, kind=_kind(name), evaluation=e) for name, e in tested.systems.items()),
+                *(
+                    SystemResult(name=name, kind="student", evaluation=mean, deviation=deviation)
+                    for name, (mean, deviation) in student_scores.items()
+                ),
             ],
             complexity=[
                 ComplexityRow(
@@ -82,7 +91,7 @@ def write_report(
             ),
             energies=np.asarray(store.energy[train]),
             energy_threshold=data.mean_energy if threshold == "auto" else threshold,
-            curves=histories | {"student fp32": trained["history"], "student int8": cost["history"]},
+            curves=histories | forms,
             trials=[] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]],
             best_config=best,
             config=yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False),
@@ -93,7 +102,5 @@ def write_report(
     )
 
 
-def _kind(name: str) -> str:
-    if name.startswith("student"):
-        return "student"
+def _kind(name: str) -> Literal["fusion", "teacher"]:
     return "fusion" if name in {"average", "fusion"} else "teacher"

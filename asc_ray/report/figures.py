@@ -68,6 +68,14 @@ def _svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     return to_svg
 
 
+def standalone(svg: str) -> str:
+    """A figure as a file of its own: dark ink on white, for a picture viewer knows no page's text color."""
+    head, body = re.split(r"(?<=>)", svg, maxsplit=1)
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ')
+    background = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return head + background + body.replace("currentColor", "#1d2430")
+
+
 @_svg
 def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str], unseen: Sequence[str]) -> Figure:
     """Bars of accuracy by device, one a system; devices that training did not have stand last, on a shade."""

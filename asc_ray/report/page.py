@@ -12,7 +12,7 @@ from markupsafe import Markup
 from asc_ray.fusion import Fusion
 from asc_ray.report import figures
 from asc_ray.section import Section
-from asc_ray.training.evaluation import Evaluation, Scores
+from asc_ray.training.evaluation import Deviation, Evaluation, Scores
 from asc_ray.training.search import TrialResult
 
 COLORS = {  # by kind, in the order of the systems
@@ -34,11 +34,15 @@ class CorpusSummary(Section):
 
 
 class SystemResult(Section):
-    """`kind` sets a system's place and color: single teachers, what is made of all of them, and students."""
+    """`kind` sets a system's place and color: single teachers, what is made of all of them, and students.
+
+    `evaluation` is the mean of several seeds where there is a `deviation`.
+    """
 
     name: str
     kind: Literal["teacher", "fusion", "student"]
     evaluation: Evaluation
+    deviation: Deviation | None = None
 
 
 class ComplexityRow(Section):
@@ -78,31 +82,40 @@ class ReportData:
     lineage: Mapping[str, str] = field(default_factory=dict)  # artifact -> key
 
 
-def render(data: ReportData, out: Path) -> None:
-    """Write the page to `out`; equal data gives equal bytes."""
-    environment = Environment(
+def environment() -> Environment:
+    """Of the pages' templates, which lie beside this file."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f}"
-    environment.filters["metric"] = _metric
+    made.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f}"
+    made.filters["metric"] = _metric
+    return made
+
+
+def render(data: ReportData, out: Path) -> None:
+    """Write the page to `out`; equal data gives equal bytes."""
     best_teacher = max(_of_kind(data, "teacher"), key=lambda s: s.evaluation.accuracy, default=None)
     devices = sorted(
         {device for system in data.systems for device in system.evaluation.per_device},
         key=lambda device: (device in data.corpus.unseen_devices, device),
     )
-    html = environment.get_template("template.html.j2").render(
-        data=data,
-        students=_of_kind(data, "student"),
-        compared=_compared(data, best_teacher),
-        best_teacher=best_teacher,
-        devices=devices,
-        trials=sorted(data.trials, key=lambda t: (t.state != "complete", -t.value, t.number))[:TRIALS_SHOWN],
-        parameters=sorted({name for trial in data.trials for name in trial.parameters}),
-        figures={name: Markup(svg) for name, svg in _figures(data, best_teacher).items()},
+    html = (
+        environment()
+        .get_template("template.html.j2")
+        .render(
+            data=data,
+            students=_of_kind(data, "student"),
+            compared=_compared(data, best_teacher),
+            best_teacher=best_teacher,
+            devices=devices,
+            trials=sorted(data.trials, key=lambda t: (t.state != "complete", -t.value, t.number))[:TRIALS_SHOWN],
+            parameters=sorted({name for trial in data.trials for name in trial.parameters}),
+            figures={name: Markup(svg) for name, svg in _figures(data, best_teacher).items()},
+        )
     )
     out.write_text(html, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from asc_ray.fusion.newton import Mapper, Shard
 from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Evaluation, Scores, device_groups, evaluate, gain
 from asc_ray.training.loop import predict, training_device
-from asc_ray.training.systems import StudentConfig, load_int8, load_model
+from asc_ray.training.systems import INT8_MODEL, StudentConfig, load_int8, load_model
 
 FUSION = "fusion.json"
 EVALUATION = "evaluation.json"
@@ -127,16 +127,11 @@ def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
     )
 
 
-def evaluate_systems(
-    artifact: Artifact,
-    source: Source,
-    logits: Mapping[str, Path],
-    fusion: Path,
-    student: Path,
-    student_config: StudentConfig,
-    int8: Path,
-) -> None:
-    """Score teachers, average, fusion and both students on the test split; no stage before it looks there."""
+def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, Path], fusion: Path) -> None:
+    """Score teachers, average and fusion on the test split; no stage before looks there.
+
+    Raises UserError for damaged files of logits.
+    """
     folder = artifact.open_partial()
     for path in logits.values():
         refuse_damaged(path, "test-*")
@@ -144,20 +139,30 @@ def evaluate_systems(
     store, test = data.store, data.parts["test"]
     values = Ensemble([read_logits(path, "test") for path in logits.values()], store.ids[test]).read()
     scores = score_ensemble(store, test, values, tuple(logits), Fusion.load(fusion / FUSION))
-    device = training_device()
-    fp32 = load_model(student, student_config, len(store.labels)).to(device)
-    outputs = predict(fp32, LogMel(student_config.frontend).to(device), store, test, device)
-    quantized = predict(load_int8(int8), LogMel(student_config.frontend), store, test, torch.device("cpu"))
-    students = {"student fp32": outputs.numpy(), "student int8": quantized.numpy()}
-    scores = scores.model_copy(
-        update={"systems": scores.systems | {name: score(store, test, z) for name, z in students.items()}}
-    )
     write_atomically(folder / EVALUATION, scores.model_dump_json())
     artifact.finish({name: _figures(e) for name, e in scores.systems.items()})
 
 
+def evaluate_student(artifact: Artifact, source: Source, student: Path, config: StudentConfig) -> None:
+    """Score a finished student, or with a folder that holds one its int8 form, on the test split."""
+    folder = artifact.open_partial()
+    data = source.open(test=True)
+    store, test = data.store, data.parts["test"]
+    int8 = (student / INT8_MODEL).is_file()
+    device = torch.device("cpu") if int8 else training_device()
+    model = load_int8(student) if int8 else load_model(student, config, len(store.labels)).to(device)
+    outputs = predict(model, LogMel(config.frontend).to(device), store, test, device)
+    scores = score(store, test, outputs.numpy())
+    write_atomically(folder / EVALUATION, scores.model_dump_json())
+    artifact.finish(_figures(scores))
+
+
 def read_scores(folder: Path) -> Scores:
     return Scores.model_validate_json((folder / EVALUATION).read_text())
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    return Evaluation.model_validate_json((folder / EVALUATION).read_text())
 
 
 def _figures(e: Evaluation) -> dict[str, float]:

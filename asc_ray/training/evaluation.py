@@ -46,6 +46,27 @@ class Evaluation(Section):
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]  # (K, K) clips; row: the true label, column: the answer
 
+    def accuracies(self) -> dict[str, float]:
+        """Of `all` clips, of each group of devices and of each device."""
+        devices = {name: figures.accuracy for name, figures in self.per_device.items()}
+        return {"all": self.accuracy, **{str(group): share for group, share in self.groups.items()}, **devices}
+
+
+class Deviation(Section):
+    """Sample standard deviations over `runs` trainings that differ in their seeds."""
+
+    runs: int
+    accuracy: float
+    macro_accuracy: float
+    log_loss: float
+    calibration_error: float
+    per_device: dict[str, float]  # of the accuracy
+    groups: dict[Group, float]
+
+    def accuracies(self) -> dict[str, float]:
+        """As Evaluation has them."""
+        return {"all": self.accuracy, **{str(group): d for group, d in self.groups.items()}, **self.per_device}
+
 
 class Interval(Section):
     """An estimate and the middle 95 % of its resamples."""
@@ -148,6 +169,51 @@ def evaluate(
     )
 
 
+def over_seeds(runs: Sequence[Evaluation]) -> tuple[Evaluation, Deviation | None]:
+    """The mean of several evaluations on the same clips, with confusions summed, and what they vary; None for one."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first, None
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.mean(list(values)))
+
+    def deviation(values: Iterable[float]) -> float:
+        return float(np.std(list(values), ddof=1))
+
+    figures = ("accuracy", "macro_accuracy", "log_loss", "calibration_error")
+    shared = {name: [getattr(run, name) for run in runs] for name in figures}
+    devices = {
+        name: DeviceFigures(
+            clips=figures.clips,
+            accuracy=mean(run.per_device[name].accuracy for run in runs),
+            log_loss=mean(run.per_device[name].log_loss for run in runs),
+            calibration_error=mean(run.per_device[name].calibration_error for run in runs),
+        )
+        for name, figures in first.per_device.items()
+    }
+    pooled = first.model_copy(
+        update={name: mean(values) for name, values in shared.items()}
+        | {
+            "reliability": _pooled_bins([own for run in runs for own in run.reliability]),
+            "per_device": devices,
+            "groups": {group: mean(run.groups[group] for run in runs) for group in first.groups},
+            "per_class": {label: mean(run.per_class[label] for run in runs) for label in first.per_class},
+            "confusion": tuple(map(tuple, np.sum([run.confusion for run in runs], axis=0).tolist())),
+        }
+    )
+    spread = Deviation(
+        runs=len(runs),
+        accuracy=deviation(shared["accuracy"]),
+        macro_accuracy=deviation(shared["macro_accuracy"]),
+        log_loss=deviation(shared["log_loss"]),
+        calibration_error=deviation(shared["calibration_error"]),
+        per_device={name: deviation(run.per_device[name].accuracy for run in runs) for name in devices},
+        groups={group: deviation(run.groups[group] for run in runs) for group in first.groups},
+    )
+    return pooled, spread
+
+
 def log_posteriors(logits: np.ndarray) -> np.ndarray:
     """Log of the softmax of logits (N, K), in float64."""
     z = logits.astype(np.float64)
@@ -179,12 +245,33 @@ def gain(before: np.ndarray, after: np.ndarray, scene: np.ndarray, places: np.nd
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
     """Guo et al., 2017: the clips (N,) by the confidence of their answer, in bins (i/15, (i+1)/15]."""
-    index = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    index = _bin_of(confidence)
     members = [index == i for i in np.unique(index)]
     return tuple(
         ReliabilityBin(clips=own.sum(), confidence=confidence[own].mean(), accuracy=right[own].mean())
         for own in members
     )
+
+
+def _bin_of(confidence: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+
+
+def _pooled_bins(bins: Sequence[ReliabilityBin]) -> tuple[ReliabilityBin, ...]:
+    """Bins of several evaluations as of all their clips together."""
+    index = _bin_of(np.array([own.confidence for own in bins]))
+    pooled = []
+    for number in np.unique(index):
+        own = [b for b, i in zip(bins, index, strict=True) if i == number]
+        clips = sum(b.clips for b in own)
+        pooled.append(
+            ReliabilityBin(
+                clips=clips,
+                confidence=sum(b.clips * b.confidence for b in own) / clips,
+                accuracy=sum(b.clips * b.accuracy for b in own) / clips,
+            )
+        )
+    return tuple(pooled)
 
 
 def _calibration_error(bins: Sequence[ReliabilityBin]) -> float:

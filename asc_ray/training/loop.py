@@ -48,6 +48,15 @@ class OptimizerConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     clip_norm: float = Field(5.0, gt=0.0, description="largest norm of the gradient over all weights")
     accumulate: int = Field(1, ge=1, description="parts in which a batch goes through the network, for less memory")
+    average_epochs: int = Field(
+        1, ge=1, description="the result is the mean of the weights after so many of the last epochs"
+    )
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> "OptimizerConfig":
+        if self.average_epochs > self.epochs:
+            raise ValueError(f"average_epochs: {self.average_epochs} of {self.epochs} epochs")
+        return self
 
     def scaled_to(self, epochs: int) -> "OptimizerConfig":
         """The same recipe compressed or stretched to `epochs`, its schedule with it."""
@@ -58,7 +67,8 @@ class OptimizerConfig(Section):
             ramp_down_length=max(1, round(self.schedule.ramp_down_length * ratio)),
             last_factor=self.schedule.last_factor,
         )
-        return self.model_copy(update={"epochs": epochs, "schedule": schedule})
+        average = max(1, round(self.average_epochs * ratio))
+        return self.model_copy(update={"epochs": epochs, "schedule": schedule, "average_epochs": average})
 
 
 class Recipe(Section):
@@ -80,6 +90,10 @@ class Recipe(Section):
             check_masks(self.augment, self.frontend)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        if self.select == "best" and self.optimizer.average_epochs > 1:
+            raise ValueError(
+                "select: best, and optimizer.average_epochs > 1 averages the last ones; choose one of them"
+            )
         mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
         if isinstance(self.model, DCASE22BaselineConfig) and (mels, frames) != (MELS, FRAMES):
             raise ValueError(
@@ -133,7 +147,7 @@ def fit(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = recipe.optimizer
     objective = Objective(distillation).to(device)
-    trained = nn.ModuleDict({"network": model, "objective": objective})  # what checkpoints hold
+    trained = _trained(model, objective, settings)
     optimizer = _optimizer(model, objective, settings, device)
     rank, world = parallel.rank(), parallel.world()
     history, steps = _resumed(folder, trained, optimizer)
@@ -183,6 +197,7 @@ def fit(
         sums = _finite(results, epoch, data.store, clips)
         seconds = time.perf_counter() - start
         set_training(model, False)
+        _average(trained, settings, epoch)
         metrics = {
             "epoch": epoch + 1,
             "learning_rate": settings.learning_rate * factor,
@@ -192,9 +207,7 @@ def fit(
             **trainer.notes(),
             "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
-        metrics["seconds"] = time.perf_counter() - start
-        whole = metrics["seconds"] * len(batches) / max(1, len(batches) - first)
-        metrics["minutes_left"] = whole * (settings.epochs - epoch - 1) / 60
+        metrics |= _times(time.perf_counter() - start, len(batches) - first, len(batches), settings.epochs - epoch - 1)
         history.append(metrics)
         if rank == 0:
             save_checkpoint(folder, trained, optimizer, history)
@@ -203,6 +216,19 @@ def fit(
         _restore_best(folder, trained, history)
     set_training(model, False)
     return history
+
+
+def _times(seconds: float, steps: int, of: int, epochs_left: int) -> Metrics:
+    """Of an epoch of which so many `steps` were taken in this process."""
+    return {"seconds": seconds, "minutes_left": seconds * of / max(1, steps) * epochs_left / 60}
+
+
+def _trained(model: nn.Module, objective: Objective, settings: OptimizerConfig) -> nn.ModuleDict:
+    """What checkpoints hold."""
+    trained = nn.ModuleDict({"network": model, "objective": objective})
+    if settings.average_epochs > 1:
+        trained["average"] = copy.deepcopy(model)
+    return trained
 
 
 def _optimizer(
@@ -236,6 +262,23 @@ def _restore_best(folder: Path, model: nn.Module, history: Sequence[Metrics]) ->
             "train again, or choose select: last"
         )
     model.load_state_dict(checkpoint.model)
+
+
+@torch.no_grad()
+def _average(trained: nn.ModuleDict, settings: OptimizerConfig, epoch: int) -> None:
+    """After each of the last epochs take the weights, and the batch norms' statistics, into the mean; in the last one
+    the mean becomes the network."""
+    number = epoch + 1 - (settings.epochs - settings.average_epochs)
+    if settings.average_epochs == 1 or number < 1:
+        return
+    mean, network = trained["average"].state_dict(), trained["network"].state_dict()
+    for own, value in zip(mean.values(), network.values(), strict=True):
+        if number == 1 or not own.is_floating_point():
+            own.copy_(value)
+        else:
+            own.lerp_(value, 1 / number)
+    if epoch + 1 == settings.epochs:
+        trained["network"].load_state_dict(mean)
 
 
 class _Trainer:

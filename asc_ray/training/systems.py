@@ -44,6 +44,7 @@ Precision = Literal["fp32", "bf16"]
 class StudentConfig(Recipe):
     """A recipe and its soft targets."""
 
+    seeds: int = Field(1, ge=1, le=100, description="so many students are trained, with `seed` and those after it")
     distillation: DistillationConfig = DistillationConfig()
 
 
@@ -148,7 +149,7 @@ def train_int8(
     example = torch.zeros(input_shape(config, batch=2))
     prepared = quantization.prepare(model, example)
     settings = config.optimizer.scaled_to(qat.epochs).model_copy(
-        update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay}
+        update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay, "average_epochs": 1}
     )
     # The last weights, whatever the student's: the best may be of an epoch before the observers were frozen.
     recipe = config.model_copy(update={"optimizer": settings, "select": "last"})

@@ -1,0 +1,224 @@
+"""The paper's tables and figures: students that differ in a few lines of configuration, on one corpus, side by side."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from asc_ray.artifacts import Artifact, content_key, write_atomically
+from asc_ray.config import Config, explain, load_config, preset
+from asc_ray.data.corpus import unseen_devices
+from asc_ray.errors import ConfigError
+from asc_ray.pipeline import Job, Work, at_work, evaluation_jobs, int8_jobs, refuse_large, run, source_of, student_jobs
+from asc_ray.plan import STAGES, Plan, dump
+from asc_ray.progress import Progress
+from asc_ray.report import figures, table
+from asc_ray.report.table import ComparedRow, Comparison
+from asc_ray.section import Section
+from asc_ray.training.ensemble import read_evaluation
+from asc_ray.training.evaluation import over_seeds
+
+FIGURE = "figure.svg"
+
+
+class RowConfig(Section):
+    """`set`: what this row changes, by dotted key. `paper`: its figures, see ComparedRow."""
+
+    name: str = Field(pattern=r"^[^'\"\\]+$", description="of MLflow's runs, too")
+    set: dict[str, Any] = Field({})
+    paper: dict[str, float] = Field({})
+
+
+class TableConfig(Section):
+    """A file under `configs/tables/` or `configs/figures/`; `set` is of all rows, and gives way to the command's."""
+
+    title: str
+    int8: bool = Field(False, description="quantize every student, too")
+    set: dict[str, Any] = Field({})
+    rows: tuple[RowConfig, ...] = Field(min_length=1)
+
+    @field_validator("rows")
+    @classmethod
+    def _distinct(cls, rows: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
+        names = [row.name for row in rows]
+        if len(set(names)) < len(names):
+            raise ValueError("two rows have one name")
+        return rows
+
+
+def run_table(
+    kind: str, number: str, config: str | Path, overrides: Sequence[str], progress: Progress
+) -> tuple[Artifact, Comparison]:
+    """Train, evaluate and compare the rows of `kind` (tables or figures) `number`, or of a YAML file.
+
+    What is complete is skipped, what is half-done goes on. Raises UserError for a user's mistake, before any work.
+    """
+    spec, name = read_table(kind, number)
+    configs = {
+        row.name: load_config(config, ["sweep=null", *_lines(spec.set), *overrides, *_lines(row.set)])
+        for row in spec.rows
+    }
+    for row, own in configs.items():
+        try:
+            refuse_large(own)
+        except ConfigError as error:
+            raise ConfigError(f"row {row}: {error}") from None
+    # One row, with soft targets if any has some, stands for all in what they share.
+    lead = next((own for own in configs.values() if _taught(own)), next(iter(configs.values())))
+    run(lead, STAGES[: STAGES.index("fuse" if _taught(lead) else "ingest") + 1], progress)
+    plans = {row: Plan(own) for row, own in configs.items()}
+    artifact = _artifact(kind, name, spec, plans)
+    if artifact.complete:
+        progress.note(f"{spec.title}: nothing to do, it is complete")
+    else:
+        title = f"{lead.name} {kind.removesuffix('s')} {name}"
+        complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
+        parameters = {"table": dump(spec), "overrides": list(overrides)}
+        with at_work(plans[_row_of(configs, lead)], title, artifact.key, parameters, complete, progress) as work:
+            _compare(work, kind, spec, plans, artifact)
+    return artifact, _comparison(spec, plans)
+
+
+def draw_energies(config: Config, progress: Progress) -> Artifact:
+    """Fig. 2: the distribution of the training clips' energy, with the threshold of the student's ADIR."""
+    plan = run(config, STAGES[: STAGES.index("ingest") + 1], progress)
+    threshold = config.student.augment.dir.threshold
+    section = {"threshold": threshold}
+    key = content_key(stage="figures", config=section, inputs={"clips": plan.clips.key})
+    artifact = Artifact(config.storage, "figures", "figure-2", key, section, {"clips": plan.clips.key})
+    if not artifact.complete:
+        data = source_of(plan).open()
+        energies = data.store.energy[data.store.split == "train"]
+        line = data.mean_energy if threshold == "auto" else threshold
+        drawn = figures.standalone(figures.energy_histogram(energies, line))
+        write_atomically(artifact.open_partial() / FIGURE, drawn)
+        artifact.finish({"threshold": line, "mean_energy": data.mean_energy})
+    return artifact
+
+
+def read_table(kind: str, number: str) -> tuple[TableConfig, str]:
+    """The description of a table or figure, and its short name. Raises ConfigError."""
+    raw = preset(kind.removesuffix("s"), number, (kind,))
+    try:
+        return TableConfig.model_validate(raw), Path(number).stem
+    except ValidationError as error:
+        raise ConfigError(f"{kind}/{number}: {explain(error, TableConfig)}") from None
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    """As `--set` takes them; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _taught(config: Config) -> bool:
+    return config.student.distillation.soft_target != "none"
+
+
+def _row_of(configs: Mapping[str, Config], config: Config) -> str:
+    return next(row for row, own in configs.items() if own is config)
+
+
+def _artifact(kind: str, name: str, spec: TableConfig, plans: Mapping[str, Plan]) -> Artifact:
+    inputs = {
+        f"{row}: {model}": plan.evaluations[model].key
+        for row, plan in plans.items()
+        for model in _compared(plan, spec.int8)
+    }
+    key = content_key(stage=kind, config=dump(spec), inputs=inputs)
+    lead = next(iter(plans.values()))
+    return Artifact(lead.config.storage, kind, f"{kind.removesuffix('s')}-{name}", key, dump(spec), inputs)
+
+
+def _compared(plan: Plan, int8: bool) -> list[str]:
+    return [*plan.students, *(plan.int8 if int8 else ())]
+
+
+def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan], artifact: Artifact) -> None:
+    work.progress.note(
+        f"{spec.title}: {len(plans)} rows, {sum(len(plan.students) for plan in plans.values())} students"
+    )
+    with work.progress.stage("students"):
+        work.together(_jobs(plans, student_jobs))
+    if spec.int8:
+        with work.progress.stage("int8"):
+            work.together(_jobs(plans, int8_jobs))
+    with work.progress.stage("evaluate"):
+        work.together(_jobs(plans, lambda plan: evaluation_jobs(plan, _compared(plan, spec.int8))), tracked=False)
+    comparison = _comparison(spec, plans)
+    folder = artifact.open_partial()
+    table.write(comparison, folder)
+    if kind == "figures":
+        shown = {row.name: row.scores[0] for row in comparison.rows}
+        drawn = figures.confusion(shown, dict(zip(shown, figures.PALETTE, strict=False)))
+        write_atomically(folder / FIGURE, figures.standalone(drawn))
+    artifact.finish({row.name: {"accuracy": row.scores[0].accuracy} for row in comparison.rows})
+    _track(work, spec, plans, comparison, artifact)
+
+
+def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]]) -> dict[str, Job]:
+    """Of all rows; rows that come to the same student share one training."""
+    jobs: dict[str, Job] = {}
+    for row, plan in plans.items():
+        known = {job.artifact.key for job in jobs.values()}
+        own = {f"{row}: {name}": job for name, job in of(plan).items() if job.artifact.key not in known}
+        jobs |= own
+    return jobs
+
+
+def _track(
+    work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison: Comparison, artifact: Artifact
+) -> None:
+    """Every student of the table below one parent run, with its test figures, whichever command trained it."""
+    for row, plan in plans.items():
+        models = plan.students | plan.int8
+        for name in _compared(plan, spec.int8):
+            scores = read_evaluation(plan.evaluations[name].path)
+            logged = {f"test/accuracy/{key}": value for key, value in scores.accuracies().items()}
+            logged["test/log_loss"] = scores.log_loss
+            work.tracker.record(f"{row}: {name}", models[name].key, models[name].config, logged)
+    summary = {}
+    for compared in comparison.rows:
+        mean, deviation = compared.scores
+        summary[f"{_metric_name(compared.name)}/accuracy"] = mean.accuracy
+        if deviation:
+            summary[f"{_metric_name(compared.name)}/accuracy_deviation"] = deviation.accuracy
+    work.tracker.log_summary(summary)
+    for file in sorted(artifact.path.iterdir()):
+        work.tracker.log_file("", file)
+
+
+def _metric_name(name: str) -> str:
+    """MLflow allows letters, digits and a few marks."""
+    return "".join(letter if letter.isalnum() or letter in "_-. " else "_" for letter in name)
+
+
+def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
+    lead = next(iter(plans.values()))
+    store = source_of(lead).store()
+
+    def scores(plan: Plan, names: Iterable[str]) -> table.Scores:
+        return over_seeds([read_evaluation(plan.evaluations[name].path) for name in names])
+
+    rows = []
+    for row in spec.rows:
+        plan = plans[row.name]
+        facts = next(iter(plan.students.values())).facts()
+        rows.append(
+            ComparedRow(
+                name=row.name,
+                parameters=facts["parameters"],
+                macs=facts["macs"],
+                scores=scores(plan, plan.students),
+                int8=scores(plan, plan.int8) if spec.int8 else None,
+                paper=row.paper,
+            )
+        )
+    return Comparison(
+        title=spec.title,
+        corpus=lead.clips.facts()["corpus"],
+        training_clips=int((store.split == "train").sum()),
+        unseen_devices=unseen_devices(store.clips),
+        rows=rows,
+    )

@@ -1,0 +1,148 @@
+"""A comparison of students as a table beside the paper's figures: Markdown, CSV and one HTML page."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from asc_ray.report.page import environment
+from asc_ray.training.evaluation import Deviation, Evaluation
+
+Scores = tuple[Evaluation, Deviation | None]
+PAPER = "the paper, TAU22"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRow:
+    """`paper`: its figures by column: `parameters` in K, `macs` in M, devices' names, `all`, `int8`, those in %."""
+
+    name: str
+    parameters: int
+    macs: int
+    scores: Scores
+    int8: Scores | None = None
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    title: str
+    corpus: str
+    training_clips: int
+    unseen_devices: Sequence[str]
+    rows: Sequence[ComparedRow]
+
+    @property
+    def note(self) -> str:
+        clips = {row.scores[0].clips for row in self.rows}
+        seeds = {row.scores[1].runs if row.scores[1] else 1 for row in self.rows}
+        many = f"mean ± standard deviation of {max(seeds)} seeds" if max(seeds) > 1 else "one seed"
+        return (
+            f"Accuracy in % on {max(clips):,} test clips of {self.corpus} ({self.training_clips:,} training clips), "
+            f"{many}; not in training: {', '.join(self.unseen_devices) or 'no device'}. Lines of the paper are its "
+            "figures on TAU22."
+        )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row's name, or whose figures these are; and each cell's value and deviation, None where there is none."""
+
+    name: str
+    cells: tuple[tuple[float | None, float | None], ...]
+    paper: bool
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """Of sizes, devices (those of the training first), groups of devices, and int8 where there is one."""
+    devices = {name for row in comparison.rows for name in row.scores[0].per_device}
+    unseen = comparison.unseen_devices
+    groups = [group for group in ("seen", "unseen") if all(group in row.scores[0].groups for row in comparison.rows)]
+    int8 = ["int8"] if any(row.int8 for row in comparison.rows) else []
+    ordered = sorted(devices, key=lambda name: (name in unseen, name))
+    return ["parameters", "macs", *ordered, *groups, "all", *int8, "log loss"]
+
+
+def lines(comparison: Comparison) -> Iterator[Line]:
+    """Ours, then the paper's where it has some."""
+    names = columns(comparison)
+    for row in comparison.rows:
+        yield Line(row.name, tuple(_ours(row, name) for name in names), paper=False)
+        if row.paper:
+            yield Line(PAPER, tuple((row.paper.get(name), None) for name in names), paper=True)
+
+
+def _ours(row: ComparedRow, column: str) -> tuple[float | None, float | None]:
+    if column in ("parameters", "macs"):
+        return (row.parameters / 1e3 if column == "parameters" else row.macs / 1e6), None
+    scores = row.int8 if column == "int8" else row.scores
+    if scores is None:
+        return None, None
+    mean, deviation = scores
+    if column == "log loss":
+        return mean.log_loss, deviation.log_loss if deviation else None
+    column = "all" if column == "int8" else column
+    if (share := mean.accuracies().get(column)) is None:
+        return None, None
+    return 100 * share, 100 * deviation.accuracies()[column] if deviation else None
+
+
+TITLES = {"parameters": "parameters, K", "macs": "MACs, M", "int8": "all, int8"}
+
+
+def cell(column: str, value: float | None, deviation: float | None, paper: bool) -> str:
+    """As people read it; the paper's with the decimals that it prints."""
+    if value is None:
+        return ""
+    digits = 3 if column == "log loss" else 2 if paper or column in ("parameters", "macs") else 1
+    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def markdown(comparison: Comparison) -> str:
+    names = columns(comparison)
+    rows = [["", *(TITLES.get(name, name) for name in names)], ["---"] * (len(names) + 1)]
+    for line in lines(comparison):
+        shown = [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)]
+        rows.append([line.name.replace("|", "\\|"), *shown])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"# {comparison.title}\n\n{comparison.note}\n\n{table}\n"
+
+
+def comma_separated(comparison: Comparison) -> str:
+    """A line for each of `lines`, every figure in full and its deviation beside it."""
+    names, out = columns(comparison), io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = [text for name in names for text in (name.replace(" ", "_"), f"{name.replace(' ', '_')}_deviation")]
+    writer.writerow(["row", "source", "corpus", "seeds", *head])
+    row = None
+    for line in lines(comparison):
+        if not line.paper:
+            row = next(own for own in comparison.rows if own.name == line.name)
+        assert row is not None
+        ours = (comparison.corpus, row.scores[1].runs if row.scores[1] else 1)
+        source = ("paper", "TAU22", "") if line.paper else ("ours", *ours)
+        figures = ["" if figure is None else f"{figure:.6g}" for found in line.cells for figure in found]
+        writer.writerow([row.name, *source, *figures])
+    return out.getvalue()
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """table.md, table.csv and table.html in the folder."""
+    names = columns(comparison)
+    html = (
+        environment()
+        .get_template("table.html.j2")
+        .render(
+            comparison=comparison,
+            columns=[(TITLES.get(name, name), name in comparison.unseen_devices) for name in names],
+            lines=[
+                (line, [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)])
+                for line in lines(comparison)
+            ],
+        )
+    )
+    texts = {"table.md": markdown(comparison), "table.csv": comma_separated(comparison), "table.html": html}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
