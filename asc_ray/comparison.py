@@ -67,11 +67,13 @@ def run_table(
             raise ConfigError(f"row {row}: {error}") from None
     # One row, with soft targets if any has some, stands for all in what they share.
     lead = next((own for own in configs.values() if _taught(own)), next(iter(configs.values())))
-    run(lead, STAGES[: STAGES.index("fuse" if _taught(lead) else "ingest") + 1], progress)
+    shared = STAGES[: STAGES.index("fuse" if _taught(lead) else "ingest") + 1]
+    if any(Plan(lead).missing(stage) for stage in shared):
+        run(lead, shared, progress)
     plans = {row: Plan(own) for row, own in configs.items()}
     artifact = _artifact(kind, name, spec, plans)
     if artifact.complete:
-        progress.note(f"{spec.title}: nothing to do, it is complete")
+        progress.note(f"{spec.title}: nothing to do, it is done")
     else:
         title = f"{lead.name} {kind.removesuffix('s')} {name}"
         complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))

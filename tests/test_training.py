@@ -112,6 +112,28 @@ def test_a_learned_lambda_is_resumed_with_the_network(data, tmp_path):
     assert all(0.1 < weight < 0.9 for weight in weights)
 
 
+def test_the_mean_of_the_last_epochs_weights_is_the_result(data, tmp_path):
+    """And the last epoch's metrics are about it; cut off among the epochs of the mean, it comes out the same."""
+    train("cp_resnet", data, tmp_path / "plain", until=3)
+    third = load_checkpoint(tmp_path / "plain").model
+    fourth, plain = train("cp_resnet", data, tmp_path / "plain")
+    mean, history = train("cp_resnet", data, tmp_path / "mean", average_epochs=2)
+    for key, value in mean.items():
+        expected = (third[f"network.{key}"] + fourth[key]) / 2 if value.is_floating_point() else fourth[key]
+        torch.testing.assert_close(value, expected)
+    assert [m["loss"] for m in history] == [m["loss"] for m in plain]
+    assert [m["validation_log_loss"] for m in history[:3]] == [m["validation_log_loss"] for m in plain[:3]]
+    assert history[3]["validation_log_loss"] != plain[3]["validation_log_loss"]
+    train("cp_resnet", data, tmp_path / "cut", until=3, average_epochs=2)
+    resumed, again = train("cp_resnet", data, tmp_path / "cut", average_epochs=2)
+    assert all(torch.equal(value, resumed[key]) for key, value in mean.items())
+    assert timeless(again) == timeless(history)
+    with pytest.raises(ValidationError, match="average_epochs: 5 of 4 epochs"):
+        recipe("cp_resnet", average_epochs=5)
+    with pytest.raises(ValidationError, match="choose one of them"):
+        Recipe.model_validate({**RECIPES["cp_resnet"], "select": "best", "optimizer": {"average_epochs": 2}})
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus") / "demo"

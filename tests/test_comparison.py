@@ -1,0 +1,183 @@
+"""Tables and figures of the paper: what a command leaves behind, and its figures against what they are made of."""
+
+import csv
+import io
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import TINY, command, environment
+from mlflow.tracking import MlflowClient
+
+from asc_ray.comparison import read_table
+from asc_ray.config import load_config
+from asc_ray.plan import Plan
+from asc_ray.report import table
+from asc_ray.report.table import ComparedRow, Comparison
+from asc_ray.training.ensemble import read_evaluation
+from asc_ray.training.evaluation import evaluate, over_seeds
+
+LABELS = ("bus", "park", "tram")
+
+
+def made_up(seed: int):
+    rng = np.random.default_rng(seed)
+    scene, device = np.arange(60) % 3, np.array(["a", "b", "s4", "s5"])[np.arange(60) % 4]
+    return evaluate(2 * np.eye(3)[scene] + rng.normal(0, 1.5, (60, 3)), scene, device, LABELS, ["s4", "s5"])
+
+
+def compared(*runs, paper=None, int8=None) -> ComparedRow:
+    scores = over_seeds([made_up(seed) for seed in runs])
+    return ComparedRow(
+        name=f"row | {runs[0]}", parameters=12_345, macs=6_789_000, scores=scores, int8=int8, paper=paper or {}
+    )
+
+
+def comparison(*rows) -> Comparison:
+    return Comparison(
+        title="A <title>", corpus="made & up", training_clips=1_234, unseen_devices=("s4", "s5"), rows=rows
+    )
+
+
+def test_the_mean_over_seeds_is_the_mean_and_the_deviation_the_sample_s():
+    runs = [made_up(seed) for seed in range(4)]
+    mean, deviation = over_seeds(runs)
+    assert deviation.runs == 4
+    for name, share in mean.accuracies().items():
+        own = [run.accuracies()[name] for run in runs]
+        assert share == pytest.approx(np.mean(own))
+        assert deviation.accuracies()[name] == pytest.approx(np.std(own, ddof=1))
+    assert mean.log_loss == pytest.approx(np.mean([run.log_loss for run in runs]))
+    assert np.array_equal(mean.confusion, sum(np.array(run.confusion) for run in runs))
+    assert sum(own.clips for own in mean.reliability) == 4 * 60
+    right = sum(own.clips * own.accuracy for own in mean.reliability) / 240
+    assert right == pytest.approx(mean.accuracy)
+    assert len({round(own.confidence * 15 - 0.5) for own in mean.reliability}) == len(mean.reliability)
+    assert over_seeds(runs[:1]) == (runs[0], None)
+
+
+def test_a_table_has_ours_and_the_paper_s_in_one_order(tmp_path):
+    one, three = compared(0, paper={"a": 71.34, "all": 60.1, "macs": 3.88}), compared(1, 2, 3)
+    three = ComparedRow(**{**vars(three), "int8": three.scores})
+    table.write(comparison(one, three), tmp_path)
+    head, _, *rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert head == "|  | parameters, K | MACs, M | a | b | s4 | s5 | seen | unseen | all | all, int8 | log loss |"
+    assert len(rows) == 3
+    first, paper, second = ([text.strip() for text in row.replace("\\|", "/").split("|")[1:-1]] for row in rows)
+    assert first[:3] == ["row / 0", "12.35", "6.79"]
+    assert first[9:11] == [f"{100 * made_up(0).accuracy:.1f}", ""]
+    assert paper == ["the paper, TAU22", "", "3.88", "71.34", "", "", "", "", "", "60.10", "", ""]
+    mean, deviation = three.scores
+    assert second[9] == second[10] == f"{100 * mean.accuracy:.1f} ± {100 * deviation.accuracy:.1f}"
+    assert second[11] == f"{mean.log_loss:.3f} ± {deviation.log_loss:.3f}"
+    read = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert [(line["row"], line["source"], line["seeds"]) for line in read] == [
+        ("row | 0", "ours", "1"), ("row | 0", "paper", ""), ("row | 1", "ours", "3"),
+    ]  # fmt: skip
+    assert float(read[2]["s4_deviation"]) == pytest.approx(100 * deviation.per_device["s4"], rel=1e-5)
+    html = (tmp_path / "table.html").read_text()
+    assert "A &lt;title&gt;" in html
+    assert "made &amp; up" in html
+    assert html.count("<tr") == 4
+
+
+@pytest.mark.parametrize("number", ["2", "3", "4", "5"])
+def test_the_paper_s_tables_load_and_their_rows_differ(number):
+    spec, _ = read_table("tables", number)
+    students = []
+    for row in spec.rows:
+        values = {**spec.set, **row.set}
+        students.append(
+            load_config(
+                "small", ["sweep=null", *(f"{k}={'null' if v is None else v}" for k, v in values.items())]
+            ).student
+        )
+        assert students[-1].seeds == 3
+        assert 40 < row.paper["all"] < 70
+    assert len(set(map(repr, students))) == len(students)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table", "6"], "6: no such table; known: 2, 3, 4, 5"),
+        (["figure", "4"], "4: no such figure; known: 3"),
+        (["table", "rows.yaml"], "rows: is required"),
+        (["table", "wrong.yaml"], "student.optimizer.epoch: unknown key"),
+        (["table", "large.yaml"], "row second: student.model: cp_resnet is too large for the device"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, message):
+    (tmp_path / "rows.yaml").write_text("title: none\n")
+    (tmp_path / "wrong.yaml").write_text("title: x\nrows: [{name: first, set: {student.optimizer.epoch: 3}}]\n")
+    large = "{name: second, set: {student.model: {name: cp_resnet, width: 64}}}"
+    (tmp_path / "large.yaml").write_text(f"title: x\nrows: [{{name: first}}, {large}]\n")
+    done = subprocess.run(
+        command(*arguments, "--config", TINY, "--set", f"storage={tmp_path}/s"),
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+TABLE = """title: Labels and soft targets
+set: {student.seeds: 2, student.optimizer.epochs: 1}
+rows:
+  - name: fused
+    paper: {all: 65.26}
+  - name: none
+    set: {student.distillation.soft_target: none}
+  - name: fused again
+"""
+
+
+def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
+    """Two seeds of three rows, two of them equal; and a picture that needs no training."""
+    storage, file = tmp_path / "storage", tmp_path / "labels.yaml"
+    shutil.copytree(finished.storage, storage)
+    file.write_text(TABLE)
+
+    def run(*arguments):
+        whole = command(*arguments, "--config", TINY, "--set", f"storage={storage}")
+        return subprocess.run(whole, capture_output=True, text=True, env=environment(), check=False)
+
+    done = run("table", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (storage / "tables").iterdir()
+    assert f"table   {folder / 'table.html'}" in done.stdout
+    assert (folder / "table.md").read_text() in done.stdout
+    assert done.stdout.count(": finished (") == 4
+    plan = Plan(
+        load_config(TINY, [f"storage={storage}", "sweep=null", "student.seeds=2", "student.optimizer.epochs=1"])
+    )
+    assert list(plan.students) == ["student-seed0", "student-seed1"]
+    scores = [read_evaluation(plan.evaluations[name].path) for name in plan.students]
+    rows = {line["row"]: line for line in csv.DictReader((folder / "table.csv").open()) if line["source"] == "ours"}
+    assert float(rows["fused"]["all"]) == pytest.approx(100 * np.mean([s.accuracy for s in scores]), rel=1e-5)
+    assert {**rows["fused again"], "row": ""} == {**rows["fused"], "row": ""}
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
+    (parent,) = [run for run in runs if run.info.run_name == "tiny table labels"]
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    expected = {f"{row}: student-seed{seed}" for row in rows for seed in (0, 1)}
+    assert set(children) == expected
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for seed, score in enumerate(scores):
+        found = children[f"fused again: student-seed{seed}"].data.metrics
+        assert found["test/accuracy/all"] == pytest.approx(score.accuracy)
+    assert len(client.get_metric_history(children["none: student-seed1"].info.run_id, "loss")) == 1
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"table.md", "table.csv", "table.html"}
+
+    before = {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()}
+    again = run("table", file)
+    assert again.returncode == 0, again.stderr
+    assert "Labels and soft targets: nothing to do" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()} == before
+    drawn = run("figure", "2")
+    assert drawn.returncode == 0, drawn.stderr
+    (picture,) = (storage / "figures").glob("figure-2-*/figure.svg")
+    assert str(picture) in drawn.stdout
+    assert picture.read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
