@@ -122,6 +122,12 @@ class Plan:
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
         student = {"student": dump(config.student), "partition": self._division()}
         del student["student"]["seeds"]
+        if file := config.student.checkpoint:
+            if config.sweep:
+                raise ConfigError("student.checkpoint: there is nothing to search for with it; give sweep: null, too")
+            if not file.is_file():
+                raise ConfigError(f"student.checkpoint: {file}: no such file")
+            student["student"]["checkpoint"] = file_sha256(file)
         self.sweep: Artifact | None = None
         if config.sweep:
             self.sweep = self._artifact("sweep", "sweep", {**student, "sweep": dump(config.sweep)}, learned)

@@ -1,6 +1,5 @@
 """The whole pipeline as a user runs it: what it leaves behind, twice the same, killed and started again."""
 
-import json
 import os
 import re
 import shutil
@@ -25,12 +24,14 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import Fusion
+from asc_ray.models.cp_mobile import CPMobileConfig
+from asc_ray.models.registry import build
 from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_evaluation, read_scores
 from asc_ray.training.loop import predict
 from asc_ray.training.search import TrialResult, propose
-from asc_ray.training.systems import Inference, infer, load_int8, load_model, train_teacher
+from asc_ray.training.systems import Inference, infer, load_int8, load_model, train_student, train_teacher
 
 
 def plan_of(run):
@@ -141,6 +142,28 @@ def test_published_checkpoints_are_imported_and_the_rest_is_trained(finished, pl
     assert ours.teachers["passt_dirfms_1"].key == plan.teachers["passt_dirfms_1"].key
     assert ours.teachers[name].key != plan.teachers[name].key
     assert (values(ours.logits[name]) == values(plan.logits[name])).all()
+
+
+def test_a_student_from_a_published_checkpoint_is_not_trained(plan, tmp_path):
+    """CP-Mobile's file as Lightning writes it; its key follows the file's content, not its name."""
+    network = build(CPMobileConfig(), 10, seed=5)
+    stored = {f"net.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": stored}, tmp_path / "one.ckpt")
+    shutil.copy(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
+    given = ["student.preset=cp_mobile", "student.distillation.soft_target=none", f"storage={tmp_path / 'storage'}"]
+    files = [f"student.checkpoint={tmp_path / name}.ckpt" for name in ("one", "two")]
+    configs = [load_config(TINY, [*given, "sweep=null", file]) for file in files]
+    ours = Plan(configs[0])
+    artifact = ours.students["student"]
+    assert artifact.key == Plan(configs[1]).students["student"].key
+    train_student(artifact, Source(plan.clips.path, plan.config.partition), None, configs[0].student)
+    weights = load_file(artifact.path / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    assert (artifact.facts()["parameters"], artifact.facts()["history"]) == (126_952, [])
+    with pytest.raises(ConfigError, match=r"student\.checkpoint: there is nothing to search for"):
+        Plan(load_config(TINY, [*given, f"student.checkpoint={tmp_path / 'one.ckpt'}"]))
+    with pytest.raises(ConfigError, match="a student from a checkpoint is not trained; allowed is 1"):
+        load_config(TINY, [*given, "student.checkpoint=one.ckpt", "student.seeds=3"])
 
 
 def test_the_output_tells_every_stage_and_where_things_are(finished, plan):

@@ -74,6 +74,7 @@ def example(seed: int = 0) -> ReportData:
             complexity("DS-FlexiNet sm1", 13_760, 3_880_000),
             complexity("cp_resnet", 127_684, 29_000_000),
         ),
+        residual_lambda={"student": {"features.norm1": 0.4321, "features.norm2": -0.05}},
         fusion=FusionSection(
             fusion=fusion,
             data="holdout",
@@ -194,6 +195,7 @@ def test_everything_is_there(html, data):
     assert [a["class"] for tag, a in page.tags if tag == "svg"] == [
         "device_accuracy", "confusion", "fusion_weights", "reliability", "sweep", "training_curves", "energy_histogram",
     ]  # fmt: skip
+    assert "from 0.5: norm1 0.432, norm2 -0.050." in page.text
     for expected in ("13.76 K", "3.88 M", "139,620", "2 digitally silent clips", *data.lineage.values(), "ds_flexinet"):
         assert expected in page.text
 

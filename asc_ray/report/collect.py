@@ -13,6 +13,7 @@ import yaml
 from asc_ray.artifacts import Artifact
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.fusion import Fusion
+from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import FUSION, read_scores
@@ -81,6 +82,8 @@ def write_report(
                     bytes_int8=cost["bytes"].get("int8", trained["bytes"]["int8"]),
                 )
             ],
+            residual_lambda={name: artifact.facts()["residual_lambda"] for name, artifact in students.items()},
+            lambda_start=model.normalization.lambda_start if isinstance(model, DSFlexiNetConfig) else 0.0,
             fusion=FusionSection(
                 fusion=Fusion.load(fusion.path / FUSION),
                 data=fusion.facts()["data"],

@@ -71,6 +71,8 @@ class ReportData:
     corpus: CorpusSummary
     systems: Sequence[SystemResult]  # on the test split, in the order of the tables; the last is the deliverable
     complexity: Sequence[ComplexityRow] = ()  # the student's first
+    residual_lambda: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # student -> layer -> learned
+    lambda_start: float = 0.5
     fusion: FusionSection | None = None
     energies: np.ndarray | None = None  # (N,) of the training clips
     energy_threshold: float | None = None  # of ADIR, None without it

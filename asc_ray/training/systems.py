@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,8 +44,15 @@ Precision = Literal["fp32", "bf16"]
 class StudentConfig(Recipe):
     """A recipe and its soft targets."""
 
+    checkpoint: Path | None = Field(None, description="a published checkpoint of the model, taken instead of training")
     seeds: int = Field(1, ge=1, le=100, description="so many students are trained, with `seed` and those after it")
     distillation: DistillationConfig = DistillationConfig()
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        if self.checkpoint and self.seeds > 1:
+            raise ValueError(f"seeds: {self.seeds}, but a student from a checkpoint is not trained; allowed is 1")
+        return self
 
 
 class QATConfig(Section):
@@ -92,11 +99,18 @@ def train_student(
     config: StudentConfig,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
-    """Train a student on all clips but the validation part, from the soft targets in the folder `targets`."""
+    """Train a student on all clips but the validation part, from the soft targets in the folder `targets`.
+
+    With `config.checkpoint` it has that file's weights instead. Raises UserError where they do not fit.
+    """
     folder = artifact.open_partial()
     data = source.open()
     model = build(config.model, len(data.store.labels), config.seed)
-    history = fit_student(model, config, data, targets, folder / "checkpoints", _noted(folder, config, on_epoch))
+    if config.checkpoint:
+        load_published(model, config.checkpoint)
+        history = []
+    else:
+        history = fit_student(model, config, data, targets, folder / "checkpoints", _noted(folder, config, on_epoch))
     _save_weights(model, folder)
     shape = input_shape(config)
     cost = complexity(model.cpu(), shape)
@@ -159,9 +173,10 @@ def train_int8(
             quantization.freeze(module)
 
     train = student_clips(data)
-    # lambda stays what it was in the student's last epoch.
-    last = read_manifest(student)["facts"]["history"][-1].get("label_weight")
-    distillation = config.distillation.model_copy(update={"label_weight": last}) if targets else None
+    distillation = config.distillation if targets else None
+    history = read_manifest(student)["facts"]["history"]
+    if distillation and history:  # lambda stays what it was in the student's last epoch
+        distillation = distillation.model_copy(update={"label_weight": history[-1]["label_weight"]})
     history = fit(
         prepared,
         recipe,
