@@ -166,7 +166,7 @@ class Work:
                 if len(todo) > 1 and todo[name].epochs:
                     on_event(name, {"finished": True})
 
-            run_tasks(tasks, config.cluster.retries, on_event, on_done)
+            run_tasks(tasks, config.cluster.retries, on_event, on_done, patient=True)
 
 
 def source_of(plan: Plan) -> Source:

@@ -138,18 +138,23 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
     """Two seeds of three rows, two of them equal; and a picture that needs no training."""
     storage, file = tmp_path / "storage", tmp_path / "labels.yaml"
     shutil.copytree(finished.storage, storage)
-    file.write_text(TABLE)
+    file.write_text(TABLE + f"  - name: broken\n    set: {{student.checkpoint: {TINY}, student.seeds: 1}}\n")
 
     def run(*arguments):
         whole = command(*arguments, "--config", TINY, "--set", f"storage={storage}")
         return subprocess.run(whole, capture_output=True, text=True, env=environment(), check=False)
 
+    failed = run("table", file)
+    assert failed.returncode == 1
+    assert f"1 of 5 failed (broken: student: {TINY}: cannot be read as a checkpoint" in failed.stderr
+    assert failed.stdout.count(": finished (") == 4
+    file.write_text(TABLE)
     done = run("table", file)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (storage / "tables").iterdir()
     assert f"table   {folder / 'table.html'}" in done.stdout
     assert (folder / "table.md").read_text() in done.stdout
-    assert done.stdout.count(": finished (") == 4
+    assert ": finished (" not in done.stdout
     plan = Plan(
         load_config(TINY, [f"storage={storage}", "sweep=null", "student.seeds=2", "student.optimizer.epochs=1"])
     )

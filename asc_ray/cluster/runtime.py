@@ -118,13 +118,16 @@ class Task:
     reports: bool = False
 
 
-def run_tasks(tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: OnEvent) -> list[Any]:
+def run_tasks(
+    tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: OnEvent, patient: bool = False
+) -> list[Any]:
     """Run all tasks, as many at once as fit; results in the order of `tasks`.
 
     A task whose worker died is started again, up to `retries` times. The first error ends the others, and is raised
-    as what it was on the worker.
+    as what it was on the worker; but a `patient` call lets the others end before it raises a UserError of any.
     """
     events: Any = None
+    errors: dict[str, UserError] = {}
     if any(task.reports for task in tasks):
         events = Events.options(scheduling_strategy=beside_the_driver()).remote()
     running = {
@@ -141,13 +144,24 @@ def run_tasks(tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: O
                 pass_on(events, on_event)
             for reference in done:
                 index = running.pop(reference)
-                results[index] = fetch(reference)
+                try:
+                    results[index] = fetch(reference)
+                except UserError as error:
+                    if not patient or len(tasks) == 1:
+                        raise
+                    errors[tasks[index].name] = error
+                    continue
                 on_done(tasks[index].name, results[index] if isinstance(results[index], dict) else {})
     finally:
         for reference in running:  # none, unless one failed; to cancel a finished task can crash Ray 2.60
             ray.cancel(reference, force=True)
         if events is not None:
             ray.kill(events)
+    if errors:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise UserError(
+            f"{len(errors)} of {len(tasks)} failed ({reasons}). The others are kept; the same command tries these again"
+        )
     return results
 
 
