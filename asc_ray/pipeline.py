@@ -389,7 +389,7 @@ def _build_sweep(work: Work) -> None:
             config.cluster.retries,
             listener,
         )
-    best = best_student(results, config.student)
+    best = best_student(results, config.student, config.sweep)
     write_atomically(
         plan.sweep.partial / BEST_STUDENT,
         "# The best configuration of the sweep; lay it over another with `base:`.\n"

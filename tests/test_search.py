@@ -3,13 +3,13 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from asc_ray.errors import UserError
+from asc_ray.training.distillation import LearnedWeight, ScheduledWeight
 from asc_ray.training.search import (
-    Parameter,
     SweepConfig,
     TrialResult,
     best,
@@ -18,6 +18,7 @@ from asc_ray.training.search import (
     should_stop,
     trial_config,
 )
+from asc_ray.training.space import Parameter, grid, values_of
 from asc_ray.training.systems import StudentConfig
 
 SPACE = {
@@ -48,7 +49,7 @@ def test_a_proposal_depends_on_what_it_may_see_and_on_nothing_else():
 @given(st.integers(0, 3), st.integers(0, 50))
 def test_proposals_lie_in_the_space_and_make_a_valid_student(number, seed):
     parameters = propose(SWEEP.model_copy(update={"seed": seed}), number, [])
-    config = trial_config(STUDENT, parameters)
+    config = trial_config(STUDENT, SWEEP, parameters)
     assert 0.0 <= config.distillation.label_weight <= 1.0
     assert 1e-4 <= config.optimizer.learning_rate <= 1e-2
     assert config.augment.dir.threshold in (None, "auto", 323.0)
@@ -117,4 +118,69 @@ def test_a_wrong_parameter_is_refused(parameter, message):
 def test_a_space_that_makes_no_valid_student_is_refused(key, parameter, message):
     sweep = SweepConfig.model_validate({"space": {key: parameter}})
     with pytest.raises(ValueError, match=message):
+        sweep.check(STUDENT)
+
+
+CONDITIONAL = {
+    "distillation.label_weight": {
+        "one_of": {
+            "fixed": {"uniform": [0.0, 1.0]},
+            "schedule": {
+                "start": {"uniform": [0.4, 1.0]},
+                "end": {"choice": [0.0, 0.2]},
+                "shape": {"choice": ["linear", "cosine"]},
+            },
+            "learned": {"start": 0.3, "low": {"uniform": [0.0, 0.2]}, "high": 0.9},
+        }
+    },
+    "augment.dir.apply_to": {"one_of": {"first": ["a"], "all": "all"}},
+}
+
+
+@given(st.integers(0, 12), st.integers(0, 100))
+@settings(deadline=None, max_examples=40)
+def test_an_alternative_s_own_parameters_are_searched_where_it_is_chosen(number, seed):
+    raw = {"space": CONDITIONAL, "seed": seed, "startup_trials": 2, "lookback": 1}
+    sweep = SweepConfig.model_validate(raw)
+    sweep.check(STUDENT)
+    ended = []
+    for n in range(number + 1):
+        parameters = propose(sweep, n, ended)
+        chosen = parameters["distillation.label_weight"]
+        own = {name for name in parameters if name.startswith("distillation.label_weight.")}
+        assert {name.split(".")[2] for name in own} == {chosen}
+        ended.append(TrialResult(number=n, parameters=parameters, curve=(0.5,), state="complete"))
+    assert parameters == propose(sweep, number, ended[:-1])
+    weight = trial_config(STUDENT, sweep, parameters).distillation.label_weight
+    expected = {"fixed": float, "schedule": ScheduledWeight, "learned": LearnedWeight}[chosen]
+    assert isinstance(weight, expected)
+    if chosen == "schedule":
+        assert weight.start == parameters["distillation.label_weight.schedule.start"]
+    assert trial_config(STUDENT, sweep, parameters).augment.dir.apply_to in (("a",), "all")
+
+
+def test_a_grid_has_every_point_once():
+    space = {
+        "augment.roll": {"int": [1, 3]},
+        "distillation.label_weight": {
+            "one_of": {"fixed": {"choice": [0.1, 0.2]}, "schedule": {"start": 0.5, "end": {"choice": [0.0, 0.1, 0.2]}}}
+        },
+    }
+    sweep = SweepConfig.model_validate({"space": space, "sampler": "grid", "trials": 15})
+    sweep.check(STUDENT)
+    points = [values_of(sweep.space, propose(sweep, n, [])) for n in range(15)]
+    assert len(set(map(repr, points))) == len(grid(sweep.space)) == 3 * (2 + 3)
+    assert points[0] == {"augment.roll": 1, "distillation.label_weight": 0.1}
+    assert points[-1] == {"augment.roll": 3, "distillation.label_weight": {"start": 0.5, "end": 0.2}}
+    with pytest.raises(ValueError, match=r"sweep\.trials: 16, but the grid of sweep\.space has 15 points"):
+        sweep.model_copy(update={"trials": 16}).check(STUDENT)
+    real = SweepConfig.model_validate({"space": SPACE, "sampler": "grid", "trials": 1})
+    with pytest.raises(ValueError, match="label_weight: a grid takes choice, int and one_of"):
+        real.check(STUDENT)
+
+
+def test_every_alternative_is_checked_with_all_its_ends():
+    wrong = {"one_of": {"fixed": 0.5, "learned": {"start": {"uniform": [0.1, 0.9]}, "low": 0.2}}}
+    sweep = SweepConfig.model_validate({"space": {"distillation.label_weight": wrong}})
+    with pytest.raises(ValueError, match=r"label_weight=\{'start': 0\.1, 'low': 0\.2\}: .*low 0\.2 < start 0\.1"):
         sweep.check(STUDENT)

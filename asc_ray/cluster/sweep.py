@@ -55,7 +55,7 @@ def run_sweep(
                     "source": source,
                     "targets": targets,
                     "student": student,
-                    "epochs": sweep.epochs,
+                    "sweep": sweep,
                     "threads": resources.threads,
                 },
             ),
@@ -191,8 +191,8 @@ class _Halving(FIFOScheduler):
 def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     """One trial on a worker."""
     torch.set_num_threads(work["threads"])
-    student = search.trial_config(work["student"], config["parameters"])
-    student = student.model_copy(update={"optimizer": student.optimizer.scaled_to(work["epochs"])})
+    student = search.trial_config(work["student"], work["sweep"], config["parameters"])
+    student = student.model_copy(update={"optimizer": student.optimizer.scaled_to(work["sweep"].epochs)})
     data = work["source"].open()
     model = build(student.model, len(data.store.labels), student.seed)
     checkpoints = work["folder"] / f"{config['number']:04d}.checkpoints"
@@ -207,6 +207,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: metrics[name] for name in own}
 
 
-def best_student(results: list[TrialResult], student: StudentConfig) -> dict[str, Any]:
+def best_student(results: list[TrialResult], student: StudentConfig, sweep: SweepConfig) -> dict[str, Any]:
     """The student's section with the best trial's parameters, ready to be written as YAML."""
-    return json.loads(search.trial_config(student, search.best(results).parameters).model_dump_json())
+    return json.loads(search.trial_config(student, sweep, search.best(results).parameters).model_dump_json())

@@ -5,70 +5,32 @@ Parallel searches usually depend on which trial ends first. Here a decision abou
 of workers, and a search that was killed goes on as if it had not been.
 """
 
-import builtins
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from asc_ray.errors import UserError
 from asc_ray.section import Section
+from asc_ray.training.space import Parameter, distributions, grid, suggested, values_of
 from asc_ray.training.systems import StudentConfig
 
 METRIC = "validation_macro_accuracy"
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study tells a user nothing
 
 
-class Parameter(Section):
-    """Exactly one of the four: bounds of a uniform, log-uniform or integer range, or a list of choices."""
-
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    int: tuple[builtins.int, builtins.int] | None = None
-    choice: tuple[Any, ...] | None = None
-
-    @model_validator(mode="after")
-    def _one_and_ordered(self) -> "Parameter":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected exactly one of uniform, loguniform, int, choice; found {given or 'none'}")
-        if self.choice is not None:
-            if not self.choice:
-                raise ValueError("choice: expected at least one value")
-            return self
-        low, high = self.ends
-        if low >= high:
-            raise ValueError(f"{given[0]}: the lower bound {low} is not below the upper bound {high}")
-        if self.loguniform and low <= 0:
-            raise ValueError(f"loguniform: the lower bound {low} is not positive")
-        return self
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """The values that must all be valid for the key: both bounds, or every choice."""
-        return self.uniform or self.loguniform or self.int or self.choice or ()
-
-    def distribution(self) -> BaseDistribution:
-        if self.uniform:
-            return FloatDistribution(*self.uniform)
-        if self.loguniform:
-            return FloatDistribution(*self.loguniform, log=True)
-        if self.int:
-            return IntDistribution(*self.int)
-        assert self.choice is not None
-        return CategoricalDistribution(self.choice)
-
-
 class SweepConfig(Section):
-    """Optuna search over `space` (keys of `student`) with successive halving; scored on the validation part only."""
+    """Optuna search over `space` (keys of `student`) with successive halving; scored on the validation part only.
+
+    `sampler: grid` takes the points of the space in their order.
+    """
 
     trials: int = Field(40, ge=1)
     epochs: int = Field(30, ge=1, description="epochs of a trial that is not stopped; the schedule is scaled to them")
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
     startup_trials: int = Field(10, ge=1, description="random proposals before the search learns from results")
     lookback: int = Field(4, ge=1, description="trial n learns from trials 0 .. n - lookback; bounds concurrency")
     grace_epochs: int = Field(5, ge=1, description="no trial is stopped before")
@@ -77,11 +39,13 @@ class SweepConfig(Section):
     space: dict[str, Parameter] = Field(min_length=1)
 
     def check(self, student: StudentConfig) -> None:
-        """Raise ValueError when a key is unknown or an end of its range is not allowed."""
+        """Raise ValueError when a key is unknown, an end of its range is not allowed, or a grid is too small."""
+        if self.sampler == "grid" and self.trials > (points := len(grid(self.space))):
+            raise ValueError(f"sweep.trials: {self.trials}, but the grid of sweep.space has {points} points")
         for key, parameter in self.space.items():
-            for value in parameter.ends:
+            for value in parameter.ends():
                 try:
-                    trial_config(student, {key: value})
+                    changed(student, {key: value})
                 except ValidationError as error:
                     finding = error.errors()[0]
                     raise ValueError(f"sweep.space.{key}: student.{key}={value!r}: {finding['msg']}") from None
@@ -115,15 +79,22 @@ def apply_overrides(raw: dict[str, Any], values: Mapping[str, Any]) -> None:
         target[leaf] = value
 
 
-def trial_config(student: StudentConfig, parameters: Mapping[str, Any]) -> StudentConfig:
-    """The student's configuration with a trial's parameters laid over it."""
+def changed(student: StudentConfig, values: Mapping[str, Any]) -> StudentConfig:
+    """The student's configuration with these values, by key, laid over it."""
     raw = student.model_dump()
-    apply_overrides(raw, parameters)
+    apply_overrides(raw, values)
     return StudentConfig.model_validate(raw)
+
+
+def trial_config(student: StudentConfig, sweep: SweepConfig, parameters: Mapping[str, Any]) -> StudentConfig:
+    """The configuration of the trial with these parameters."""
+    return changed(student, values_of(sweep.space, parameters))
 
 
 def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> dict[str, Any]:
     """Parameters of trial `number`, from the trials among `ended` that it may learn from."""
+    if config.sampler == "grid":
+        return grid(config.space)[number]
     known = _visible(config, number, ended)
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
     with warnings.catch_warnings():
@@ -131,15 +102,14 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
         sampler = (
             optuna.samplers.RandomSampler(seed=seed)
             if config.sampler == "random" or number < config.startup_trials
-            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True)
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True, group=True)
         )
-        distributions = {key: parameter.distribution() for key, parameter in config.space.items()}
         study = optuna.create_study(direction="maximize", sampler=sampler)
         for result in known:
             study.add_trial(
                 optuna.trial.create_trial(
                     params=result.parameters,
-                    distributions=distributions,
+                    distributions=distributions(config.space, result.parameters),
                     value=result.value,
                     intermediate_values=dict(enumerate(result.curve)),
                     state=optuna.trial.TrialState.PRUNED
@@ -147,7 +117,9 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
                     else optuna.trial.TrialState.COMPLETE,
                 )
             )
-        return study.ask(distributions).params
+        trial = study.ask()
+        suggested(config.space, trial)
+        return trial.params
 
 
 def may_start(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> bool:
