@@ -115,7 +115,7 @@ def _lines(values: Mapping[str, Any]) -> list[str]:
 
 
 def _taught(config: Config) -> bool:
-    return config.student.distillation.soft_target != "none"
+    return set(config.soft_targets) != {"none"}
 
 
 def _row_of(configs: Mapping[str, Config], config: Config) -> str:

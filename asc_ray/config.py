@@ -1,9 +1,10 @@
 """One frozen configuration from YAML files and dotted overrides.
 
-A file may begin with `base: other.yaml` (relative to itself): it is merged over that file, mapping by mapping.
+A file may begin with `base: other.yaml` (relative to itself), or several in a list: it is merged over them, mapping by
+mapping.
 `student.preset: NAME` takes a network and its front end from `students/NAME.yaml`, `student.recipe: NAME` augmentation,
 optimizer and distillation from `recipes/NAME.yaml`, in place of what was below but for the soft target; what else is
-given changes them.
+given changes them. So does `sweep.preset: NAME` with the space of the search, from `sweep/NAME.yaml`.
 `teachers.systems` names recipe files `teachers/NAME.yaml` beside the configuration or among the packaged presets.
 """
 
@@ -30,6 +31,7 @@ from asc_ray.training.loop import Recipe
 from asc_ray.training.search import SweepConfig, apply_overrides
 from asc_ray.training.systems import Precision, QATConfig, StudentConfig
 
+SOFT_TARGET = "distillation.soft_target"
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the presets inside the package; a checkout has them beside it.
 PRESETS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -109,13 +111,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        soft = self.student.distillation.soft_target
         allowed = ("none", "average", "fused", *self.teachers.recipes)
-        if soft not in allowed:
-            raise ValueError(f"student.distillation.soft_target: {soft!r} is unknown; allowed: {', '.join(allowed)}")
+        for soft in self.soft_targets:
+            if soft not in allowed:
+                raise ValueError(f"student.{SOFT_TARGET}: {soft!r} is unknown; allowed: {', '.join(allowed)}")
         if self.sweep:
             self.sweep.check(self.student)
         return self
+
+    @property
+    def soft_targets(self) -> tuple[str, ...]:
+        """The student's soft target, and those that the search may choose."""
+        searched = self.sweep and self.sweep.space.get(SOFT_TARGET)
+        return (self.student.distillation.soft_target, *(searched.ends() if searched else ()))
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -126,7 +134,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = _find(source)
     raw = _compose(path)
     # Presets first: what else is given changes them.
-    for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in _STUDENT_PRESETS):
+    for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in _PRESET_KEYS):
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY.PATH=VALUE, as in --set student.optimizer.epochs=20")
@@ -134,8 +142,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from None
-        if key in _STUDENT_PRESETS:
-            raw = _laid_over(raw, {"student": {key.partition(".")[2]: value}}, path)
+        if key in _PRESET_KEYS:
+            section, _, name = key.partition(".")
+            raw = _laid_over(raw, {section: {name: value}}, path)
         else:
             apply_overrides(raw, {key: value})
     _resolve_teachers(raw, path)
@@ -171,12 +180,13 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
     base = raw.pop("base", None)
-    if base is None:
-        return _laid_over({}, raw, path)
-    base_path = (path.parent / str(base)).resolve()
-    if not base_path.is_file():
-        raise ConfigError(f"{path}: base: {base}: no such file")
-    return _laid_over(_compose(base_path, (*above, path)), raw, path)
+    below: dict[str, Any] = {}
+    for name in base if isinstance(base, list) else [] if base is None else [base]:
+        base_path = (path.parent / str(name)).resolve()
+        if not base_path.is_file():
+            raise ConfigError(f"{path}: base: {name}: no such file")
+        below = merged(below, _compose(base_path, (*above, path)))
+    return _laid_over(below, raw, path)
 
 
 def _one_line(error: Exception) -> str:
@@ -212,27 +222,31 @@ def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = N
 
 
 _NETWORK = ("model", "frontend")
-_RECIPE = ("augment", "optimizer")  # distillation is merged: the soft target stays
-_STUDENT_PRESETS = ("student.preset", "student.recipe")
+# What a preset takes the place of; of the distillation the soft target stays.
+_PRESET_KEYS = {
+    "student.preset": _NETWORK,
+    "student.recipe": ("augment", "optimizer"),
+    "sweep.preset": ("space",),
+}
 
 
 def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`merged`, with `preset` and `recipe` of the student above in place of those sections below."""
-    student = above.get("student")
-    if not isinstance(student, dict):
-        return merged(below, above)
-    old, new = below.get("student"), dict(student)
-    old = dict(old) if isinstance(old, Mapping) else {}
-    for key, sections in (("preset", _NETWORK), ("recipe", _RECIPE)):
-        if (name := new.pop(key, None)) is None:
+    """`merged`, with the presets named above in place of those sections below."""
+    result = merged(below, above)
+    for place, sections in _PRESET_KEYS.items():
+        section, _, key = place.partition(".")
+        if not isinstance(new := above.get(section), Mapping) or (name := new.get(key)) is None:
             continue
-        if key == "preset":
-            replaced = network_preset(str(name), path.parent)
+        if place == "student.preset":
+            taken = network_preset(str(name), path.parent)
+        elif place == "student.recipe":
+            taken = preset("recipe", str(name), ("recipes",), path.parent)
         else:
-            replaced = preset("recipe", str(name), ("recipes",), path.parent)
-        old = {section: value for section, value in old.items() if section not in sections}
-        new = merged(replaced, new)
-    return merged({**below, "student": old}, {**above, "student": new})
+            taken = preset("search", str(name), ("sweep",), path.parent)
+        kept = {k: value for k, value in result[section].items() if k != key and k not in sections}
+        own = {k: value for k, value in new.items() if k in (*taken, *sections)}
+        result[section] = merged(merged(kept, taken), own)
+    return result
 
 
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:

@@ -177,9 +177,9 @@ def source_of(plan: Plan) -> Source:
     return Source(plan.clips.path, config.partition, config.data, stream, config.fusion)
 
 
-def sound_targets(plan: Plan) -> Path | None:
-    """The soft targets of the plan. Raises UserError where they are not as they were written."""
-    targets = plan.soft_targets()
+def sound_targets(plan: Plan, target: str) -> Path | None:
+    """Soft targets of the plan. Raises UserError where they are not as they were written."""
+    targets = plan.soft_targets(target)
     if targets is not None:
         inside = targets.parent.name == "targets"
         refuse_damaged(plan.fusion.path if inside else targets, "targets/*" if inside else "train-*")
@@ -382,7 +382,7 @@ def _build_sweep(work: Work) -> None:
         results = run_sweep(
             plan.sweep,
             work.source,
-            sound_targets(plan),
+            {target: sound_targets(plan, target) for target in config.soft_targets},
             config.student,
             config.sweep,
             config.student_resources,
@@ -404,7 +404,9 @@ def student_jobs(plan: Plan) -> dict[str, Job]:
     from asc_ray.training.systems import train_student
 
     configs = plan.student_configs()
-    targets = None if all(artifact.complete for artifact in plan.students.values()) else sound_targets(plan)
+    done = all(artifact.complete for artifact in plan.students.values())
+    target = next(iter(configs.values())).distillation.soft_target
+    targets = None if done else sound_targets(plan, target)
     return {
         name: Job(artifact, train_student, (source_of(plan), targets, configs[name]), configs[name].optimizer.epochs)
         for name, artifact in plan.students.items()
@@ -414,8 +416,9 @@ def student_jobs(plan: Plan) -> dict[str, Job]:
 def int8_jobs(plan: Plan) -> dict[str, Job]:
     from asc_ray.training.systems import train_int8
 
-    source, targets, qat = source_of(plan), plan.soft_targets(), plan.config.qat
     configs = plan.student_configs()
+    targets = plan.soft_targets(next(iter(configs.values())).distillation.soft_target)
+    source, qat = source_of(plan), plan.config.qat
     students = [(artifact.path, configs[name]) for name, artifact in plan.students.items()]
     return {
         name: Job(artifact, train_int8, (source, targets, *student, qat), qat.epochs)

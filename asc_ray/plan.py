@@ -117,8 +117,7 @@ class Plan:
     def _add_students(self, base: Mapping[str, str]) -> None:
         """The search, the students, their int8 forms, and the scores of both."""
         config = self.config
-        soft = config.student.distillation.soft_target
-        learned = {**base, "soft_target": "none"} if soft == "none" else {**base, "soft_target": self.fusion.key}
+        learned = {**base, "soft_target": self.fusion.key if self.taught else "none"}
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
         student = {"student": dump(config.student), "partition": self._division()}
         del student["student"]["seeds"]
@@ -185,9 +184,13 @@ class Plan:
         own = self.corpus_root() / "dirs"
         return own if own.is_dir() else None
 
-    def soft_targets(self) -> Path | None:
-        """The folder of the student's soft targets; None for labels alone."""
-        target = self.config.student.distillation.soft_target
+    @property
+    def taught(self) -> bool:
+        """Whether students may have soft targets."""
+        return set(self.config.soft_targets) != {"none"}
+
+    def soft_targets(self, target: str) -> Path | None:
+        """The folder of the soft targets with this name; None for labels alone."""
         if target == "none":
             return None
         return self.logits[target].path if target in self.logits else self.fusion.path / "targets" / target
@@ -202,7 +205,7 @@ class Plan:
 
     def needs(self, stage: str) -> tuple[str, ...]:
         """The stages that it takes something from: a student without soft targets asks for no teachers."""
-        if stage in ("sweep", "student") and self.config.student.distillation.soft_target == "none":
+        if stage in ("sweep", "student") and not self.taught:
             return tuple("ingest" if need == "fuse" else need for need in NEEDS[stage])
         return NEEDS[stage]
 
@@ -256,10 +259,10 @@ class Plan:
         }
         if len(failed) > self.config.teachers.allow_missing:
             return {}
-        if self.config.student.distillation.soft_target in failed:
+        if wanted := failed.keys() & set(self.config.soft_targets):
             raise ConfigError(
-                f"student.distillation.soft_target: {self.config.student.distillation.soft_target} failed and is left "
-                "out; choose another, or train it again with --set teachers.allow_missing=0"
+                f"student.distillation.soft_target: {min(wanted)} failed and is left out; choose another, or train it "
+                "again with --set teachers.allow_missing=0"
             )
         return failed
 

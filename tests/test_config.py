@@ -211,6 +211,25 @@ def test_a_student_s_recipe_takes_the_place_of_another_and_keeps_the_soft_target
         load_config("demo", ["student.recipe=papr"])
 
 
+def test_a_search_s_preset_gives_the_space(tmp_path):
+    def space(*overrides):
+        return load_config("demo", [*overrides, f"storage={tmp_path}"]).sweep.space
+
+    assert list(space("sweep.preset=fms")) == ["augment.freq_mixstyle.p", "augment.freq_mixstyle.alpha"]
+    key = "sweep.space.optimizer.learning_rate"
+    more = space(f"{key}={{loguniform: [0.001, 0.002]}}", "sweep.preset=fms")
+    assert more["optimizer.learning_rate"].loguniform == (0.001, 0.002)
+    assert len(more) == 3
+    full, parts = space("sweep.preset=full"), [space(f"sweep.preset={name}") for name in ("kd", "adir", "fms")]
+    assert all(full[name] == own for part in parts for name, own in part.items())
+    with pytest.raises(
+        ConfigError, match=r"student\.distillation\.soft_target: 'all' is unknown; allowed: none, average"
+    ):
+        space("sweep.space.distillation.soft_target={choice: [fused, all]}")
+    with pytest.raises(ConfigError, match="fmz: no such search; did you mean fms"):
+        space("sweep.preset=fmz")
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "asc_ray.cli", *arguments], capture_output=True, text=True, check=False

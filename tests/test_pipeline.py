@@ -30,7 +30,8 @@ from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_evaluation, read_scores
 from asc_ray.training.loop import predict
-from asc_ray.training.search import TrialResult, propose
+from asc_ray.training.search import TrialResult, propose, trial_config
+from asc_ray.training.search import best as best_of
 from asc_ray.training.systems import Inference, infer, load_int8, load_model, train_student, train_teacher
 
 
@@ -380,7 +381,9 @@ def test_the_sweep_s_best_is_a_student_s_configuration(plan):
         assert trial.parameters == propose(plan.config.sweep, trial.number, trials)
     best = plan.student_configs()["student"]
     assert best.model == plan.config.student.model
-    assert best.distillation.label_weight in [t.parameters["distillation.label_weight"] for t in trials]
+    winner = best_of(trials)
+    assert best == trial_config(plan.config.student, plan.config.sweep, winner.parameters)
+    assert best.distillation.soft_target == winner.parameters["distillation.soft_target"]
     again = load_config(TINY, [f"storage={plan.config.storage}"]).model_copy(update={"student": best})
     assert again.student.optimizer.epochs == plan.config.student.optimizer.epochs
 

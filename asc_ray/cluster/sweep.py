@@ -29,14 +29,14 @@ TRIALS = "trials"
 def run_sweep(
     artifact: Artifact,
     source: Source,
-    targets: Path | None,
+    targets: Mapping[str, Path | None],
     student: StudentConfig,
     sweep: SweepConfig,
     resources: Resources,
     retries: int,
     on_event: OnEvent,
 ) -> list[TrialResult]:
-    """Run the trials that have not ended yet; returns all, by number.
+    """Run the trials that have not ended yet; returns all, by number. `targets`: folders of soft targets, by name.
 
     A trial's result is a file of the artifact, its checkpoints lie beside it, and its proposal follows from the
     results before it: nothing of Tune's own state is needed to go on after the driver died.
@@ -197,7 +197,8 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     model = build(student.model, len(data.store.labels), student.seed)
     checkpoints = work["folder"] / f"{config['number']:04d}.checkpoints"
     try:
-        fit_student(model, student, data, work["targets"], checkpoints, tune.report)
+        targets = work["targets"][student.distillation.soft_target]
+        fit_student(model, student, data, targets, checkpoints, tune.report)
     except Diverged as error:
         tune.report({"diverged": True, search.METRIC: 0.0, "message": str(error)})
 

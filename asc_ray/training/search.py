@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from asc_ray.errors import UserError
 from asc_ray.section import Section
-from asc_ray.training.space import Parameter, distributions, grid, suggested, values_of
+from asc_ray.training.space import KINDS, Parameter, distributions, grid, suggested, values_of
 from asc_ray.training.systems import StudentConfig
 
 METRIC = "validation_macro_accuracy"
@@ -37,6 +37,20 @@ class SweepConfig(Section):
     reduction: int = Field(3, ge=2, description="one trial in so many passes a rung")
     seed: int = Field(0, ge=0)
     space: dict[str, Parameter] = Field(min_length=1)
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flat(cls, raw: Any) -> Any:
+        """Keys by dots or by mappings, as `--set sweep.space.optimizer.learning_rate={...}` makes them."""
+        if not isinstance(raw, dict):
+            return raw
+        flat: dict[str, Any] = {}
+        for key, value in raw.items():
+            if isinstance(value, dict) and value and not set(value) & set(KINDS):
+                flat |= {f"{key}.{inner}": own for inner, own in cls._flat(value).items()}
+            else:
+                flat[key] = value
+        return flat
 
     def check(self, student: StudentConfig) -> None:
         """Raise ValueError when a key is unknown, an end of its range is not allowed, or a grid is too small."""
