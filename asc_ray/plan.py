@@ -17,6 +17,7 @@ from asc_ray.data.corpus import Corpus, partition, read_corpus
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import check_prior
 from asc_ray.models.pretrained import published
+from asc_ray.training.dataset import check_strangers
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import Deviation, Evaluation, over_seeds
 from asc_ray.training.loop import Recipe
@@ -221,7 +222,10 @@ class Plan:
                     f"allowed: all, or some of {', '.join(corpus.devices)}"
                 )
         train = [clip for clip in corpus.clips if clip.split == "train"]
-        partition(train, self.config.partition.shares(self.config.fusion), self.config.partition.seed)
+        parts = partition(train, self.config.partition.shares(self.config.fusion), self.config.partition.seed)
+        if self.config.sweep:
+            validated = [train[i].device for i in parts["validation"]]
+            check_strangers(self.config.sweep.validation.devices, [clip.device for clip in train], validated)
         check_prior(self.config.fusion.class_prior, corpus.labels)
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:

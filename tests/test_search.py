@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from asc_ray.errors import UserError
 from asc_ray.training.distillation import LearnedWeight, ScheduledWeight
 from asc_ray.training.search import (
+    ObjectiveConfig,
     SweepConfig,
     TrialResult,
     best,
@@ -119,6 +120,12 @@ def test_a_space_that_makes_no_valid_student_is_refused(key, parameter, message)
     sweep = SweepConfig.model_validate({"space": {key: parameter}})
     with pytest.raises(ValueError, match=message):
         sweep.check(STUDENT)
+
+
+def test_the_objective_weighs_devices_left_out():
+    metrics = {"validation_macro_accuracy": 0.7, "validation_seen": 0.8, "validation_unseen": 0.4}
+    assert ObjectiveConfig().value(metrics) == 0.7
+    assert ObjectiveConfig(devices=("s1",), weight=0.75).value(metrics) == pytest.approx(0.75 * 0.4 + 0.25 * 0.8)
 
 
 CONDITIONAL = {

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from asc_ray.data.batches import DataConfig, step_generator
 from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import FusionConfig
 from asc_ray.models.registry import build
 from asc_ray.training import loop, parallel
@@ -132,6 +133,37 @@ def test_the_mean_of_the_last_epochs_weights_is_the_result(data, tmp_path):
         recipe("cp_resnet", average_epochs=5)
     with pytest.raises(ValidationError, match="choose one of them"):
         Recipe.model_validate({**RECIPES["cp_resnet"], "select": "best", "optimizer": {"average_epochs": 2}})
+
+
+def test_devices_left_out_are_not_trained_on_and_validated_apart(clips):
+    source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
+    whole, part = source.open(), replace(source, strangers=("a", "s1")).open()
+    device = whole.store.device
+    for name in ("train", "fusion"):
+        assert set(device[part.parts[name]]) == set(device[whole.parts[name]]) - {"a", "s1"}
+        assert set(part.parts[name]) < set(whole.parts[name])
+    assert np.array_equal(part.parts["validation"], whole.parts["validation"])
+    model, front_end = build(recipe("cp_resnet").model, 10, seed=1).eval(), LogMel(recipe("cp_resnet").frontend)
+    found = loop.validate(model, front_end, part, torch.device("cpu"))
+    rows = part.parts["validation"]
+    right = (
+        loop.predict(model, front_end, part.store, rows, torch.device("cpu")).argmax(1).numpy()
+        == part.store.scene[rows]
+    )
+    for name, own in (
+        ("macro_accuracy", np.ones(len(rows), bool)),
+        ("unseen", np.isin(device[rows], ["a", "s1"])),
+        ("seen", ~np.isin(device[rows], ["a", "s1"])),
+    ):
+        scenes = part.store.scene[rows]
+        expected = np.mean([right[own & (scenes == k)].mean() for k in np.unique(scenes[own])])
+        assert found[f"validation_{name}"] == pytest.approx(expected)
+    assert "validation_unseen" not in loop.validate(model, front_end, whole, torch.device("cpu"))
+    for wrong in (("s9",), tuple(np.unique(device[whole.store.split == "train"]))):
+        with pytest.raises(
+            ConfigError, match=r"sweep\.validation\.devices: found .* allowed are some, and not all, of a"
+        ):
+            replace(source, strangers=wrong).open()
 
 
 @pytest.fixture(scope="module")

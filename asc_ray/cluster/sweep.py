@@ -4,6 +4,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.training import search
 from asc_ray.training.dataset import Source
-from asc_ray.training.loop import Diverged
+from asc_ray.training.loop import Diverged, Metrics
 from asc_ray.training.search import SweepConfig, TrialResult
 from asc_ray.training.systems import StudentConfig, fit_student
 
@@ -41,6 +42,8 @@ def run_sweep(
     A trial's result is a file of the artifact, its checkpoints lie beside it, and its proposal follows from the
     results before it: nothing of Tune's own state is needed to go on after the driver died.
     """
+    source = replace(source, strangers=sweep.validation.devices)
+    source.open()  # refuses devices that are none, before a trial starts
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
     ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
@@ -198,14 +201,19 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     checkpoints = work["folder"] / f"{config['number']:04d}.checkpoints"
     try:
         targets = work["targets"][student.distillation.soft_target]
-        fit_student(model, student, data, targets, checkpoints, tune.report)
+
+        def report(metrics: Metrics) -> None:
+            tune.report(metrics | {search.METRIC: work["sweep"].validation.value(metrics)})
+
+        fit_student(model, student, data, targets, checkpoints, report)
     except Diverged as error:
         tune.report({"diverged": True, search.METRIC: 0.0, "message": str(error)})
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    own = ("epoch", "loss", "train_accuracy", "validation_accuracy", search.METRIC, "validation_log_loss")
-    return {name: metrics[name] for name in own}
+    own = {"epoch", "loss", "train_accuracy", search.METRIC}
+    own |= {name for name in metrics if name.startswith("validation_")}
+    return {name: metrics[name] for name in metrics if name in own}
 
 
 def best_student(results: list[TrialResult], student: StudentConfig, sweep: SweepConfig) -> dict[str, Any]:

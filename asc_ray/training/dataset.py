@@ -1,6 +1,7 @@
 """What a training sees of the clip store: clips by part, impulse responses, soft targets joined by clip."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import partition
 from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.errors import ConfigError
 from asc_ray.fusion import FusionConfig
 from asc_ray.section import Section
 
@@ -48,7 +50,8 @@ class PartitionConfig(Section):
 class Source:
     """Where a training's clips are, how they are divided into parts, and how they reach the device.
 
-    `fold`: of a teacher that is trained for cross-fitting, the one of the folds that it does not see.
+    `fold`: of a teacher that is trained for cross-fitting, the one of the folds that it does not see. `strangers`:
+    devices whose clips are not trained on, so that on the validation part they stand for unseen ones.
     """
 
     clips: Path
@@ -57,6 +60,7 @@ class Source:
     stream: Stream | None = None
     fusion: FusionConfig = HOLDOUT
     fold: int | None = None
+    strangers: tuple[str, ...] = ()
 
     def store(self) -> ClipStore:
         return ClipStore(self._local())
@@ -76,12 +80,27 @@ class Source:
             parts["fusion"] = parts["train"] if self.fold is None else folds[self.fold]
         elif self.fusion.data == "train":
             parts["fusion"] = parts["train"]
+        check_strangers(self.strangers, store.device[train], store.device[parts["validation"]])
+        strange = np.isin(store.device, self.strangers)
+        for part in ("train", "fusion"):
+            parts[part] = parts[part][~strange[parts[part]]]
         if test:
             parts["test"] = np.flatnonzero(store.split == "test")
-        return Dataset(store, parts, open_bank(folder / IMPULSE_RESPONSES), self.delivery, self.stream, folds)
+        bank = open_bank(folder / IMPULSE_RESPONSES)
+        return Dataset(store, parts, bank, self.delivery, self.stream, folds, self.strangers)
 
     def _local(self) -> Path:
         return mirrored(self.clips, self.delivery.cache) if self.delivery.cache else self.clips
+
+
+def check_strangers(strangers: Sequence[str], trained: Iterable[str], validated: Iterable[str]) -> None:
+    """Raise ConfigError unless these devices have clips to validate on, and leave others to train on."""
+    known, all_trained = set(trained) & set(validated), set(trained)
+    if strangers and not (set(strangers) <= known and set(strangers) < all_trained):
+        raise ConfigError(
+            f"sweep.validation.devices: found {', '.join(strangers)}; allowed are some, and not all, of "
+            f"{', '.join(sorted(map(str, known)))}, the devices of the training and the validation part"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,7 @@ class Dataset:
     delivery: DataConfig
     stream: Stream | None
     folds: tuple[np.ndarray, ...] = ()  # of cross-fitting
+    strangers: tuple[str, ...] = ()  # devices that `train` and `fusion` have no clips of
 
     def waves(self, rows: np.ndarray, device: torch.device) -> Waves:
         return Waves(self.store, rows, device, self.delivery, self.stream)

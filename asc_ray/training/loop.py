@@ -397,17 +397,27 @@ def _finite(results: list[Tensor], epoch: int, store: ClipStore, clips: list[np.
 
 
 def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device) -> Metrics:
-    """Accuracy, macro accuracy (mean over scenes) and log loss on the validation part."""
+    """Accuracy, macro accuracy (mean over scenes) and log loss on the validation part.
+
+    Where devices are left out of the training, also the macro accuracy on theirs (`unseen`) and the others' (`seen`).
+    """
     clips = data.parts["validation"]
     log_p = torch.log_softmax(predict(model, front_end, data.store, clips, device), dim=1)
     scene = torch.from_numpy(data.store.scene[clips])
     right = (log_p.argmax(1) == scene).double()
-    per_scene = [float(right[scene == k].mean()) for k in range(len(data.store.labels))]
-    return {
+
+    def macro(some: Tensor) -> float:
+        return float(np.mean([float(right[some & (scene == k)].mean()) for k in scene[some].unique().tolist()]))
+
+    metrics = {
         "validation_accuracy": float(right.mean()),
-        "validation_macro_accuracy": float(np.mean(per_scene)),
+        "validation_macro_accuracy": macro(torch.ones_like(scene, dtype=torch.bool)),
         "validation_log_loss": float(F.nll_loss(log_p, scene)),
     }
+    if data.strangers:
+        strange = torch.from_numpy(np.isin(data.store.device[clips], data.strangers))
+        metrics |= {"validation_seen": macro(~strange), "validation_unseen": macro(strange)}
+    return metrics
 
 
 def predict(

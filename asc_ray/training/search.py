@@ -18,8 +18,24 @@ from asc_ray.section import Section
 from asc_ray.training.space import KINDS, Parameter, distributions, grid, suggested, values_of
 from asc_ray.training.systems import StudentConfig
 
-METRIC = "validation_macro_accuracy"
+METRIC = "objective"
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study tells a user nothing
+
+
+class ObjectiveConfig(Section):
+    """What trials are judged by: macro accuracy on the validation part.
+
+    `devices` are left out of the trials' training to stand for unseen ones; the objective is then
+    `weight` x the macro accuracy on their validation clips + (1 - weight) x that on the others'.
+    """
+
+    devices: tuple[str, ...] = ()
+    weight: float = Field(0.5, ge=0.0, le=1.0)
+
+    def value(self, metrics: Mapping[str, float]) -> float:
+        if not self.devices:
+            return metrics["validation_macro_accuracy"]
+        return self.weight * metrics["validation_unseen"] + (1 - self.weight) * metrics["validation_seen"]
 
 
 class SweepConfig(Section):
@@ -35,6 +51,7 @@ class SweepConfig(Section):
     lookback: int = Field(4, ge=1, description="trial n learns from trials 0 .. n - lookback; bounds concurrency")
     grace_epochs: int = Field(5, ge=1, description="no trial is stopped before")
     reduction: int = Field(3, ge=2, description="one trial in so many passes a rung")
+    validation: ObjectiveConfig = ObjectiveConfig()
     seed: int = Field(0, ge=0)
     space: dict[str, Parameter] = Field(min_length=1)
 
