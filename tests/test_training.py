@@ -137,10 +137,10 @@ def test_the_mean_of_the_last_epochs_weights_is_the_result(data, tmp_path):
 
 def test_devices_left_out_are_not_trained_on_and_validated_apart(clips):
     source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
-    whole, part = source.open(), replace(source, strangers=("a", "s1")).open()
+    whole, part = source.open(), replace(source, strangers=("a", "s3")).open()
     device = whole.store.device
     for name in ("train", "fusion"):
-        assert set(device[part.parts[name]]) == set(device[whole.parts[name]]) - {"a", "s1"}
+        assert set(device[part.parts[name]]) == set(device[whole.parts[name]]) - {"a", "s3"}
         assert set(part.parts[name]) < set(whole.parts[name])
     assert np.array_equal(part.parts["validation"], whole.parts["validation"])
     model, front_end = build(recipe("cp_resnet").model, 10, seed=1).eval(), LogMel(recipe("cp_resnet").frontend)
@@ -152,17 +152,15 @@ def test_devices_left_out_are_not_trained_on_and_validated_apart(clips):
     )
     for name, own in (
         ("macro_accuracy", np.ones(len(rows), bool)),
-        ("unseen", np.isin(device[rows], ["a", "s1"])),
-        ("seen", ~np.isin(device[rows], ["a", "s1"])),
+        ("unseen", np.isin(device[rows], ["a", "s3"])),
+        ("seen", ~np.isin(device[rows], ["a", "s3"])),
     ):
         scenes = part.store.scene[rows]
         expected = np.mean([right[own & (scenes == k)].mean() for k in np.unique(scenes[own])])
         assert found[f"validation_{name}"] == pytest.approx(expected)
     assert "validation_unseen" not in loop.validate(model, front_end, whole, torch.device("cpu"))
     for wrong in (("s9",), tuple(np.unique(device[whole.store.split == "train"]))):
-        with pytest.raises(
-            ConfigError, match=r"sweep\.validation\.devices: found .* allowed are some, and not all, of a"
-        ):
+        with pytest.raises(ConfigError, match=r"sweep\.validation\.devices: found .* allowed are some, and not all"):
             replace(source, strangers=wrong).open()
 
 
