@@ -370,8 +370,8 @@ def _build_sweep(work: Work) -> None:
     plan, config = work.plan, work.plan.config
     assert plan.sweep is not None
     assert config.sweep is not None
-    work.progress.expect("sweep", {f"trial-{n:03d}": config.sweep.epochs for n in range(config.sweep.trials)})
-    trials = {f"trial-{n:03d}": plan.trial(n) for n in range(config.sweep.trials)}
+    trials = {f"trial-{n:03d}": plan.trial(n) for n in range(config.sweep.most)}
+    work.progress.expect("sweep", dict.fromkeys(trials, config.sweep.epochs))
 
     def listener(name: str, event: dict[str, Any]) -> None:
         if "parameters" in event:

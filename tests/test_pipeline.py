@@ -30,7 +30,7 @@ from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_evaluation, read_scores
 from asc_ray.training.loop import predict
-from asc_ray.training.search import TrialResult, propose, trial_config
+from asc_ray.training.search import TrialResult, finalists, propose, trial_config
 from asc_ray.training.search import best as best_of
 from asc_ray.training.systems import Inference, infer, load_int8, load_model, train_student, train_teacher
 
@@ -376,7 +376,8 @@ def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_i
 
 def test_the_sweep_s_best_is_a_student_s_configuration(plan):
     trials = [TrialResult.model_validate(t) for t in plan.sweep.facts()["trials"]]
-    assert [t.number for t in trials] == [0, 1, 2]
+    assert [(t.number, t.seed) for t in trials] == [(0, 0), (1, 0), (2, 0), (3, 1)]
+    assert trials[3].repeats == finalists(plan.config.sweep, trials)[0]
     for trial in trials:
         assert trial.parameters == propose(plan.config.sweep, trial.number, trials)
     best = plan.student_configs()["student"]
@@ -436,7 +437,7 @@ def test_mlflow_has_one_parent_and_a_finished_child_for_everything_trained(finis
     assert [run.info.run_name for run in parents] == ["tiny"]
     children = {run.info.run_name: run for run in runs if run not in parents}
     trained = {*plan.teachers, "student", "int8"}
-    assert set(children) == {*trained, "fusion", "trial-000", "trial-001", "trial-002"}
+    assert set(children) == {*trained, "fusion", "trial-000", "trial-001", "trial-002", "trial-003"}
     for name in trained:
         history = client.get_metric_history(children[name].info.run_id, "validation_accuracy")
         assert len(history) == (2 if name == "int8" else 3)

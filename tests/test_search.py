@@ -14,8 +14,11 @@ from asc_ray.training.search import (
     SweepConfig,
     TrialResult,
     best,
+    finalists,
     may_start,
+    planned,
     propose,
+    repeated,
     should_stop,
     trial_config,
 )
@@ -58,7 +61,8 @@ def test_proposals_lie_in_the_space_and_make_a_valid_student(number, seed):
 
 
 def test_tpe_prefers_what_did_well():
-    sweep = SWEEP.model_copy(update={"space": {"distillation.label_weight": Parameter(uniform=(0.0, 1.0))}})
+    space = {"distillation.label_weight": Parameter(uniform=(0.0, 1.0))}
+    sweep = SWEEP.model_copy(update={"trials": 40, "space": space})
     ended = []
     for n in range(40):
         parameters = propose(sweep, n, ended)
@@ -90,6 +94,32 @@ def test_the_best_ran_to_its_end_and_the_first_of_equals_wins():
     assert best(ended).number == 1
     with pytest.raises(UserError, match="trial 0 stopped"):
         best(ended[:1])
+
+
+def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins():
+    sweep = SWEEP.model_copy(update={"trials": 4, "finalists": 2, "seeds": 3, "lookback": 1})
+    ended = [result(0, [0.5] * 9), result(1, [0.7] * 9), result(2, [0.9], "stopped")]
+    assert finalists(sweep, ended) == []  # trial 3 may still be one
+    assert (planned(sweep, ended), sweep.most) == (4, 8)
+    assert not may_start(sweep, 4, ended)
+    ended.append(result(3, [0.6] * 9))
+    assert finalists(sweep, ended) == [1, 3]
+    assert planned(sweep, ended) == 8
+    assert [repeated(sweep, n, ended) for n in range(3, 8)] == [(None, 0), (1, 1), (1, 2), (3, 1), (3, 2)]
+    values = {4: 0.3, 5: 0.5, 6: 0.6, 7: 0.6}
+    for number, value in values.items():
+        assert may_start(sweep, number, ended)
+        of, seed = repeated(sweep, number, ended)
+        parameters = propose(sweep, number, ended)
+        assert parameters == ended[of].parameters
+        assert not should_stop(sweep, number, [0.0], ended)
+        ended.append(
+            TrialResult(number=number, parameters=parameters, curve=(value,), state="complete", repeats=of, seed=seed)
+        )
+    assert best(ended[:4]).number == 1
+    assert best(ended).number == 3  # 0.6 against (0.7 + 0.3 + 0.5) / 3
+    none = [result(n, [0.5], "diverged") for n in range(4)]
+    assert planned(sweep, none) == 4
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def run_sweep(
     folder.mkdir(exist_ok=True)
     ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
     course = _Course(sweep, folder, ended, on_event)
-    if course.left:
+    if course.left():
         scratch = artifact.storage / ".ray-tune" / uuid.uuid4().hex
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -72,7 +72,7 @@ def run_sweep(
                     mode="max",
                     search_alg=_Proposals(course),
                     scheduler=_Halving(course),
-                    num_samples=len(course.left),
+                    num_samples=-1,  # the searcher says when there are no more
                     max_concurrent_trials=min(sweep.lookback, slots(resources)),
                     reuse_actors=True,
                 ),
@@ -86,9 +86,9 @@ def run_sweep(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             settle()
-    if len(course.ended) < sweep.trials:
+    if left := course.left():
         raise UserError(
-            f"sweep: {sweep.trials - len(course.ended)} of {sweep.trials} trials did not end; the same command goes on"
+            f"sweep: {len(left)} of {search.planned(sweep, course.ended)} trials did not end; the same command goes on"
         )
     return sorted(course.ended, key=lambda result: result.number)
 
@@ -98,11 +98,15 @@ class _Course:
 
     def __init__(self, sweep: SweepConfig, folder: Path, ended: list[TrialResult], on_event: OnEvent) -> None:
         self.sweep, self.folder, self.ended, self.on_event = sweep, folder, ended, on_event
-        self.left = sorted(set(range(sweep.trials)) - {result.number for result in ended})
         self.parameters: dict[int, dict[str, Any]] = {}
+        self.repeats: dict[int, tuple[int | None, int]] = {}
         self.curves: dict[int, list[float]] = {}
         self.states: dict[int, str] = {}
         self.errors: dict[int, str] = {}
+
+    def left(self) -> list[int]:
+        """Trials that have not ended, as far as is known which there are."""
+        return sorted(set(range(search.planned(self.sweep, self.ended))) - {result.number for result in self.ended})
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its parts for a restore of its own, which is not used here."""
@@ -130,6 +134,8 @@ class _Course:
             curve=tuple(self.curves.get(number, ())),
             state="failed" if failed else self.states.get(number, "complete"),
             error=self.errors.get(number, "its worker died every time") if failed else "",
+            repeats=self.repeats[number][0],
+            seed=self.repeats[number][1],
         )
         write_atomically(self.folder / f"{number:04d}.json", result.model_dump_json())
         shutil.rmtree(self.folder / f"{number:04d}.checkpoints", ignore_errors=True)
@@ -144,21 +150,22 @@ class _Proposals(Searcher):
     def __init__(self, course: _Course) -> None:
         super().__init__(metric=search.METRIC, mode="max")
         self._course = course
-        self._left = list(course.left)
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
         course = self._course
-        if not self._left:
-            return Searcher.FINISHED
-        if not search.may_start(course.sweep, self._left[0], course.ended):
+        waiting = [number for number in course.left() if number not in self._numbers.values()]
+        if not waiting:  # while some still run, they may become finalists
+            return None if course.left() else Searcher.FINISHED
+        number = waiting[0]
+        if not search.may_start(course.sweep, number, course.ended):
             return None
-        number = self._left.pop(0)
         self._numbers[trial_id] = number
         course.parameters[number] = search.propose(course.sweep, number, course.ended)
+        course.repeats[number] = search.repeated(course.sweep, number, course.ended)
         event = {"started": True, "parameters": course.parameters[number]}
         course.on_event(f"trial-{number:03d}", event)
-        return {"number": number, "parameters": course.parameters[number]}
+        return {"number": number, "parameters": course.parameters[number], "seed": course.repeats[number][1]}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
@@ -195,7 +202,8 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     """One trial on a worker."""
     torch.set_num_threads(work["threads"])
     student = search.trial_config(work["student"], work["sweep"], config["parameters"])
-    student = student.model_copy(update={"optimizer": student.optimizer.scaled_to(work["sweep"].epochs)})
+    optimizer, seed = student.optimizer.scaled_to(work["sweep"].epochs), student.seed + config["seed"]
+    student = student.model_copy(update={"optimizer": optimizer, "seed": seed})
     data = work["source"].open()
     model = build(student.model, len(data.store.labels), student.seed)
     checkpoints = work["folder"] / f"{config['number']:04d}.checkpoints"

@@ -51,9 +51,16 @@ class SweepConfig(Section):
     lookback: int = Field(4, ge=1, description="trial n learns from trials 0 .. n - lookback; bounds concurrency")
     grace_epochs: int = Field(5, ge=1, description="no trial is stopped before")
     reduction: int = Field(3, ge=2, description="one trial in so many passes a rung")
+    finalists: int = Field(1, ge=1, description="best trials that are run again with other seeds")
+    seeds: int = Field(1, ge=1, description="of each finalist; the winner has the best mean over them")
     validation: ObjectiveConfig = ObjectiveConfig()
     seed: int = Field(0, ge=0)
     space: dict[str, Parameter] = Field(min_length=1)
+
+    @property
+    def most(self) -> int:
+        """How many trials there can be, with the finalists' other seeds."""
+        return self.trials + self.finalists * (self.seeds - 1)
 
     @field_validator("space", mode="before")
     @classmethod
@@ -92,6 +99,8 @@ class TrialResult(Section):
     curve: tuple[float, ...]
     state: Literal["complete", "stopped", "diverged", "failed"]
     error: str = ""
+    repeats: int | None = Field(None, description="of a finalist's other seeds: the trial whose parameters it has")
+    seed: int = Field(0, description="added to the student's")
 
     @property
     def value(self) -> float:
@@ -124,6 +133,8 @@ def trial_config(student: StudentConfig, sweep: SweepConfig, parameters: Mapping
 
 def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> dict[str, Any]:
     """Parameters of trial `number`, from the trials among `ended` that it may learn from."""
+    if number >= config.trials:
+        return next(r.parameters for r in ended if r.number == repeated(config, number, ended)[0])
     if config.sampler == "grid":
         return grid(config.space)[number]
     known = _visible(config, number, ended)
@@ -153,8 +164,32 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
         return trial.params
 
 
+def finalists(config: SweepConfig, ended: Sequence[TrialResult]) -> list[int]:
+    """The best trials that ran to their end, once all of the search have ended; the first of equals first."""
+    searched = [r for r in ended if r.number < config.trials]
+    if len(searched) < config.trials:
+        return []
+    complete = sorted((r for r in searched if r.state == "complete"), key=lambda r: (-r.value, r.number))
+    return [r.number for r in complete[: config.finalists]]
+
+
+def planned(config: SweepConfig, ended: Sequence[TrialResult]) -> int:
+    """How many trials there are as far as is known: those of the search, then the finalists' other seeds."""
+    return config.trials + len(finalists(config, ended)) * (config.seeds - 1)
+
+
+def repeated(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> tuple[int | None, int]:
+    """Of a trial after those of the search: which one it repeats, and with what added to its seed."""
+    if number < config.trials:
+        return None, 0
+    finalist, seed = divmod(number - config.trials, config.seeds - 1)
+    return finalists(config, ended)[finalist], seed + 1
+
+
 def may_start(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> bool:
     """Whether every trial that trial `number` learns from has ended."""
+    if number >= config.trials:
+        return number < planned(config, ended)
     return len(_visible(config, number, ended)) == max(0, number - config.lookback + 1)
 
 
@@ -163,6 +198,8 @@ def should_stop(config: SweepConfig, number: int, curve: Sequence[float], ended:
 
     At a rung (grace_epochs x reduction^k epochs) a trial goes on when it is among the best 1/reduction there.
     """
+    if number >= config.trials:
+        return False
     epoch, rung = len(curve), config.grace_epochs
     while rung < epoch:
         rung *= config.reduction
@@ -177,13 +214,20 @@ def should_stop(config: SweepConfig, number: int, curve: Sequence[float], ended:
 def best(ended: Sequence[TrialResult]) -> TrialResult:
     """The trial with the best last value among those that ran to the end, the first of equals.
 
-    Raises UserError when none did.
+    Of finalists with several seeds the mean counts, and trials that are no finalist's do not win.
+    Raises UserError when no trial ran to its end.
     """
-    complete = [r for r in ended if r.state == "complete"]
+    complete = [r for r in ended if r.state == "complete" and r.repeats is None]
     if not complete:
         states = "; ".join(f"trial {r.number} {r.state} {r.error}".strip() for r in ended)
         raise UserError(f"sweep: no trial ran to its end ({states}); make the space smaller")
-    return max(complete, key=lambda r: (r.value, -r.number))
+    several = [r for r in complete if len(values_over_seeds(ended, r.number)) > 1]
+    return max(several or complete, key=lambda r: (np.mean(values_over_seeds(ended, r.number)), -r.number))
+
+
+def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
+    """The last values of a trial and of its repetitions with other seeds."""
+    return [r.value for r in ended if number in (r.number, r.repeats)]
 
 
 def _visible(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> list[TrialResult]:
