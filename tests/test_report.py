@@ -200,6 +200,18 @@ def test_everything_is_there(html, data):
         assert expected in page.text
 
 
+def test_finalists_have_the_mean_of_their_seeds_and_stand_first(data, tmp_path):
+    lucky, finalist = (
+        data.trials[0].model_copy(update={"number": n, "state": "complete", "curve": (v,)})
+        for n, v in ((0, 0.9), (1, 0.8))
+    )
+    again = finalist.model_copy(update={"number": 2, "curve": (0.7,), "repeats": 1, "seed": 1})
+    render(replace(data, trials=(lucky, finalist, again)), tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    found = re.findall(r"<tr><td>(\d)</td><td><b>([\d.]+)</b>(.*?)</td>", html)
+    assert found == [("1", "75.00", " <small>± 7.07</small>"), ("0", "90.00", "")]
+
+
 def test_ids_are_unique_and_references_lead_somewhere(html):
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids))

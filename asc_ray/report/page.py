@@ -13,7 +13,7 @@ from asc_ray.fusion import Fusion
 from asc_ray.report import figures
 from asc_ray.section import Section
 from asc_ray.training.evaluation import Deviation, Evaluation, Scores
-from asc_ray.training.search import TrialResult
+from asc_ray.training.search import TrialResult, values_over_seeds
 
 COLORS = {  # by kind, in the order of the systems
     "teacher": ("#9b6fc8",),
@@ -114,12 +114,25 @@ def render(data: ReportData, out: Path) -> None:
             compared=_compared(data, best_teacher),
             best_teacher=best_teacher,
             devices=devices,
-            trials=sorted(data.trials, key=lambda t: (t.state != "complete", -t.value, t.number))[:TRIALS_SHOWN],
+            trials=_best_trials(data.trials),
             parameters=sorted({name for trial in data.trials for name in trial.parameters}),
             figures={name: Markup(svg) for name, svg in _figures(data, best_teacher).items()},
         )
     )
     out.write_text(html, encoding="utf-8")
+
+
+def _best_trials(trials: Sequence[TrialResult]) -> list[tuple[TrialResult, float, float | None]]:
+    """Trials, the best first, with the mean of their value and its deviation where they ran with several seeds."""
+    rows = []
+    for trial in trials:
+        if trial.repeats is None:
+            values = values_over_seeds(trials, trial.number)
+            rows.append((trial, float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None))
+    # A finalist's mean is worth more than one lucky run.
+    return sorted(rows, key=lambda row: (row[2] is None, row[0].state != "complete", -row[1], row[0].number))[
+        :TRIALS_SHOWN
+    ]
 
 
 def _of_kind(data: ReportData, kind: str) -> list[SystemResult]:
