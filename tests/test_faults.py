@@ -51,7 +51,7 @@ def test_whatever_dies_teachers_end_with_the_weights_of_an_unbroken_run(finished
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage, ignore=shutil.ignore_patterns("teachers", "mlflow.db"))
     log = tmp_path / "log"
-    stranger = Plan(load_config(TINY, [f"storage={storage}"])).student.path / "model.safetensors"
+    stranger = Plan(load_config(TINY, [f"storage={storage}"])).students["student"].path / "model.safetensors"
     hopeless = {"model": {"name": "passt", "pretrained": str(stranger)}, "frontend": {"hop": 320, "mels": 128}}
     overrides = [f"storage={storage}", f"teachers.recipes.hopeless={hopeless}", "teachers.allow_missing=1"]
     arguments = ["--config", TINY, *(word for override in overrides for word in ("--set", override))]
