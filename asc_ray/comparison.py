@@ -179,7 +179,8 @@ def _track(
             scores = read_evaluation(plan.evaluations[name].path)
             logged = {f"test/accuracy/{key}": value for key, value in scores.accuracies().items()}
             logged["test/log_loss"] = scores.log_loss
-            work.tracker.record(f"{row}: {name}", models[name].key, models[name].config, logged)
+            model = models[name]
+            work.tracker.record(f"{row}: {name}", model.key, model.config, model.facts()["history"], logged)
     summary = {}
     for compared in comparison.rows:
         mean, deviation = compared.scores

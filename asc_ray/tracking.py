@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,28 @@ class Tracker:
         """Store a file as an artifact of the child `name`, or of the parent when `name` is empty."""
         self._client.log_artifact(self._run_id(name), str(path), folder)
 
-    def record(self, name: str, key: str, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Final figures of the thing with this key, on its child run below this parent; a new one where it has none."""
-        if name not in self._open:
-            query = f"tags.`{KEY_TAG}` = '{key}' and tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"
-            query += f" and tags.`{MLFLOW_RUN_NAME}` = '{name}'"
-            with _undisturbed():
-                found = self._client.search_runs([self.experiment_id], query, max_results=1)
-            if found:
-                self._open[name] = found[0].info.run_id
+    def record(
+        self,
+        name: str,
+        key: str,
+        parameters: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Final figures of the thing with this key, on its child run below this parent.
+
+        Where it has none, for another command trained it, a new one with the `history` of its epochs.
+        """
+        query = f"tags.`{KEY_TAG}` = '{key}' and tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"
+        query += f" and tags.`{MLFLOW_RUN_NAME}` = '{name}'"
+        with _undisturbed():
+            found = self._client.search_runs([self.experiment_id], query, max_results=1)
+        if found:
+            self._open[name] = found[0].info.run_id
         self.start(name, key, parameters)
+        if not found:
+            for epoch in history:
+                self.log(name, epoch, int(epoch["epoch"]))
         self.log(name, metrics, 0)
         self.end(name)
 
