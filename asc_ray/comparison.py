@@ -84,9 +84,12 @@ def run_table(
 
 
 def draw_energies(config: Config, progress: Progress) -> Artifact:
-    """Fig. 2: the distribution of the training clips' energy, with the threshold of the student's ADIR."""
-    plan = run(config, STAGES[: STAGES.index("ingest") + 1], progress)
+    """Fig. 2: the distribution of the training clips' energy, with the student's threshold of ADIR, or else `auto`."""
+    plan = Plan(config)
+    if plan.missing("ingest"):
+        plan = run(config, ("corpus", "ingest"), progress)
     threshold = config.student.augment.dir.threshold
+    threshold = "auto" if threshold is None else threshold
     section = {"threshold": threshold}
     key = content_key(stage="figures", config=section, inputs={"clips": plan.clips.key})
     artifact = Artifact(config.storage, "figures", "figure-2", key, section, {"clips": plan.clips.key})
