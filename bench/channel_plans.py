@@ -114,7 +114,7 @@ def channel_choices() -> np.ndarray:
 def worth(clips: Path, plan: Plan, epochs: int, seed: int) -> tuple[float, float]:
     """Accuracy and log loss on a quarter of the training places, after training on the others without teachers."""
     torch.set_num_threads(1)
-    schedule = {"warm_up": 3, "ramp_down_start": epochs // 2, "ramp_down_length": epochs * 2 // 5}
+    schedule = {"warm_up": 3, "ramp_down_start": epochs // 2, "ramp_down_length": max(1, epochs * 2 // 5)}
     recipe = StudentConfig.model_validate(
         {
             "model": {"name": "ds_flexinet", "size": None, "plan": plan},
