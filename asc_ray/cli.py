@@ -136,16 +136,17 @@ def complexity(
     ] = [],  # noqa: B006
 ) -> None:
     """Count a network's parameters, MACs, bytes and activations; exit code 1 if it is over a limit."""
-    from asc_ray.config import network_preset
+    from asc_ray.config import checked, network_preset
     from asc_ray.models.complexity import complexity as counted
     from asc_ray.models.registry import build
+    from asc_ray.training.loop import Recipe
     from asc_ray.training.systems import input_shape
 
     limits = _limits(limit)
-    recipe = _recipe(model, network_preset(model))
+    recipe = checked(Recipe, network_preset(model), model)
     shape = input_shape(recipe)
     cost = counted(build(recipe.model, classes=10), shape)
-    table = Table("layer", "kind", "output", *(("parameters", "MACs")), title=f"{model}: input {shape}", box=None)
+    table = Table("layer", "kind", "output", "parameters", "MACs", title=f"{model}: input {shape}", box=None)
     for column in table.columns[3:]:
         column.justify = "right"
     for layer in cost.layers:
@@ -172,18 +173,6 @@ def _limits(given: list[str]) -> Any:
         return Limits.model_validate(pairs)
     except (ValueError, ValidationError):
         raise UserError(f"--limit {' '.join(given)}: expected bytes=NUMBER or macs=NUMBER, whole and above 0") from None
-
-
-def _recipe(name: str, raw: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from asc_ray.config import explain
-    from asc_ray.training.loop import Recipe
-
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{name}: {explain(error, Recipe)}") from None
 
 
 @app.command("table")

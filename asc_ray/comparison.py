@@ -1,14 +1,14 @@
 """The paper's tables and figures: students that differ in a few lines of configuration, on one corpus, side by side."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from asc_ray.artifacts import Artifact, content_key, write_atomically
-from asc_ray.config import Config, explain, load_config, preset
+from asc_ray.config import Config, checked, load_config, preset
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import ConfigError
 from asc_ray.pipeline import Job, Work, at_work, evaluation_jobs, int8_jobs, refuse_large, run, source_of, student_jobs
@@ -18,7 +18,6 @@ from asc_ray.report import figures, table
 from asc_ray.report.table import ComparedRow, Comparison
 from asc_ray.section import Section
 from asc_ray.training.ensemble import read_evaluation
-from asc_ray.training.evaluation import over_seeds
 
 FIGURE = "figure.svg"
 
@@ -66,19 +65,22 @@ def run_table(
         except ConfigError as error:
             raise ConfigError(f"row {row}: {error}") from None
     # One row, with soft targets if any has some, stands for all in what they share.
-    lead = next((own for own in configs.values() if _taught(own)), next(iter(configs.values())))
-    shared = STAGES[: STAGES.index("fuse" if _taught(lead) else "ingest") + 1]
-    if any(Plan(lead).missing(stage) for stage in shared):
-        run(lead, shared, progress)
-    plans = {row: Plan(own) for row, own in configs.items()}
+    lead = max(configs, key=lambda row: configs[row].taught)
+    shared = STAGES[: STAGES.index("fuse" if configs[lead].taught else "ingest") + 1]
+    before = Plan(configs[lead])
+    if any(before.missing(stage) for stage in shared):
+        run(configs[lead], shared, progress)
+    # A large corpus takes seconds to read; rows seldom have another.
+    same = before.config.corpus
+    plans = {row: Plan(own, before.source if own.corpus == same else None) for row, own in configs.items()}
     artifact = _artifact(kind, name, spec, plans)
     if artifact.complete:
         progress.note(f"{spec.title}: nothing to do, it is done")
     else:
-        title = f"{lead.name} {kind.removesuffix('s')} {name}"
+        title = f"{configs[lead].name} {kind.removesuffix('s')} {name}"
         complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
         parameters = {"table": dump(spec), "overrides": list(overrides)}
-        with at_work(plans[_row_of(configs, lead)], title, artifact.key, parameters, complete, progress) as work:
+        with at_work(plans[lead], title, artifact.key, parameters, complete, progress) as work:
             _compare(work, kind, spec, plans, artifact)
     return artifact, _comparison(spec, plans)
 
@@ -106,23 +108,12 @@ def draw_energies(config: Config, progress: Progress) -> Artifact:
 def read_table(kind: str, number: str) -> tuple[TableConfig, str]:
     """The description of a table or figure, and its short name. Raises ConfigError."""
     raw = preset(kind.removesuffix("s"), number, (kind,))
-    try:
-        return TableConfig.model_validate(raw), Path(number).stem
-    except ValidationError as error:
-        raise ConfigError(f"{kind}/{number}: {explain(error, TableConfig)}") from None
+    return checked(TableConfig, raw, f"{kind}/{number}"), Path(number).stem
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
     """As `--set` takes them; JSON is YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _taught(config: Config) -> bool:
-    return set(config.soft_targets) != {"none"}
-
-
-def _row_of(configs: Mapping[str, Config], config: Config) -> str:
-    return next(row for row, own in configs.items() if own is config)
 
 
 def _artifact(kind: str, name: str, spec: TableConfig, plans: Mapping[str, Plan]) -> Artifact:
@@ -158,8 +149,11 @@ def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan]
         shown = {row.name: row.scores[0] for row in comparison.rows}
         drawn = figures.confusion(shown, dict(zip(shown, figures.PALETTE, strict=False)))
         write_atomically(folder / FIGURE, figures.standalone(drawn))
+    _track(work, spec, plans, comparison)
+    for file in sorted(folder.iterdir()):
+        work.tracker.log_file("", file)
+    # Last of all: what is finished is not tracked again.
     artifact.finish({row.name: {"accuracy": row.scores[0].accuracy} for row in comparison.rows})
-    _track(work, spec, plans, comparison, artifact)
 
 
 def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]]) -> dict[str, Job]:
@@ -172,9 +166,7 @@ def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]]) ->
     return jobs
 
 
-def _track(
-    work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison: Comparison, artifact: Artifact
-) -> None:
+def _track(work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison: Comparison) -> None:
     """Every student of the table below one parent run, with its test figures, whichever command trained it."""
     for row, plan in plans.items():
         models = plan.students | plan.int8
@@ -191,8 +183,6 @@ def _track(
         if deviation:
             summary[f"{_metric_name(compared.name)}/accuracy_deviation"] = deviation.accuracy
     work.tracker.log_summary(summary)
-    for file in sorted(artifact.path.iterdir()):
-        work.tracker.log_file("", file)
 
 
 def _metric_name(name: str) -> str:
@@ -203,10 +193,6 @@ def _metric_name(name: str) -> str:
 def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     lead = next(iter(plans.values()))
     store = source_of(lead).store()
-
-    def scores(plan: Plan, names: Iterable[str]) -> table.Scores:
-        return over_seeds([read_evaluation(plan.evaluations[name].path) for name in names])
-
     rows = []
     for row in spec.rows:
         plan = plans[row.name]
@@ -216,8 +202,8 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
                 name=row.name,
                 parameters=facts["parameters"],
                 macs=facts["macs"],
-                scores=scores(plan, plan.students),
-                int8=scores(plan, plan.int8) if spec.int8 else None,
+                scores=plan.scores(plan.students),
+                int8=plan.scores(plan.int8) if spec.int8 else None,
                 paper=row.paper,
             )
         )

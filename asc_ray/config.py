@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -83,6 +83,9 @@ class TrackingConfig(Section):
     experiment: str = Field("asc-ray", min_length=1)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class Config(Section):
     name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$")
     storage: Path
@@ -125,6 +128,11 @@ class Config(Section):
         searched = self.sweep and self.sweep.space.get(SOFT_TARGET)
         return (self.student.distillation.soft_target, *(searched.ends() if searched else ()))
 
+    @property
+    def taught(self) -> bool:
+        """Whether students may have soft targets."""
+        return set(self.soft_targets) != {"none"}
+
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, or a packaged preset by its name, and apply `key.path=value` overrides.
@@ -148,10 +156,15 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         else:
             apply_overrides(raw, {key: value})
     _resolve_teachers(raw, path)
+    return checked(Config, raw, str(path))
+
+
+def checked(section: type[S], raw: Any, name: str) -> S:
+    """The section that these values make. Raises ConfigError, beginning with `name`, for all that is wrong in them."""
     try:
-        return Config.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from None
+        raise ConfigError(f"{name}: {explain(error, section)}") from None
 
 
 def _find(source: str | Path) -> Path:
@@ -285,7 +298,7 @@ def _teacher_file(name: str, path: Path) -> Path:
     raise ConfigError(f"{path}: teachers.systems: unknown teacher {name!r}; {hint}known: {', '.join(known)}")
 
 
-def explain(error: ValidationError, root: type[Section] = Config) -> str:
+def explain(error: ValidationError, root: type[Section]) -> str:
     """Every finding on one line: the key's path below `root`, what was found, what is allowed."""
     lines = []
     for finding in error.errors():

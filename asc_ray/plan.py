@@ -5,7 +5,7 @@ not know how many there are, so a student of three is that of a configuration of
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from asc_ray.fusion import check_prior
 from asc_ray.models.pretrained import published
 from asc_ray.training.dataset import check_strangers
 from asc_ray.training.ensemble import read_evaluation
-from asc_ray.training.evaluation import Deviation, Evaluation, over_seeds
+from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import StudentConfig
 
@@ -46,10 +46,11 @@ STAGES = tuple(NEEDS)
 class Plan:
     """Every artifact of a configuration, found without building anything.
 
+    `read`: the corpus, where it was read already for a configuration with the same section `corpus`.
     Raises CorpusError when the corpus cannot be used.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, read: Corpus | None = None) -> None:
         self.config = config
         corpus = config.corpus
         self.source: Corpus | None = None
@@ -65,7 +66,7 @@ class Plan:
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
             inputs = {"corpus": self.demo.key}
         else:
-            self.source = read_corpus(corpus.path, corpus.on_bad_clip, corpus.train_split)
+            self.source = read or read_corpus(corpus.path, corpus.on_bad_clip, corpus.train_split)
             self._check_corpus(self.source)
             inputs = {"corpus": self.source.fingerprint}
         ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}
@@ -118,7 +119,7 @@ class Plan:
     def _add_students(self, base: Mapping[str, str]) -> None:
         """The search, the students, their int8 forms, and the scores of both."""
         config = self.config
-        learned = {**base, "soft_target": self.fusion.key if self.taught else "none"}
+        learned = {**base, "soft_target": self.fusion.key if config.taught else "none"}
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
         student = {"student": dump(config.student), "partition": self._division()}
         del student["student"]["seeds"]
@@ -185,11 +186,6 @@ class Plan:
         own = self.corpus_root() / "dirs"
         return own if own.is_dir() else None
 
-    @property
-    def taught(self) -> bool:
-        """Whether students may have soft targets."""
-        return set(self.config.soft_targets) != {"none"}
-
     def soft_targets(self, target: str) -> Path | None:
         """The folder of the soft targets with this name; None for labels alone."""
         if target == "none":
@@ -204,9 +200,13 @@ class Plan:
             config = StudentConfig.model_validate(best["student"])
         return {name: config.model_copy(update={"seed": seed}) for name, seed in self.seeds.items()}
 
+    def scores(self, names: Iterable[str]) -> OverSeeds:
+        """Of finished students or int8 forms with these names, over their seeds, on the test split."""
+        return over_seeds([read_evaluation(self.evaluations[name].path) for name in names])
+
     def needs(self, stage: str) -> tuple[str, ...]:
         """The stages that it takes something from: a student without soft targets asks for no teachers."""
-        if stage in ("sweep", "student") and not self.taught:
+        if stage in ("sweep", "student") and not self.config.taught:
             return tuple("ingest" if need == "fuse" else need for need in NEEDS[stage])
         return NEEDS[stage]
 
@@ -283,13 +283,9 @@ class Plan:
         return [artifact for artifact in self.by_stage()[stage] if not artifact.complete]
 
 
-def scores_over_seeds(plan: Plan) -> dict[str, tuple[Evaluation, Deviation | None]]:
-    """Of the students and of their int8 forms, over the seeds, on the test split."""
-    forms = {"student fp32": plan.students, "student int8": plan.int8}
-    return {
-        form: over_seeds([read_evaluation(plan.evaluations[name].path) for name in models])
-        for form, models in forms.items()
-    }
+def scores_over_seeds(plan: Plan) -> dict[str, OverSeeds]:
+    """Of the students and of their int8 forms, on the test split."""
+    return {"student fp32": plan.scores(plan.students), "student int8": plan.scores(plan.int8)}
 
 
 def _of_seed(name: str, seed: int, seeds: int) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
@@ -129,12 +129,10 @@ class Tracker:
 
         Where it has none, for another command trained it, a new one with the `history` of its epochs.
         """
-        query = f"tags.`{KEY_TAG}` = '{key}' and tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"
-        query += f" and tags.`{MLFLOW_RUN_NAME}` = '{name}'"
         with _undisturbed():
-            found = self._client.search_runs([self.experiment_id], query, max_results=1)
+            found = self._newest({MLFLOW_RUN_NAME: name, KEY_TAG: key, MLFLOW_PARENT_RUN_ID: self.parent_id})
         if found:
-            self._open[name] = found[0].info.run_id
+            self._open[name] = found.info.run_id
         self.start(name, key, parameters)
         if not found:
             for epoch in history:
@@ -158,11 +156,9 @@ class Tracker:
     @_undisturbed()
     def _take_up(self, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
         """The newest run of this storage with the same key and name that did not finish, or a new one."""
-        query = f"tags.`{STORAGE_TAG}` = '{self._storage}' and tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'"
-        query += f" and tags.`{MLFLOW_RUN_NAME}` = '{name}'"
-        found = self._client.search_runs([self.experiment_id], query, max_results=1)
-        if found and (found[0].info.status != "FINISHED" or name == self._name):
-            run_id = found[0].info.run_id
+        found = self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: tags[KEY_TAG]})
+        if found and (found.info.status != "FINISHED" or name == self._name):
+            run_id = found.info.run_id
             self._client.update_run(run_id, "RUNNING")
             for key, value in tags.items():
                 self._client.set_tag(run_id, key, value)
@@ -172,6 +168,11 @@ class Tracker:
         for start in range(0, len(flat), 100):  # the protocol's limit for one request
             self._client.log_batch(run.info.run_id, params=flat[start : start + 100])
         return run.info.run_id
+
+    def _newest(self, tags: Mapping[str, str]) -> Run | None:
+        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+        found = self._client.search_runs([self.experiment_id], query, max_results=1)
+        return found[0] if found else None
 
     @_undisturbed()
     def _end_stale(self, complete: Container[str]) -> None:

@@ -47,7 +47,7 @@ def run_sweep(
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
     ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    course = _Course(sweep, folder, list(ended), on_event)
+    course = _Course(sweep, folder, ended, on_event)
     if course.left():
         scratch = artifact.storage / ".ray-tune" / uuid.uuid4().hex
         trainable = tune.with_resources(
@@ -72,7 +72,7 @@ def run_sweep(
                     mode="max",
                     search_alg=_Proposals(course),
                     scheduler=_Halving(course),
-                    num_samples=sweep.most - len(ended),
+                    num_samples=sweep.most - len(course.ended),
                     max_concurrent_trials=min(sweep.lookback, slots(resources)),
                     reuse_actors=True,
                 ),

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from asc_ray.models.cp_mobile import conv_bn
+from asc_ray.models.cp_mobile import conv_bn, he_normal
 from asc_ray.section import Section
 
 
@@ -41,9 +41,7 @@ class BSConvCNN(nn.Module):
             inputs = outputs
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x))

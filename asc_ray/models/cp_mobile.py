@@ -48,6 +48,13 @@ def conv_bn(
     return [conv, nn.BatchNorm2d(outputs)]
 
 
+def he_normal(network: nn.Module) -> None:
+    """Draw the weights of its convolutions with the variance of He et al., 2015, by fan-out."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class Block(nn.Module):
     """Expand, filter depthwise, project; a shortcut (pooled with a stride) where channels are equal; GRN; ReLU."""
 
@@ -90,9 +97,7 @@ class CPMobile(nn.Module):
                 inputs = outputs
             self.stages.add_module(f"s{index}", nn.Sequential(stage))
         self.feed_forward = nn.Sequential(*conv_bn(inputs, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.feed_forward(self.stages(self.in_c(x)))

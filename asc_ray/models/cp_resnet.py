@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from asc_ray.models.cp_mobile import he_normal
 from asc_ray.section import Section
 
 
@@ -79,9 +80,7 @@ class CPResNet(nn.Module):
     @torch.no_grad()
     def _initialize(self) -> None:
         """He with fan-out; Fixup in the blocks: they start as their shortcuts, and the head starts at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         for block in blocks:
             block.conv1.weight.mul_(len(blocks) ** -0.5)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from asc_ray.models.cp_mobile import conv_bn
+from asc_ray.models.cp_mobile import conv_bn, he_normal
 from asc_ray.models.normalization import NormalizationConfig, normalization
 from asc_ray.section import Section
 
@@ -117,9 +117,7 @@ class DSFlexiNet(nn.Module):
             normalized("stages" if index < len(plan.stages) else "last", str(index), channels)
         self.features = nn.Sequential(layers)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x))

@@ -17,7 +17,7 @@ from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import FUSION, read_scores
-from asc_ray.training.evaluation import Deviation, Evaluation
+from asc_ray.training.evaluation import OverSeeds
 from asc_ray.training.search import TrialResult
 from asc_ray.training.systems import StudentConfig
 
@@ -38,7 +38,7 @@ def write_report(
     students: Mapping[str, Artifact],
     int8: Mapping[str, Artifact],
     evaluation: Artifact,
-    student_scores: Mapping[str, tuple[Evaluation, Deviation | None]],
+    student_scores: Mapping[str, OverSeeds],
 ) -> None:
     """Gather everything and write the page to `out`."""
     data = source.open(test=True)

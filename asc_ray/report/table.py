@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asc_ray.report.page import environment
-from asc_ray.training.evaluation import Deviation, Evaluation
+from asc_ray.training.evaluation import OverSeeds
 
-Scores = tuple[Evaluation, Deviation | None]
 PAPER = "the paper, TAU22"
 
 
@@ -20,8 +19,8 @@ class ComparedRow:
     name: str
     parameters: int
     macs: int
-    scores: Scores
-    int8: Scores | None = None
+    scores: OverSeeds
+    int8: OverSeeds | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -169,7 +169,10 @@ def evaluate(
     )
 
 
-def over_seeds(runs: Sequence[Evaluation]) -> tuple[Evaluation, Deviation | None]:
+OverSeeds = tuple[Evaluation, Deviation | None]
+
+
+def over_seeds(runs: Sequence[Evaluation]) -> OverSeeds:
     """The mean of several evaluations on the same clips, with confusions summed, and what they vary; None for one."""
     first = runs[0]
     if len(runs) == 1:
