@@ -318,16 +318,8 @@ def _build_fusion(work: Work) -> None:
     from asc_ray.training.ensemble import fuse_systems
 
     plan, config = work.plan, work.plan.config
-    if config.fusion.data == "train":
-        work.progress.note(
-            "warning: fusion.data is train: eq. 4 is learned on clips that the teachers were trained on, and favors "
-            "those that overfit; holdout and crossfit do not"
-        )
-    elif plan.imported:
-        work.progress.note(
-            f"warning: {len(plan.imported)} systems come from teachers.checkpoints; where they were trained on the "
-            "whole training split, eq. 4 is learned on clips that they know"
-        )
+    if warning := fusion_warning(config, len(plan.imported)):
+        work.progress.note(warning)
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
     # No GPU: a task that waits for others keeps its own, and they would wait for it.
     cpus = Resources(cpus=config.logits.resources.cpus)
@@ -341,6 +333,21 @@ def _build_fusion(work: Work) -> None:
     figures |= {f"fusion/weight/{name}": weight for name, weight in facts["weights"].items()}
     figures |= {f"fusion/bias/{name}": bias for name, bias in facts["biases"].items()}
     work.tracker.log_summary({key.replace(" ", "_"): value for key, value in figures.items()})
+
+
+def fusion_warning(config: Config, imported: int) -> str | None:
+    """That the clips for eq. 4 are known to the teachers, `imported` of which were trained elsewhere."""
+    if config.fusion.data == "train":
+        return (
+            "warning: fusion.data is train: eq. 4 is learned on clips that the teachers were trained on, and favors "
+            "those that overfit; holdout and crossfit do not"
+        )
+    if imported:
+        return (
+            f"warning: {imported} systems come from teachers.checkpoints; where they were trained on the whole "
+            "training split, eq. 4 is learned on clips that they know"
+        )
+    return None
 
 
 def fusion_summary(facts: Mapping[str, Any]) -> list[str]:

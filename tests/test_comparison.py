@@ -4,6 +4,7 @@ import csv
 import io
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import evaluate, over_seeds
 
 LABELS = ("bus", "park", "tram")
+PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper" / "ds-flexinet.txt"
 
 
 def made_up(seed: int):
@@ -96,6 +98,20 @@ def test_the_paper_s_tables_load_and_their_rows_differ(number):
         assert students[-1].seeds == 3
         assert 40 < row.paper["all"] < 70
     assert len(set(map(repr, students))) == len(students)
+
+
+@pytest.mark.skipif(not PAPER.is_file(), reason="the paper's text is not here")
+@pytest.mark.parametrize("number", ["2", "3", "4", "5"])
+def test_the_paper_s_figures_are_those_of_the_paper(number):
+    lines = [line.split("|") for line in PAPER.read_text().splitlines() if line.startswith("|")]
+    cells = [[float(cell) for cell in line if cell.strip().replace(".", "").isdigit()] for line in lines]
+
+    def has_in_order(line: list[float], figures: list[float]) -> bool:
+        left = iter(line)
+        return all(figure in left for figure in figures)
+
+    for row in read_table("tables", number)[0].rows:
+        assert any(has_in_order(line, list(row.paper.values())) for line in cells), row.name
 
 
 @pytest.mark.parametrize(
@@ -183,8 +199,11 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "Labels and soft targets: nothing to do" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()} == before
-    drawn = run("figure", "2")
-    assert drawn.returncode == 0, drawn.stderr
-    (picture,) = (storage / "figures").glob("figure-2-*/figure.svg")
-    assert str(picture) in drawn.stdout
-    assert picture.read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    for figure, name, shown in ((file, "labels", list(rows)), ("2", "figure-2", ["energy"])):
+        drawn = run("figure", figure)
+        assert drawn.returncode == 0, drawn.stderr
+        (picture,) = (storage / "figures").glob(f"{name}-*/figure.svg")
+        assert str(picture) in drawn.stdout
+        svg = picture.read_text()
+        assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+        assert [text for text in shown if text not in svg] == []

@@ -26,6 +26,7 @@ from asc_ray.errors import ConfigError
 from asc_ray.fusion import Fusion
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.registry import build
+from asc_ray.pipeline import fusion_warning
 from asc_ray.plan import STAGES, Plan
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import read_evaluation, read_scores
@@ -248,6 +249,16 @@ def fuse(storage, *overrides):
         command("fuse", "--config", TINY, *(w for o in (f"storage={storage}", *overrides) for w in ("--set", o))),
         capture_output=True, text=True, env=environment(), check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "imported", "warned"),
+    [("holdout", 0, False), ("crossfit", 0, False), ("train", 0, True), ("train", 2, True), ("holdout", 2, True)],
+)
+def test_a_fusion_on_clips_that_the_teachers_know_is_warned_of(data, imported, warned):
+    warning = fusion_warning(load_config(TINY, [f"fusion.data={data}"]), imported)
+    assert (warning or "").startswith("warning: ") == warned
+    assert ("fusion.data is train" in (warning or "")) == (data == "train")
 
 
 def test_the_fusion_cannot_reach_the_test_split(finished, plan, tmp_path):
