@@ -238,7 +238,7 @@ _NETWORK = ("model", "frontend")
 # What a preset takes the place of; of the distillation the soft target stays.
 _PRESET_KEYS = {
     "student.preset": _NETWORK,
-    "student.recipe": ("augment", "optimizer"),
+    "student.recipe": ("augment", "optimizer", "balance"),
     "sweep.preset": ("space",),
 }
 

@@ -23,6 +23,7 @@ from asc_ray.data.clips import (
 from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.training.systems import device_shares
 
 LABELS, DEVICES = ("metro", "park"), ("a", "s1")
 
@@ -207,6 +208,24 @@ def test_every_index_once_an_epoch_for_any_world_size(data, world, seed, epoch):
     if count % batch_size == 0 or count % batch_size >= world:  # no joined tail: the same global batches as alone
         alone = epoch_batches(count, batch_size, seed=seed, epoch=epoch)
         assert all((ours == theirs).all() for ours, theirs in zip(batches, alone, strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), seed=st.integers(0, 2**40), balance=st.floats(0.05, 1.0))
+def test_with_shares_every_clip_is_there_as_often_as_its_share_says(data, seed, balance):
+    device = np.array(data.draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=120)))
+    shares, count = device_shares(device, balance), len(device)
+    times = np.zeros((50, count))
+    for epoch in range(50):
+        batches = epoch_batches(count, 16, seed=seed, epoch=epoch, shares=shares)
+        assert [len(batch) for batch in batches] == [len(b) for b in epoch_batches(count, 16, seed=seed, epoch=epoch)]
+        times[epoch] = np.bincount(np.concatenate(batches), minlength=count)
+    assert (times >= np.floor(count * shares - 1e-9)).all()
+    assert (times <= np.ceil(count * shares + 1e-9)).all()
+    names, of, counts = np.unique(device, return_inverse=True, return_counts=True)
+    wanted = counts ** (1 - balance) / (counts ** (1 - balance)).sum()
+    got = np.bincount(of, weights=times.sum(0), minlength=len(names)) / times.sum()
+    assert np.abs(got - wanted).max() < 0.1
 
 
 def test_order_depends_on_seed_and_epoch_only():

@@ -50,9 +50,12 @@ class DataConfig(Section):
 _ORDER, _STEP = 0, 1
 
 
-def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int, world: int = 1) -> list[np.ndarray]:
+def epoch_batches(
+    count: int, batch_size: int, *, seed: int, epoch: int, world: int = 1, shares: np.ndarray | None = None
+) -> list[np.ndarray]:
     """An epoch's batches of the indices 0..count-1, every index once; rank r of `world` reads `batch[r::world]`.
 
+    With `shares` (count,) of sum 1 index i is there count x shares[i] times, rounded up or down by chance.
     No rank's piece is empty: a last batch smaller than `world` is joined to the one before. But for that the batches
     do not depend on `world`. Pieces of one batch may differ by one index. Raises ConfigError where it cannot be.
     """
@@ -60,7 +63,13 @@ def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int, world: 
         raise ConfigError(
             f"{world} workers for batches of {batch_size} of {count} clips: some worker has no clip; use fewer workers"
         )
-    order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(count)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch)))
+    order = rng.permutation(count)
+    if shares is not None:  # systematic sampling: equal steps over the shares in a random order
+        edges = np.cumsum(shares[order])
+        steps = (np.arange(count) + rng.random()) * (edges[-1] / count)
+        places = np.minimum(np.searchsorted(edges, steps, side="right"), count - 1)
+        order = rng.permutation(order[places])
     starts = np.arange(0, count, batch_size)
     if len(starts) > 1 and count - starts[-1] < world:
         starts = starts[:-1]

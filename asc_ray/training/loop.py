@@ -130,8 +130,11 @@ def fit(
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
     mixed_precision: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    shares: np.ndarray | None = None,
 ) -> list[Metrics]:
     """Train `model` in place on the store's clips `train`; returns the metrics of every epoch.
+
+    `shares` (clips of `train`,), of sum 1: how much of an epoch each of them is; None for every clip once.
 
     `folder` takes a checkpoint an epoch, and within an epoch one every `checkpoint_seconds`; training goes on from the
     newest intact one, and ends with the weights that an uninterrupted run has. `on_epoch` hears of restored epochs too,
@@ -180,7 +183,9 @@ def fit(
             group["lr"] = settings.learning_rate * factor
         set_training(model, True)
         before_epoch(model, epoch)
-        batches = epoch_batches(len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world)
+        batches = epoch_batches(
+            len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world, shares=shares
+        )
         clips = [train[batch] for batch in batches]
         first = len(steps)
         results = [torch.tensor(values, device=device) for values in steps]

@@ -47,6 +47,9 @@ class StudentConfig(Recipe):
     checkpoint: Path | None = Field(None, description="a published checkpoint of the model, taken instead of training")
     seeds: int = Field(1, ge=1, le=100, description="so many students are trained, with `seed` and those after it")
     distillation: DistillationConfig = DistillationConfig()
+    balance: float = Field(
+        0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: as many clips of every device"
+    )
 
     @model_validator(mode="after")
     def _one_checkpoint(self) -> Self:
@@ -142,6 +145,7 @@ def fit_student(
         distillation=config.distillation if targets else None,
         soft_logits=_complete_soft_logits(data, targets, clips) if targets else None,
         on_epoch=on_epoch,
+        shares=device_shares(data.store.device[clips], config.balance),
     )
 
 
@@ -188,6 +192,7 @@ def train_int8(
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
         before_epoch=freeze_at_the_end,
+        shares=device_shares(data.store.device[train], config.balance),
         mixed_precision=False,  # the steps of fake quantization are finer than those of bf16
     )
     int8 = quantization.convert(prepared.cpu())
@@ -280,6 +285,15 @@ def load_int8(folder: Path) -> nn.Module:
 def student_clips(data: Dataset) -> np.ndarray:
     """What students learn from: every training clip outside the validation part."""
     return np.union1d(data.parts["train"], data.parts["fusion"])
+
+
+def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
+    """Of each clip in an epoch, by its device's name: proportional to the device's count to the power -balance."""
+    if balance == 0:
+        return None
+    _, of, counts = np.unique(device, return_inverse=True, return_counts=True)
+    shares = counts[of] ** -balance
+    return shares / shares.sum()
 
 
 def _complete_soft_logits(data: Dataset, targets: Path, clips: np.ndarray) -> np.ndarray:
