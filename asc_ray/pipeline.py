@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,10 +20,20 @@ from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import check_prior
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
-from asc_ray.plan import BEST_STUDENT, FAILED, REPORT, STAGES, Plan, dump, scores_over_seeds
+from asc_ray.plan import BEST_STUDENT, FAILED, REPORT, STAGES, TRIALS_TABLE, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Gain
+from asc_ray.training.search import (
+    SweepConfig,
+    TrialResult,
+    best,
+    changed,
+    trial_config,
+    trial_name,
+    trials_table,
+    values_over_seeds,
+)
 from asc_ray.training.systems import import_teacher, input_shape
 
 
@@ -85,14 +96,20 @@ def at_work(
 
 
 def refuse_large(config: Config) -> None:
-    """Raises ConfigError where the student is over the limits: before teachers train for it, too."""
-    student = config.student
-    over = config.limits.exceeded(complexity(build(student.model, classes=10), input_shape(student)))
-    if over:
-        raise ConfigError(
-            f"student.model: {student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller "
-            "one, or raise the limits"
-        )
+    """Raises ConfigError where a student that the configuration may train is over the limits: before teachers train."""
+    students = {"student.model": config.student}
+    if config.sweep:
+        for key, parameter in config.sweep.space.items():
+            if key.startswith("model."):
+                for end in parameter.ends():
+                    students[f"sweep.space.{key}: {end}: student.model"] = changed(config.student, {key: end})
+    for key, student in students.items():
+        over = config.limits.exceeded(complexity(build(student.model, classes=10), input_shape(student)))
+        if over:
+            raise ConfigError(
+                f"{key}: {student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller one, "
+                "or raise the limits"
+            )
 
 
 @dataclass(frozen=True)
@@ -372,17 +389,23 @@ def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _build_sweep(work: Work) -> None:
-    from asc_ray.cluster.sweep import best_student, run_sweep
+    from asc_ray.cluster.runtime import slots
+    from asc_ray.cluster.sweep import SCRATCH, concurrent, run_sweep
 
-    plan, config = work.plan, work.plan.config
+    plan, config, sweep = work.plan, work.plan.config, work.plan.config.sweep
     assert plan.sweep is not None
-    assert config.sweep is not None
-    trials = {f"trial-{n:03d}": plan.trial(n) for n in range(config.sweep.most)}
-    work.progress.expect("sweep", dict.fromkeys(trials, config.sweep.epochs))
+    assert sweep is not None
+    trials = {trial_name(n): plan.trial(n) for n in range(sweep.most)}
+    work.progress.expect("sweep", dict.fromkeys(trials, sweep.epochs))
+    room, running = slots(config.student_resources), concurrent(sweep, config.student_resources)
+    idle = f"; sweep.lookback {sweep.lookback} leaves {room - running} slots idle" if running < room else ""
+    work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots{idle}")
 
     def listener(name: str, event: dict[str, Any]) -> None:
         if "parameters" in event:
             work.tracker.start(name, trials[name].key, event["parameters"])
+        if event.get("finished"):
+            work.tracker.log(name, {key: event[key] for key in ("value", "cost")}, sweep.epochs)
         on_event(name, event)
 
     with work.tracked(trials) as on_event:
@@ -391,19 +414,44 @@ def _build_sweep(work: Work) -> None:
             work.source,
             {target: sound_targets(plan, target) for target in config.soft_targets},
             config.student,
-            config.sweep,
+            sweep,
             config.student_resources,
             config.cluster.retries,
             listener,
         )
-    best = best_student(results, config.student, config.sweep)
-    write_atomically(
-        plan.sweep.partial / BEST_STUDENT,
-        "# The best configuration of the sweep; lay it over another with `base:`.\n"
-        + yaml.safe_dump({"student": best}, sort_keys=False),
-    )
-    plan.sweep.finish({"trials": [json.loads(r.model_dump_json()) for r in results]}, scratch=("trials/*.checkpoints",))
-    work.tracker.log_file("", plan.sweep.path / BEST_STUDENT)
+    winner = best(sweep, results)
+    student = trial_config(config.student, sweep, winner.parameters)
+    files = {
+        BEST_STUDENT: "# The best configuration of the sweep; lay it over another with `base:`.\n"
+        + yaml.safe_dump({"student": dump(student)}, sort_keys=False),
+        TRIALS_TABLE: trials_table(results),
+    }
+    for file, text in files.items():
+        write_atomically(plan.sweep.partial / file, text)
+        work.tracker.log_file("", plan.sweep.partial / file)
+    work.tracker.tag(trial_name(winner.number), trials[trial_name(winner.number)].key, "asc_ray.winner", "true")
+    for line in sweep_summary(sweep, results, winner):
+        work.progress.note(line)
+    plan.sweep.finish({"trials": [dump(result) for result in results]}, SCRATCH)
+
+
+def sweep_summary(sweep: SweepConfig, results: Sequence[TrialResult], winner: TrialResult) -> list[str]:
+    """How the trials ended, the winner, and what failed."""
+    ended = ", ".join(f"{count} {state}" for state, count in sorted(Counter(r.state for r in results).items()))
+    early = f"; the budget was used up before {sweep.most}" if len(results) < sweep.searched else ""
+    values = values_over_seeds(results, winner.number)
+    over = f", mean of {len(values)} seeds" if len(values) > 1 else ""
+    found = ", ".join(f"{key} {_short(value)}" for key, value in winner.parameters.items())
+    lines = [
+        f"{len(results)} trials: {ended}{early}",
+        f"winner: trial {winner.number}, objective {100 * sum(values) / len(values):.1f} %{over}: {found}",
+    ]
+    lines += [f"trial {r.number} {r.state}: {r.error}" for r in results if r.state in ("failed", "diverged")]
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def student_jobs(plan: Plan) -> dict[str, Job]:
@@ -492,6 +540,7 @@ def _build_report(work: Work) -> None:
         teachers=plan.teachers,
         fusion=plan.fusion,
         sweep=plan.sweep,
+        search=plan.config.sweep,
         students=plan.students,
         int8=plan.int8,
         evaluation=plan.evaluation,

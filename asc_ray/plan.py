@@ -24,6 +24,7 @@ from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
+TRIALS_TABLE = "trials.csv"
 FAILED = "failed.json"  # in the folder of a system that kept failing: why
 REPORT = "report.html"
 

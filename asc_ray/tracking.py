@@ -140,6 +140,12 @@ class Tracker:
         self.log(name, metrics, 0)
         self.end(name)
 
+    @_undisturbed()
+    def tag(self, name: str, key: str, tag: str, value: str) -> None:
+        """Tag the child run of the thing with this key, whichever command of this storage tracked it."""
+        if run := self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: key}):
+            self._client.set_tag(run.info.run_id, tag, value)
+
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         """Final figures on the parent run, where runs are compared."""
         self.log("", metrics, 0)

@@ -393,7 +393,7 @@ def test_the_sweep_s_best_is_a_student_s_configuration(plan):
         assert trial.parameters == propose(plan.config.sweep, trial.number, trials)
     best = plan.student_configs()["student"]
     assert best.model == plan.config.student.model
-    winner = best_of(trials)
+    winner = best_of(plan.config.sweep, trials)
     assert best == trial_config(plan.config.student, plan.config.sweep, winner.parameters)
     assert best.distillation.soft_target == winner.parameters["distillation.soft_target"]
     again = load_config(TINY, [f"storage={plan.config.storage}"]).model_copy(update={"student": best})

@@ -88,6 +88,8 @@ def example(seed: int = 0) -> ReportData:
         curves={name: curve(rng, 25 if "passt" in name else 40) for name in TEACHERS}
         | {"student": curve(rng, 40), "QAT": curve(rng, 12, floor=0.7)},
         trials=tuple(trial(rng, number) for number in range(40)),
+        importances={"optimizer.learning_rate": 0.7, "distillation.label_weight": 0.3},
+        cost="bytes",
         best_config="student:\n  model:\n    name: ds_flexinet\n  optimizer:\n    learning_rate: 0.0021\n",
         config="name: demo\nstorage: runs\n",
         versions={"asc-ray": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "numpy": "2.4.1"},
@@ -193,7 +195,8 @@ def test_everything_is_there(html, data):
         shares = [e.accuracy, e.macro_accuracy, *(e.groups[group] for group in ("seen", "unseen", "real"))]
         assert cells == [f"{100 * x:.2f}" for x in shares] + [f"{x:.3f}" for x in (e.log_loss, e.calibration_error)]
     assert [a["class"] for tag, a in page.tags if tag == "svg"] == [
-        "device_accuracy", "confusion", "fusion_weights", "reliability", "sweep", "training_curves", "energy_histogram",
+        "device_accuracy", "confusion", "fusion_weights", "reliability", "sweep", "importance", "parallel_coordinates",
+        "pareto_front", "training_curves", "energy_histogram",
     ]  # fmt: skip
     assert "from 0.5: norm1 0.432, norm2 -0.050." in page.text
     for expected in ("13.76 K", "3.88 M", "139,620", "2 digitally silent clips", *data.lineage.values(), "ds_flexinet"):
@@ -210,6 +213,16 @@ def test_finalists_have_the_mean_of_their_seeds_and_stand_first(data, tmp_path):
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     found = re.findall(r"<tr><td>(\d)</td><td><b>([\d.]+)</b>(.*?)</td>", html)
     assert found == [("1", "75.00", " <small>± 7.07</small>"), ("0", "90.00", "")]
+
+
+def test_what_failed_does_not_rule_the_scale():
+    good = [TrialResult(number=n, parameters={"x": 90 + n}, curve=(0.9 + n / 100,), state="complete") for n in range(4)]
+    failed = TrialResult(number=4, parameters={"x": 92}, curve=(), state="failed", error="no memory")
+    alone, both = (re.findall(r"<!-- (\d\d?\.\d) -->", figures.sweep(t)) for t in (good, [*good, failed]))
+    assert alone
+    assert min(map(float, both)) > 80
+    lines = [figures.parallel_coordinates(t).count("<path") for t in (good, [*good, failed])]
+    assert lines[0] == lines[1]
 
 
 def test_ids_are_unique_and_references_lead_somewhere(html):
@@ -281,6 +294,9 @@ def test_extreme_data_can_be_drawn():
     assert "<path" in figures.energy_histogram(np.zeros(1), 323.0)
     assert "<path" in figures.energy_histogram(np.full(5, 7.0), None)
     diverged = TrialResult(number=0, parameters={"x" * 80: True}, curve=(), state="diverged")
-    assert "<path" in figures.sweep([diverged])
+    for trials in ([diverged], [diverged.model_copy(update={"state": "failed"})]):
+        assert "<path" in figures.sweep(trials)
+        assert "<path" in figures.parallel_coordinates(trials)
+        assert "<path" in figures.pareto_front(trials, [], "bytes")
     assert "<path" in figures.training_curves({"student": {"s": [{"epoch": 1, "loss": 2.0}]}})
     assert "<path" in figures.fusion_weights({"only": 1.0}, {"x": 0.5, "y": -0.5})

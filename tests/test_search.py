@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,18 +10,25 @@ from pydantic import ValidationError
 
 from asc_ray.errors import UserError
 from asc_ray.training.distillation import LearnedWeight, ScheduledWeight
+from asc_ray.training.population import PopulationConfig, explored
 from asc_ray.training.search import (
+    BudgetConfig,
     ObjectiveConfig,
     SweepConfig,
     TrialResult,
     best,
+    cost_of,
     finalists,
+    importances,
     may_start,
+    parent,
+    pareto,
     planned,
     propose,
     repeated,
     should_stop,
     trial_config,
+    within_budget,
 )
 from asc_ray.training.space import Parameter, grid, values_of
 from asc_ray.training.systems import StudentConfig
@@ -91,9 +99,9 @@ def test_halving_keeps_the_best_third_at_a_rung():
 
 def test_the_best_ran_to_its_end_and_the_first_of_equals_wins():
     ended = [result(0, [0.9], "stopped"), result(1, [0.2, 0.5]), result(2, [0.1, 0.5]), result(3, [0.99], "diverged")]
-    assert best(ended).number == 1
+    assert best(SWEEP, ended).number == 1
     with pytest.raises(UserError, match="trial 0 stopped"):
-        best(ended[:1])
+        best(SWEEP, ended[:1])
 
 
 def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins():
@@ -116,10 +124,195 @@ def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins():
         ended.append(
             TrialResult(number=number, parameters=parameters, curve=(value,), state="complete", repeats=of, seed=seed)
         )
-    assert best(ended[:4]).number == 1
-    assert best(ended).number == 3  # 0.6 against (0.7 + 0.3 + 0.5) / 3
+    assert best(sweep, ended[:4]).number == 1
+    assert best(sweep, ended).number == 3  # 0.6 against (0.7 + 0.3 + 0.5) / 3
     none = [result(n, [0.5], "diverged") for n in range(4)]
     assert planned(sweep, none) == 4
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(data=st.data(), budget=st.integers(1, 120), lookback=st.integers(1, 6))
+def test_a_budget_of_epochs_ends_a_search_alike_whatever_ends_first(data, budget, lookback):
+    sweep = SWEEP.model_copy(update={"budget": BudgetConfig(epochs=budget), "lookback": lookback})
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=20, max_size=20))
+    counts = set()
+    for order in range(3):
+        rng, ended, running, started = random.Random(order), [], [], 0
+        while True:
+            within = within_budget(sweep, ended)
+            while started < within.trials and len(running) < lookback and may_start(within, started, ended):
+                running.append(started)
+                started += 1
+            if not running:
+                break
+            number = running.pop(rng.randrange(len(running)))
+            ended.append(TrialResult(number=number, parameters={}, curve=(0.5,) * lengths[number], state="stopped"))
+        counts.add(started)
+        assert started == within.trials
+        used = sum(len(r.curve) for r in ended)
+        assert used >= budget or started == sweep.trials
+        assert used < budget + lookback * 9
+    assert len(counts) == 1
+
+
+# --- two objectives -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_pareto_front_is_what_nothing_dominates(pairs):
+    ended = [
+        TrialResult(number=n, parameters={}, curve=(value / 10,), cost=cost, state="complete")
+        for n, (cost, value) in enumerate(pairs)
+    ]
+    front = {(r.cost, round(10 * r.value)) for r in pareto(ended)}
+    assert front == {(c, v) for c, v in pairs if not any((a <= c and b >= v) and (a, b) != (c, v) for a, b in pairs)}
+    costs = [r.cost for r in pareto(ended)]
+    assert costs == sorted(set(costs))
+
+
+def test_a_small_network_is_not_stopped_for_being_worse_than_large_ones():
+    large = [TrialResult(number=n, parameters={}, curve=(0.9,) * 9, cost=100.0, state="complete") for n in range(3)]
+    small = [TrialResult(number=n, parameters={}, curve=(0.4,) * 9, cost=10.0, state="complete") for n in range(3, 6)]
+    assert should_stop(SWEEP, 10, [0.5], large + small)
+    assert not should_stop(SWEEP, 10, [0.5], large + small, cost=20.0)
+    assert should_stop(SWEEP, 10, [0.3], large + small, cost=20.0)
+    assert should_stop(SWEEP, 10, [0.5], large + small, cost=100.0)
+
+
+def test_a_search_for_both_looks_where_good_and_cheap_is():
+    """The objective grows with the width, and so does the cost; the second parameter should be 0."""
+    space = {"width": Parameter(uniform=(0.0, 1.0)), "harm": Parameter(uniform=(0.0, 1.0))}
+    sweep = SWEEP.model_copy(update={"trials": 50, "space": space, "cost": "bytes", "startup_trials": 10})
+    ended = []
+    for n in range(50):
+        p = propose(sweep, n, ended)
+        value = p["width"] * (1 - p["harm"])
+        ended.append(TrialResult(number=n, parameters=p, curve=(value,), cost=p["width"], state="complete"))
+    late = [r.parameters for r in ended[25:]]
+    assert sum(p["harm"] for p in late) / len(late) < 0.3  # 0.5 by chance
+    assert min(p["width"] for p in late) < 0.4
+    assert max(p["width"] for p in late) > 0.6
+
+
+def test_importance_finds_the_parameter_that_matters():
+    some = {"one_of": {"off": {"p": 0.0}, "on": {"p": {"uniform": [0.1, 1.0]}}}}
+    raw = {"augment.dir.p": {"uniform": [0.0, 1.0]}, "augment.freq_mixstyle": some}
+    sweep = SweepConfig.model_validate({"space": raw, "sampler": "random", "trials": 80})
+    ended = []
+    for n in range(80):
+        p = propose(sweep, n, [])
+        value = 1 - abs(p["augment.dir.p"] - 0.3)
+        ended.append(TrialResult(number=n, parameters=p, curve=(value,), state="complete"))
+    shares = importances(sweep.space, ended)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert set(shares) == {"augment.dir.p", "augment.freq_mixstyle", "augment.freq_mixstyle.on.p"}
+    assert shares["augment.dir.p"] > 0.7
+    off = [r for r in ended if r.parameters["augment.freq_mixstyle"] == "off"]
+    assert importances(sweep.space, off) == {"augment.dir.p": pytest.approx(1)}  # the other never varied
+    assert importances(sweep.space, ended[:7]) == {}
+    assert importances(sweep.space, [r.model_copy(update={"state": "failed"}) for r in ended]) == {}
+
+
+def test_costs_are_those_of_complexity():
+    for what, expected in (("bytes", 30_628), ("macs", None), (None, None)):
+        sweep = SWEEP.model_copy(update={"cost": what})
+        student = StudentConfig.model_validate({"model": {"name": "ds_flexinet", "size": "sm2"}})
+        cost = cost_of(sweep, student, 10)
+        if expected:
+            assert cost == expected
+        assert (cost is None) == (what is None)
+    assert 8.2e6 < cost_of(SWEEP.model_copy(update={"cost": "macs"}), student, 10) < 8.4e6
+
+
+# --- populations --------------------------------------------------------------------------------------------------
+
+POPULATION = SweepConfig.model_validate(
+    {"trials": 8, "epochs": 9, "scheduler": "pbt", "population": {"every": 2, "replaced": 0.25}, "space": SPACE}
+)
+
+
+def generation(number, values, before=()):
+    """Results of the members with these values; None diverged."""
+    made = []
+    for member, value in enumerate(values):
+        n = number * len(values) + member
+        made.append(
+            TrialResult(
+                number=n,
+                parameters=propose(POPULATION, n, before),
+                curve=() if value is None else (0.0, value),
+                state="diverged" if value is None else "complete",
+                parent=parent(POPULATION, n, before),
+            )
+        )
+    return [*before, *made]
+
+
+def test_the_worst_of_a_population_go_on_from_the_best():
+    assert (POPULATION.searched, POPULATION.span(0), POPULATION.span(8), POPULATION.span(39)) == (
+        40, (0, 2), (2, 4), (8, 9),
+    )  # fmt: skip
+    first = generation(0, [0.1, 0.9, 0.5, None, 0.4, 0.8, 0.3, 0.2])
+    assert len({str(r.parameters) for r in first}) == 8
+    assert not may_start(POPULATION, 8, first[:7])
+    assert may_start(POPULATION, 15, first)
+    assert parent(POPULATION, 3, first) is None
+    for number in range(8, 16):
+        origin, parameters = parent(POPULATION, number, first), propose(POPULATION, number, first)
+        own = next(r for r in first if r.number == origin).parameters
+        if number - 8 in (0, 3, 7):  # the two worst, and the one that diverged
+            assert origin in (1, 5)
+            assert parameters != own
+            trial_config(STUDENT, POPULATION, parameters)
+        else:
+            assert (origin, parameters) == (number - 8, own)
+    second = generation(1, [0.95, 0.1, 0.5, 0.5, 0.4, 0.8, 0.3, 0.2], first)
+    assert best(POPULATION.model_copy(update={"epochs": 4}), second).number == 8
+    with pytest.raises(UserError, match="no trial ran to its end"):
+        best(POPULATION, second)  # the first generations are no end
+    none = generation(0, [None] * 8)
+    assert {parent(POPULATION, n, none) for n in range(8, 16)} == {None}
+    assert not should_stop(POPULATION, 9, [0.0] * 2, first)
+
+
+@given(st.integers(0, 10**6))
+def test_explored_parameters_stay_in_the_space(seed):
+    space = {name: Parameter.model_validate(own) for name, own in SPACE.items()}
+    parameters, rng = propose(POPULATION, seed % 8, []), np.random.default_rng(seed)
+    config = PopulationConfig(resample=0.0)
+    for _ in range(10):
+        changed = explored(config, space, parameters, rng)
+        rate = changed["optimizer.learning_rate"]
+        assert 1e-4 <= rate <= 1e-2
+        ratio = rate / parameters["optimizer.learning_rate"]
+        assert any(ratio == pytest.approx(own) for own in (0.8, 1.25)) or rate in (1e-4, 1e-2)
+        assert 0.0 <= changed["distillation.label_weight"] <= 1.0
+        roll, before = changed["augment.roll"], parameters["augment.roll"]
+        assert isinstance(roll, int)
+        assert 0 <= roll <= 8000
+        assert roll != before or before in (0, 8000)
+        assert changed["augment.dir.threshold"] in (None, "auto", 323.0)
+        parameters = changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "grid"}, "sampler: with scheduler pbt allowed is tpe or random"),
+        ({"seeds": 2}, "seeds: with scheduler pbt allowed is 1"),
+        ({"cost": "macs"}, "cost: with scheduler pbt"),
+        ({"budget": {"epochs": 9}}, "budget: with scheduler pbt"),
+        ({"trials": 1}, "trials: with scheduler pbt"),
+        ({"space": {"model.size": {"choice": ["sm1", "sm2"]}}}, r"space\.model\.size: with scheduler pbt"),
+        ({"space": {"augment.roll": {"one_of": {"no": 0}}}}, r"space\.augment\.roll: with scheduler pbt"),
+    ],
+)
+def test_what_a_population_cannot_do_is_refused(change, message):
+    with pytest.raises(ValidationError, match=message):
+        SweepConfig.model_validate({"scheduler": "pbt", "space": SPACE, **change})
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """The search for the student's configuration on Ray Tune; training.search decides what to propose and stop."""
 
 import json
+import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -25,6 +28,8 @@ from asc_ray.training.search import SweepConfig, TrialResult
 from asc_ray.training.systems import StudentConfig, fit_student
 
 TRIALS = "trials"
+CLOCK = "clock.json"
+SCRATCH = ("trials/*.checkpoints", "trials/*.tmp", CLOCK)
 
 
 def run_sweep(
@@ -47,7 +52,7 @@ def run_sweep(
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
     ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    course = _Course(sweep, folder, ended, on_event)
+    course = _Course(sweep, student, len(source.store().labels), folder, ended, on_event)
     if course.left():
         scratch = artifact.storage / ".ray-tune" / uuid.uuid4().hex
         trainable = tune.with_resources(
@@ -73,7 +78,7 @@ def run_sweep(
                     search_alg=_Proposals(course),
                     scheduler=_Halving(course),
                     num_samples=sweep.most - len(course.ended),
-                    max_concurrent_trials=min(sweep.lookback, slots(resources)),
+                    max_concurrent_trials=concurrent(sweep, resources),
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
@@ -88,21 +93,70 @@ def run_sweep(
             settle()
     if left := course.left():
         raise UserError(
-            f"sweep: {len(left)} of {search.planned(sweep, course.ended)} trials did not end; the same command goes on"
+            f"sweep: {len(left)} of {search.planned(course.sweep, course.ended)} trials did not end; the same command "
+            "goes on"
         )
     return sorted(course.ended, key=lambda result: result.number)
+
+
+def concurrent(sweep: SweepConfig, resources: Resources) -> int:
+    """How many trials run at once: as many as there are slots, but no more than the search can propose."""
+    return min(sweep.trials if sweep.scheduler == "pbt" else sweep.lookback, slots(resources))
+
+
+class _Clock:
+    """How long a search has run, over all its drivers, and which trial its time did not last for: in a file."""
+
+    def __init__(self, file: Path) -> None:
+        stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "closed": None}
+        self.closed: int | None = stored["closed"]
+        self._file, self._before, self._start = file, stored["seconds"], time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def save(self) -> None:
+        write_atomically(self._file, json.dumps({"seconds": self.seconds(), "closed": self.closed}))
+
+
+@dataclass
+class _Running:
+    """A trial under way: what it is, and what was heard of it."""
+
+    parameters: dict[str, Any]
+    repeats: int | None
+    seed: int
+    parent: int | None
+    cost: float | None
+    curve: list[float] = field(default_factory=list)
+    state: Literal["complete", "stopped", "diverged", "failed"] = "complete"
+    error: str = ""
 
 
 class _Course:
     """The state of one search, shared by the searcher and the scheduler, in the driver."""
 
-    def __init__(self, sweep: SweepConfig, folder: Path, ended: list[TrialResult], on_event: OnEvent) -> None:
-        self.sweep, self.folder, self.ended, self.on_event = sweep, folder, ended, on_event
-        self.parameters: dict[int, dict[str, Any]] = {}
-        self.repeats: dict[int, tuple[int | None, int]] = {}
-        self.curves: dict[int, list[float]] = {}
-        self.states: dict[int, str] = {}
-        self.errors: dict[int, str] = {}
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        student: StudentConfig,
+        classes: int,
+        folder: Path,
+        ended: list[TrialResult],
+        on_event: OnEvent,
+    ) -> None:
+        self._whole, self._student, self._classes = sweep, student, classes
+        self._folder, self.ended, self._on_event = folder, ended, on_event
+        self._clock = _Clock(folder.parent / CLOCK)
+        self._running: dict[int, _Running] = {}
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """The search, no longer than its budgets."""
+        within = search.within_budget(self._whole, self.ended)
+        if self._clock.closed is None:
+            return within
+        return within.model_copy(update={"trials": min(within.trials, self._clock.closed)})
 
     def left(self) -> list[int]:
         """Trials that have not ended, as far as is known which there are."""
@@ -112,40 +166,65 @@ class _Course:
         """Nothing: Tune pickles its parts for a restore of its own, which is not used here."""
         return {}
 
+    def start(self) -> dict[str, Any] | None:
+        """What the worker of the next trial needs; None while that has to wait for others."""
+        waiting = [number for number in self.left() if number not in self._running]
+        if not waiting or not search.may_start(self.sweep, waiting[0], self.ended):
+            return None
+        number, sweep, minutes = waiting[0], self.sweep, self._whole.budget.minutes
+        if minutes and 0 < number < sweep.searched and self._clock.seconds() > 60 * minutes:
+            self._clock.closed = number
+            self._clock.save()
+            return self.start()
+        parameters = search.propose(sweep, number, self.ended)
+        repeats, seed = search.repeated(sweep, number, self.ended)
+        parent = search.parent(sweep, number, self.ended) if sweep.scheduler == "pbt" else None
+        try:
+            cost = search.cost_of(sweep, search.trial_config(self._student, sweep, parameters), self._classes)
+        except ValidationError:  # values that are right each for itself; the worker will say what is wrong
+            cost = None
+        self._running[number] = _Running(parameters, repeats, seed, parent, cost)
+        for old in range(number // sweep.trials * sweep.trials - sweep.trials):  # nobody goes on from these any more
+            shutil.rmtree(self._folder / _checkpoints(old), ignore_errors=True)
+        self._on_event(search.trial_name(number), {"started": True, "parameters": parameters})
+        return {"number": number, "parameters": parameters, "seed": seed, "parent": parent}
+
     def hear(self, number: int, metrics: Mapping[str, Any]) -> bool:
         """Note an epoch of a trial; returns whether the trial is to stop."""
+        trial, start = self._running[number], self.sweep.span(number)[0]
         if metrics.get("diverged"):
-            self.states[number] = "diverged"
+            trial.state, trial.error = "diverged", metrics["message"]
             return False
-        curve = self.curves.setdefault(number, [])
-        if metrics["epoch"] != len(curve) + 1:  # heard before the trial's worker died
+        if metrics["epoch"] != start + len(trial.curve) + 1:  # heard before the trial's worker died
             return False
-        curve.append(metrics[search.METRIC])
-        self.on_event(f"trial-{number:03d}", {"epochs": self.sweep.epochs, **_numbers(metrics)})
-        if search.should_stop(self.sweep, number, curve, self.ended):
-            self.states[number] = "stopped"
+        trial.curve.append(metrics[search.METRIC])
+        self._clock.save()
+        self._on_event(search.trial_name(number), {"epochs": self.sweep.epochs, **_numbers(metrics)})
+        if search.should_stop(self.sweep, number, trial.curve, self.ended, trial.cost):
+            trial.state = "stopped"
             return True
         return False
 
+    def fail(self, number: int, error: str) -> None:
+        self._running[number].error = error
+
     def close(self, number: int, failed: bool) -> None:
-        result = TrialResult(
-            number=number,
-            parameters=self.parameters[number],
-            curve=tuple(self.curves.get(number, ())),
-            state="failed" if failed else self.states.get(number, "complete"),
-            error=self.errors.get(number, "its worker died every time") if failed else "",
-            repeats=self.repeats[number][0],
-            seed=self.repeats[number][1],
-        )
-        write_atomically(self.folder / f"{number:04d}.json", result.model_dump_json())
-        shutil.rmtree(self.folder / f"{number:04d}.checkpoints", ignore_errors=True)
+        trial, sweep = self._running[number], self.sweep
+        start, end = sweep.span(number)
+        if failed:
+            trial.state, trial.error = "failed", trial.error or "its worker died every time"
+        elif trial.state == "complete" and len(trial.curve) < end - start:
+            trial.state, trial.error = "failed", f"it ended after {len(trial.curve)} of {end - start} epochs"
+        result = TrialResult(number=number, **vars(trial))
+        write_atomically(self._folder / f"{number:04d}.json", result.model_dump_json())
+        if sweep.scheduler != "pbt":
+            shutil.rmtree(self._folder / _checkpoints(number), ignore_errors=True)
         self.ended.append(result)
-        event = {"finished": True, "state": result.state, "value": result.value, "parameters": result.parameters}
-        self.on_event(f"trial-{number:03d}", event)
+        self._on_event(search.trial_name(number), {"finished": True, **vars(result), "value": result.value})
 
 
 class _Proposals(Searcher):
-    """Tune's view of `search.propose`."""
+    """Tune's view of the trials to come."""
 
     def __init__(self, course: _Course) -> None:
         super().__init__(metric=search.METRIC, mode="max")
@@ -153,23 +232,14 @@ class _Proposals(Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        course = self._course
-        waiting = [number for number in course.left() if number not in self._numbers.values()]
-        if not waiting:  # while some still run, they may become finalists
-            return None if course.left() else Searcher.FINISHED
-        number = waiting[0]
-        if not search.may_start(course.sweep, number, course.ended):
-            return None
-        self._numbers[trial_id] = number
-        course.parameters[number] = search.propose(course.sweep, number, course.ended)
-        course.repeats[number] = search.repeated(course.sweep, number, course.ended)
-        event = {"started": True, "parameters": course.parameters[number]}
-        course.on_event(f"trial-{number:03d}", event)
-        return {"number": number, "parameters": course.parameters[number], "seed": course.repeats[number][1]}
+        trial = self._course.start()
+        if trial is None:  # while some still run, they may become finalists
+            return None if self._course.left() else Searcher.FINISHED
+        self._numbers[trial_id] = trial["number"]
+        return trial
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        number = self._numbers[trial_id]
-        self._course.close(number, failed=error)
+        self._course.close(self._numbers[trial_id], failed=error)
 
     def get_state(self) -> dict:
         return {}
@@ -195,35 +265,48 @@ class _Halving(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         lines = str(trial.get_error() or "").strip().splitlines()
         if lines:
-            self._course.errors[trial.config["number"]] = lines[-1]
+            self._course.fail(trial.config["number"], lines[-1])
+
+
+class _SpanEnds(Exception):
+    """A trial has trained the epochs that are its own."""
 
 
 def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     """One trial on a worker."""
     torch.set_num_threads(work["threads"])
-    student = search.trial_config(work["student"], work["sweep"], config["parameters"])
-    optimizer, seed = student.optimizer.scaled_to(work["sweep"].epochs), student.seed + config["seed"]
+    sweep, number = work["sweep"], config["number"]
+    student = search.trial_config(work["student"], sweep, config["parameters"])
+    optimizer, seed = student.optimizer.scaled_to(sweep.epochs), student.seed + config["seed"]
     student = student.model_copy(update={"optimizer": optimizer, "seed": seed})
     data = work["source"].open()
     model = build(student.model, len(data.store.labels), student.seed)
-    checkpoints = work["folder"] / f"{config['number']:04d}.checkpoints"
+    checkpoints = work["folder"] / _checkpoints(number)
+    if config["parent"] is not None and not checkpoints.is_dir():
+        copied = checkpoints.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copytree(work["folder"] / _checkpoints(config["parent"]), copied)
+        copied.rename(checkpoints)
+    start, end = sweep.span(number)
+
+    def report(metrics: Metrics) -> None:
+        if metrics["epoch"] > start:  # what came before is the parent's
+            tune.report(metrics | {search.METRIC: sweep.validation.value(metrics)})
+        if metrics["epoch"] == end < sweep.epochs:
+            raise _SpanEnds
+
     try:
-        targets = work["targets"][student.distillation.soft_target]
-
-        def report(metrics: Metrics) -> None:
-            tune.report(metrics | {search.METRIC: work["sweep"].validation.value(metrics)})
-
-        fit_student(model, student, data, targets, checkpoints, report)
+        fit_student(model, student, data, work["targets"][student.distillation.soft_target], checkpoints, report)
     except Diverged as error:
         tune.report({"diverged": True, search.METRIC: 0.0, "message": str(error)})
+    except _SpanEnds:
+        pass
+
+
+def _checkpoints(number: int) -> str:
+    return f"{number:04d}.checkpoints"
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     own = {"epoch", "loss", "train_accuracy", search.METRIC}
     own |= {name for name in metrics if name.startswith("validation_")}
     return {name: metrics[name] for name in metrics if name in own}
-
-
-def best_student(results: list[TrialResult], student: StudentConfig, sweep: SweepConfig) -> dict[str, Any]:
-    """The student's section with the best trial's parameters, ready to be written as YAML."""
-    return json.loads(search.trial_config(student, sweep, search.best(results).parameters).model_dump_json())

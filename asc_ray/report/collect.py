@@ -18,7 +18,7 @@ from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, Rep
 from asc_ray.training.dataset import Source
 from asc_ray.training.ensemble import FUSION, read_scores
 from asc_ray.training.evaluation import OverSeeds
-from asc_ray.training.search import TrialResult
+from asc_ray.training.search import SweepConfig, TrialResult, importances
 from asc_ray.training.systems import StudentConfig
 
 LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")
@@ -35,6 +35,7 @@ def write_report(
     teachers: Mapping[str, Artifact],
     fusion: Artifact,
     sweep: Artifact | None,
+    search: SweepConfig | None,
     students: Mapping[str, Artifact],
     int8: Mapping[str, Artifact],
     evaluation: Artifact,
@@ -49,6 +50,7 @@ def write_report(
     train = store.split == "train"
     histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
     best = "" if sweep is None else (sweep.path / "best.yaml").read_text()
+    trials = [] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]]
     model = student_config.model
     size = getattr(model, "size", None)
     lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, evaluation)}
@@ -95,7 +97,9 @@ def write_report(
             energies=np.asarray(store.energy[train]),
             energy_threshold=data.mean_energy if threshold == "auto" else threshold,
             curves=histories | forms,
-            trials=[] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]],
+            trials=trials,
+            importances=importances(search.space, trials) if search else {},
+            cost=search.cost if search else None,
             best_config=best,
             config=yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False),
             versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},

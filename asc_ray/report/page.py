@@ -13,7 +13,7 @@ from asc_ray.fusion import Fusion
 from asc_ray.report import figures
 from asc_ray.section import Section
 from asc_ray.training.evaluation import Deviation, Evaluation, Scores
-from asc_ray.training.search import TrialResult, values_over_seeds
+from asc_ray.training.search import TrialResult, pareto, values_over_seeds
 
 COLORS = {  # by kind, in the order of the systems
     "teacher": ("#9b6fc8",),
@@ -21,6 +21,7 @@ COLORS = {  # by kind, in the order of the systems
     "student": ("#3f7fc4", "#3aa676", "#d0566b", "#b0903a"),
 }
 TRIALS_SHOWN = 15
+COSTS = {"bytes": "bytes of the int8 weights", "macs": "multiply-accumulates of a clip"}
 
 
 class CorpusSummary(Section):
@@ -78,6 +79,8 @@ class ReportData:
     energy_threshold: float | None = None  # of ADIR, None without it
     curves: figures.Curves = field(default_factory=dict)  # run -> metrics of every epoch
     trials: Sequence[TrialResult] = ()
+    importances: Mapping[str, float] = field(default_factory=dict)  # of the search's parameters
+    cost: str | None = None  # what the search minded besides its objective
     best_config: str = ""  # YAML
     config: str = ""  # YAML
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +118,7 @@ def render(data: ReportData, out: Path) -> None:
             best_teacher=best_teacher,
             devices=devices,
             trials=_best_trials(data.trials),
+            front=pareto(data.trials),
             parameters=sorted({name for trial in data.trials for name in trial.parameters}),
             figures={name: Markup(svg) for name, svg in _figures(data, best_teacher).items()},
         )
@@ -178,6 +182,11 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
         drawn["training_curves"] = figures.training_curves({title: runs for title, runs in panels.items() if runs})
     if data.trials:
         drawn["sweep"] = figures.sweep(data.trials)
+        drawn["parallel_coordinates"] = figures.parallel_coordinates(data.trials)
+    if data.importances:
+        drawn["importance"] = figures.importance(data.importances)
+    if data.cost:
+        drawn["pareto_front"] = figures.pareto_front(data.trials, pareto(data.trials), COSTS[data.cost])
     return drawn
 
 

@@ -5,20 +5,38 @@ Parallel searches usually depend on which trial ends first. Here a decision abou
 of workers, and a search that was killed goes on as if it had not been.
 """
 
+import csv
+import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import optuna
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from asc_ray.errors import UserError
+from asc_ray.models.complexity import complexity
+from asc_ray.models.registry import build
 from asc_ray.section import Section
-from asc_ray.training.space import KINDS, Parameter, distributions, grid, suggested, values_of
-from asc_ray.training.systems import StudentConfig
+from asc_ray.training.population import PopulationConfig, ancestor, explored
+from asc_ray.training.space import KINDS, Parameter, Space, distributions, grid, suggested, values_of
+from asc_ray.training.systems import StudentConfig, input_shape
 
 METRIC = "objective"
+FEWEST_FOR_IMPORTANCE = 8
+COLUMNS = ("number", "state", "value", "cost", "repeats", "seed", "parent", "error", "epochs", "pareto")
+# Of the student: what a population may change between generations, for the weights fit whatever it is.
+CHANGES_WHILE_TRAINING = (
+    "augment.",
+    "balance",
+    "distillation.label_weight",
+    "distillation.temperature",
+    "optimizer.batch_size",
+    "optimizer.clip_norm",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study tells a user nothing
 
 
@@ -38,13 +56,27 @@ class ObjectiveConfig(Section):
         return self.weight * metrics["validation_unseen"] + (1 - self.weight) * metrics["validation_seen"]
 
 
-class SweepConfig(Section):
-    """Optuna search over `space` (keys of `student`) with successive halving; scored on the validation part only.
+class BudgetConfig(Section):
+    """What ends a search before its last trial; trials under way run on to their ends."""
 
-    `sampler: grid` takes the points of the space in their order.
+    epochs: int | None = Field(None, ge=1, description="of all trials together")
+    minutes: float | None = Field(None, gt=0.0, description="of the search, added up over its restarts")
+
+
+class SweepConfig(Section):
+    """Optuna search over `space` (keys of `student`), scored on the validation part only.
+
+    `sampler: grid` takes the points of the space in their order. `scheduler: asha` is successive halving; with `pbt`,
+    `trials` is the size of a population that is drawn at random and changes as it trains.
     """
 
     trials: int = Field(40, ge=1)
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    population: PopulationConfig = PopulationConfig()
+    budget: BudgetConfig = BudgetConfig()
+    cost: Literal["bytes", "macs"] | None = Field(
+        None, description="to be low while the objective is high: bytes of the int8 weights, or multiply-accumulates"
+    )
     epochs: int = Field(30, ge=1, description="epochs of a trial that is not stopped; the schedule is scaled to them")
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     startup_trials: int = Field(10, ge=1, description="random proposals before the search learns from results")
@@ -58,9 +90,43 @@ class SweepConfig(Section):
     space: dict[str, Parameter] = Field(min_length=1)
 
     @property
+    def searched(self) -> int:
+        """How many trials there are before those of the finalists; of a population, one a member and generation."""
+        generations = -(-self.epochs // self.population.every) if self.scheduler == "pbt" else 1
+        return self.trials * generations
+
+    @property
     def most(self) -> int:
         """How many trials there can be, with the finalists' other seeds."""
-        return self.trials + self.finalists * (self.seeds - 1)
+        return self.searched + self.finalists * (self.seeds - 1)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """The epochs that this trial trains: after the first, up to the second."""
+        if self.scheduler != "pbt":
+            return 0, self.epochs
+        start = number // self.trials * self.population.every
+        return start, min(self.epochs, start + self.population.every)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.scheduler != "pbt":
+            return self
+        for key, found, allowed in (
+            ("sampler", self.sampler == "grid", "tpe or random, which a population is drawn by"),
+            ("seeds", self.seeds > 1, "1: its winner is a course of parameters, not one configuration"),
+            ("cost", self.cost is not None, "null: a network cannot change its size"),
+            ("budget", self.budget != BudgetConfig(), "none: a population takes trials x epochs"),
+            ("trials", self.trials < 2, "2 or more members of the population"),
+        ):
+            if found:
+                raise ValueError(f"{key}: with scheduler pbt allowed is {allowed}")
+        for key, parameter in self.space.items():
+            if not key.startswith(CHANGES_WHILE_TRAINING) or parameter.one_of is not None:
+                raise ValueError(
+                    f"space.{key}: with scheduler pbt allowed are ranges and choices that a training can change on its "
+                    f"way: of {', '.join(CHANGES_WHILE_TRAINING)}"
+                )
+        return self
 
     @field_validator("space", mode="before")
     @classmethod
@@ -99,12 +165,18 @@ class TrialResult(Section):
     curve: tuple[float, ...]
     state: Literal["complete", "stopped", "diverged", "failed"]
     error: str = ""
+    cost: float | None = None
+    parent: int | None = Field(None, description="of a population: the trial whose weights it went on from")
     repeats: int | None = Field(None, description="of a finalist's other seeds: the trial whose parameters it has")
     seed: int = Field(0, description="added to the student's")
 
     @property
+    def has_value(self) -> bool:
+        return bool(self.curve) and self.state in {"complete", "stopped"}
+
+    @property
     def value(self) -> float:
-        return self.curve[-1] if self.curve and self.state in {"complete", "stopped"} else 0.0
+        return self.curve[-1] if self.has_value else 0.0
 
 
 def apply_overrides(raw: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -131,9 +203,22 @@ def trial_config(student: StudentConfig, sweep: SweepConfig, parameters: Mapping
     return changed(student, values_of(sweep.space, parameters))
 
 
+def cost_of(config: SweepConfig, student: StudentConfig, classes: int) -> float | None:
+    """What a trial's network costs, where the search minds."""
+    if config.cost is None:
+        return None
+    counted = complexity(build(student.model, classes), input_shape(student))
+    return float(counted.macs if config.cost == "macs" else counted.bytes["int8"])
+
+
 def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> dict[str, Any]:
     """Parameters of trial `number`, from the trials among `ended` that it may learn from."""
-    if number >= config.trials:
+    if config.scheduler == "pbt" and (origin := parent(config, number, ended)) is not None:
+        own = next(r.parameters for r in ended if r.number == origin)
+        if origin % config.trials == number % config.trials:
+            return own
+        return explored(config.population, config.space, own, _generator(config, number, 1))
+    if number >= config.searched:
         return next(r.parameters for r in ended if r.number == repeated(config, number, ended)[0])
     if config.sampler == "grid":
         return grid(config.space)[number]
@@ -143,19 +228,23 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = (
             optuna.samplers.RandomSampler(seed=seed)
-            if config.sampler == "random" or number < config.startup_trials
+            if config.sampler == "random" or config.scheduler == "pbt" or number < config.startup_trials
             else optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True, group=True)
         )
-        study = optuna.create_study(direction="maximize", sampler=sampler)
+        directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if config.cost else ["maximize"]
+        study = optuna.create_study(directions=directions, sampler=sampler)
         for result in known:
+            if config.cost and result.cost is None:  # it failed before it was a network
+                continue
             study.add_trial(
                 optuna.trial.create_trial(
                     params=result.parameters,
                     distributions=distributions(config.space, result.parameters),
-                    value=result.value,
+                    values=[result.value, *([] if result.cost is None else [result.cost])],
                     intermediate_values=dict(enumerate(result.curve)),
+                    # Optuna knows no pruned trials of two objectives; there the last value stands.
                     state=optuna.trial.TrialState.PRUNED
-                    if result.state == "stopped"
+                    if result.state == "stopped" and not config.cost
                     else optuna.trial.TrialState.COMPLETE,
                 )
             )
@@ -164,10 +253,35 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
         return trial.params
 
 
+def parent(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> int | None:
+    """Of a population: the trial of the generation before whose weights this one goes on from."""
+    first = (number // config.trials - 1) * config.trials
+    if first < 0:
+        return None
+    before = {r.number - first: r for r in ended if first <= r.number < first + config.trials}
+    values = [before[m].value if before[m].state == "complete" else None for m in range(config.trials)]
+    chosen = ancestor(config.population, number % config.trials, values, _generator(config, number, 0))
+    return None if chosen is None else first + chosen
+
+
+def _generator(config: SweepConfig, number: int, use: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, number, use])
+
+
+def within_budget(config: SweepConfig, ended: Sequence[TrialResult]) -> SweepConfig:
+    """The search as far as its budget of epochs goes: no trial starts when those it learns from have used it up."""
+    if config.budget.epochs is None:
+        return config
+    for number in range(config.trials):
+        if sum(len(result.curve) for result in _visible(config, number, ended)) >= config.budget.epochs:
+            return config.model_copy(update={"trials": number})
+    return config
+
+
 def finalists(config: SweepConfig, ended: Sequence[TrialResult]) -> list[int]:
     """The best trials that ran to their end, once all of the search have ended; the first of equals first."""
-    searched = [r for r in ended if r.number < config.trials]
-    if len(searched) < config.trials:
+    searched = [r for r in ended if r.number < config.searched]
+    if len(searched) < config.searched:
         return []
     complete = sorted((r for r in searched if r.state == "complete"), key=lambda r: (-r.value, r.number))
     return [r.number for r in complete[: config.finalists]]
@@ -175,49 +289,71 @@ def finalists(config: SweepConfig, ended: Sequence[TrialResult]) -> list[int]:
 
 def planned(config: SweepConfig, ended: Sequence[TrialResult]) -> int:
     """How many trials there are as far as is known: those of the search, then the finalists' other seeds."""
-    return config.trials + len(finalists(config, ended)) * (config.seeds - 1)
+    return config.searched + len(finalists(config, ended)) * (config.seeds - 1)
 
 
 def repeated(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> tuple[int | None, int]:
     """Of a trial after those of the search: which one it repeats, and with what added to its seed."""
-    if number < config.trials:
+    if number < config.searched:
         return None, 0
-    finalist, seed = divmod(number - config.trials, config.seeds - 1)
+    finalist, seed = divmod(number - config.searched, config.seeds - 1)
     return finalists(config, ended)[finalist], seed + 1
 
 
 def may_start(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> bool:
     """Whether every trial that trial `number` learns from has ended."""
-    if number >= config.trials:
+    if number >= config.searched:
         return number < planned(config, ended)
+    if config.scheduler == "pbt":
+        first = number // config.trials * config.trials
+        return sum(r.number < first for r in ended) == first
     return len(_visible(config, number, ended)) == max(0, number - config.lookback + 1)
 
 
-def should_stop(config: SweepConfig, number: int, curve: Sequence[float], ended: Sequence[TrialResult]) -> bool:
+def should_stop(
+    config: SweepConfig,
+    number: int,
+    curve: Sequence[float],
+    ended: Sequence[TrialResult],
+    cost: float | None = None,
+) -> bool:
     """Asynchronous successive halving (Li et al., 2020) over the trials that trial `number` may learn from.
 
-    At a rung (grace_epochs x reduction^k epochs) a trial goes on when it is among the best 1/reduction there.
+    At a rung (grace_epochs x reduction^k epochs) a trial goes on when it is among the best 1/reduction there; with
+    `cost`, of those that cost no more than its own `cost`.
     """
-    if number >= config.trials:
+    if number >= config.searched or config.scheduler != "asha":
         return False
     epoch, rung = len(curve), config.grace_epochs
     while rung < epoch:
         rung *= config.reduction
     if epoch != rung or epoch >= config.epochs:
         return False
-    others = [r.curve[epoch - 1] for r in _visible(config, number, ended) if len(r.curve) >= epoch]
+    rivals = [r for r in _visible(config, number, ended) if cost is None or r.cost is None or r.cost <= cost]
+    others = [r.curve[epoch - 1] for r in rivals if len(r.curve) >= epoch]
     if not others:
         return False
     return curve[-1] < float(np.quantile(others, 1.0 - 1.0 / config.reduction))
 
 
-def best(ended: Sequence[TrialResult]) -> TrialResult:
+def pareto(ended: Sequence[TrialResult]) -> list[TrialResult]:
+    """Trials that ran to their ends such that none that costs no more is better, the cheapest first."""
+    front: list[TrialResult] = []
+    complete = [r for r in ended if r.state == "complete" and r.repeats is None and r.cost is not None]
+    for result in sorted(complete, key=lambda r: (r.cost, -r.value, r.number)):
+        if not front or result.value > front[-1].value:
+            front.append(result)
+    return front
+
+
+def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
     """The trial with the best last value among those that ran to the end, the first of equals.
 
     Of finalists with several seeds the mean counts, and trials that are no finalist's do not win.
     Raises UserError when no trial ran to its end.
     """
-    complete = [r for r in ended if r.state == "complete" and r.repeats is None]
+    last = config.searched - config.trials  # the last generation of a population; otherwise the first trial
+    complete = [r for r in ended if r.state == "complete" and r.repeats is None and r.number >= last]
     if not complete:
         states = "; ".join(f"trial {r.number} {r.state} {r.error}".strip() for r in ended)
         raise UserError(f"sweep: no trial ran to its end ({states}); make the space smaller")
@@ -228,6 +364,52 @@ def best(ended: Sequence[TrialResult]) -> TrialResult:
 def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
     """The last values of a trial and of its repetitions with other seeds."""
     return [r.value for r in ended if number in (r.number, r.repeats)]
+
+
+def importances(space: Space, ended: Sequence[TrialResult]) -> dict[str, float]:
+    """How far the values of each parameter in the best quarter differ from all (PED-ANOVA, Watanabe et al., 2023).
+
+    Shares of 1, over the trials that have a value; empty for fewer than eight of them.
+    """
+    tried = [result for result in ended if result.has_value and result.repeats is None]
+    if len(tried) < FEWEST_FOR_IMPORTANCE:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    found = {}
+    for name in sorted({name for result in tried for name in result.parameters}):
+        study = optuna.create_study(direction="maximize")
+        for result in tried:
+            if name in result.parameters:
+                own = distributions(space, result.parameters)[name]
+                study.add_trial(
+                    optuna.trial.create_trial(
+                        params={name: result.parameters[name]}, distributions={name: own}, value=result.value
+                    )
+                )
+        if len({str(trial.params[name]) for trial in study.trials}) > 1:
+            own_share = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+            found[name] = own_share.get(name, 0.0)
+    total = sum(found.values())
+    return {name: value / total for name, value in found.items()} if total else {}
+
+
+def trial_name(number: int) -> str:
+    return f"trial-{number:03d}"
+
+
+def trials_table(ended: Sequence[TrialResult]) -> str:
+    """All trials as CSV: how each ended, its value and cost, whether it is on the Pareto front, its parameters."""
+    names = sorted({name for result in ended for name in result.parameters})
+    front = {result.number for result in pareto(ended)}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS, *names], lineterminator="\n")
+    writer.writeheader()
+    for result in ended:
+        own = {column: getattr(result, column) for column in COLUMNS[:-2]}
+        writer.writerow({**own, "epochs": len(result.curve), "pareto": result.number in front, **result.parameters})
+    return text.getvalue()
 
 
 def _visible(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> list[TrialResult]:
