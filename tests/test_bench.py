@@ -56,6 +56,13 @@ def test_training(clips):
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+def test_sweep(clips):
+    output = run("sweep", clips, "--trials", 3, "--seconds", 1, "--only", "time")
+    busy = re.search(r"3 trials of .* in 2 slots.*slots busy with training: ([\d.]+) %", output, re.DOTALL)
+    assert busy, output
+    assert 0 < float(busy[1]) <= 100
+
+
 def test_fanout(clips):
     output = run("fanout", clips, "--teachers", 2, "--seconds", 1)
     wall, ideal = (float(re.search(rf"{name} ([\d.]+) s", output).group(1)) for name in ("wall", "training"))
@@ -74,3 +81,9 @@ def test_fusion(tmp_path):
     run("fusion", "--write", tmp_path / "logits", "--clips", 100_000, "--systems", 3)
     output = run("fusion", "--stream", tmp_path / "logits")
     assert 0.05 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0
+
+
+def test_a_search_that_loses_a_node(clips):
+    output = run("sweep_faults", clips, "--trials", 6, "--nodes", 2)
+    assert "one killed half-way: 6 trials" in output
+    assert "both agree to the bit" in output

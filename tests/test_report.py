@@ -128,7 +128,9 @@ def trial(rng: np.random.Generator, number: int) -> TrialResult:
     state = "diverged" if number == 17 else "complete" if epochs == 30 else "stopped"
     value = 0.58 - 0.08 * abs(np.log10(rate / 2e-3)) - (0.05 if state == "stopped" else 0) + rng.normal(0, 0.01)
     curve = tuple(float(v) for v in value * (1 - np.exp(-np.arange(1, epochs + 1) / 4)))
-    return TrialResult.model_validate({"number": number, "parameters": parameters, "curve": curve, "state": state})
+    return TrialResult.model_validate(
+        {"number": number, "parameters": parameters, "curve": curve, "state": state, "cost": 1e4 * (1 + number % 5)}
+    )
 
 
 class Page(HTMLParser):

@@ -22,12 +22,6 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
     """A connection to Ray for the duration; an embedded cluster is shut down at the end. Raises UserError."""
-    # Tune would write every trial's curve three more times.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # With its new output Tune prints a heading however silent it is asked to be.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # Ctrl-C ends the pipeline; Tune would end the search alone, with the trials it has.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # "local" and not None: that would join whatever cluster was last started on this machine, or wait for a dead one.
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     try:

@@ -25,10 +25,16 @@ from asc_ray.training import search
 from asc_ray.training.dataset import Source
 from asc_ray.training.loop import Diverged, Metrics
 from asc_ray.training.search import SweepConfig, TrialResult
-from asc_ray.training.systems import StudentConfig, fit_student
+from asc_ray.training.systems import StudentConfig, fit_student, soft_targets
 
 TRIALS = "trials"
 CLOCK = "clock.json"
+# How Tune is to behave, read when it starts.
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they would write every trial's curve three more times
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the pipeline; Tune would end the search alone
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a heading however silent it is asked to be
+}
 SCRATCH = ("trials/*.checkpoints", "trials/*.tmp", CLOCK)
 
 
@@ -48,12 +54,14 @@ def run_sweep(
     results before it: nothing of Tune's own state is needed to go on after the driver died.
     """
     source = replace(source, strangers=sweep.validation.devices)
-    source.open()  # refuses devices that are none, before a trial starts
+    data = source.open()  # refuses devices that are none, before a trial starts
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
     ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    course = _Course(sweep, student, len(source.store().labels), folder, ended, on_event)
+    course = _Course(sweep, student, len(data.store.labels), folder, ended, on_event)
     if course.left():
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         scratch = artifact.storage / ".ray-tune" / uuid.uuid4().hex
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -61,7 +69,8 @@ def run_sweep(
                 work={
                     "folder": folder,
                     "source": source,
-                    "targets": targets,
+                    # One copy a node, in Ray's shared memory, as the clips are one mapped file.
+                    "soft": {name: soft_targets(data, path) for name, path in targets.items()},
                     "student": student,
                     "sweep": sweep,
                     "threads": resources.threads,
@@ -295,7 +304,7 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
             raise _SpanEnds
 
     try:
-        fit_student(model, student, data, work["targets"][student.distillation.soft_target], checkpoints, report)
+        fit_student(model, student, data, work["soft"][student.distillation.soft_target], checkpoints, report)
     except Diverged as error:
         tune.report({"diverged": True, search.METRIC: 0.0, "message": str(error)})
     except _SpanEnds:
@@ -307,6 +316,6 @@ def _checkpoints(number: int) -> str:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    own = {"epoch", "loss", "train_accuracy", search.METRIC}
+    own = {"epoch", "loss", "train_accuracy", "seconds", search.METRIC}
     own |= {name for name in metrics if name.startswith("validation_")}
     return {name: metrics[name] for name in metrics if name in own}

@@ -322,15 +322,16 @@ def parallel_coordinates(trials: Sequence[TrialResult]) -> Figure:
         places, ends = _heights([drawn[i].parameters[name] for i in having])
         heights[having, column] = places
         for height, text in ends.items():
-            axes.text(column + 0.02, height, text, fontsize=7, va="center")
+            beyond = {0.0: -0.05, 1.0: 1.05}.get(height, height)  # above and below the lines
+            axes.text(column, beyond, text, fontsize=7, va="center", ha="center")
     values = np.array([100 * trial.value for trial in drawn])
     colors = matplotlib.colormaps["viridis"]
     scale = matplotlib.colors.Normalize(*((values.min(), values.max()) if len(values) else (0, 1)))
     for row, value in zip(heights, values, strict=True):  # the best last, above the others
         axes.plot(row, color=colors(scale(value)), lw=1.1, alpha=0.85, marker="o", ms=2.5)
     axes.set_xticks(range(len(names)), [name.replace(".", ".\n") for name in names], fontsize=7)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
+    axes.set(yticks=[], ylim=(-0.1, 1.1))
+    axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(axis="x", alpha=0.5)
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, colors), ax=axes, label="value, %")
     bar.solids.set_rasterized(False)  # type: ignore[union-attr]
@@ -346,7 +347,7 @@ def _heights(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
             scaled = np.log(scaled)
         span = scaled.max() - scaled.min()
         return list((scaled - scaled.min()) / span if span else scaled * 0 + 0.5), (
-            {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"} if span else {0.5: f"{low:.3g}"}
+            {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"} if span else {0.5: f"{low:.4g}"}
         )
     choices = sorted({str(v) for v in values})
     places = {choice: i / max(1, len(choices) - 1) for i, choice in enumerate(choices)}

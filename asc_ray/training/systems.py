@@ -113,7 +113,8 @@ def train_student(
         load_published(model, config.checkpoint)
         history = []
     else:
-        history = fit_student(model, config, data, targets, folder / "checkpoints", _noted(folder, config, on_epoch))
+        soft = soft_targets(data, targets)
+        history = fit_student(model, config, data, soft, folder / "checkpoints", _noted(folder, config, on_epoch))
     _save_weights(model, folder)
     shape = input_shape(config)
     cost = complexity(model.cpu(), shape)
@@ -132,9 +133,14 @@ def train_student(
 
 
 def fit_student(
-    model: nn.Module, config: StudentConfig, data: Dataset, targets: Path | None, checkpoints: Path, on_epoch: OnEpoch
+    model: nn.Module,
+    config: StudentConfig,
+    data: Dataset,
+    soft: np.ndarray | None,
+    checkpoints: Path,
+    on_epoch: OnEpoch,
 ) -> list[Metrics]:
-    """`fit` with the student's clips and soft targets; a search trial is this and no more."""
+    """`fit` with the student's clips and what `soft_targets` gave; a search trial is this and no more."""
     clips = student_clips(data)
     return fit(
         model,
@@ -142,8 +148,8 @@ def fit_student(
         data,
         clips,
         checkpoints,
-        distillation=config.distillation if targets else None,
-        soft_logits=_complete_soft_logits(data, targets, clips) if targets else None,
+        distillation=None if soft is None else config.distillation,
+        soft_logits=soft,
         on_epoch=on_epoch,
         shares=device_shares(data.store.device[clips], config.balance),
     )
@@ -188,7 +194,7 @@ def train_int8(
         train,
         folder / "checkpoints",
         distillation=distillation,
-        soft_logits=_complete_soft_logits(data, targets, train) if targets else None,
+        soft_logits=soft_targets(data, targets),
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
         before_epoch=freeze_at_the_end,
@@ -287,6 +293,21 @@ def student_clips(data: Dataset) -> np.ndarray:
     return np.union1d(data.parts["train"], data.parts["fusion"])
 
 
+def soft_targets(data: Dataset, targets: Path | None) -> np.ndarray | None:
+    """Logits (clips of the store, K) from the folder `targets`, one row at least for each of the student's clips.
+
+    None for labels alone. Raises UserError where a clip has none.
+    """
+    if targets is None:
+        return None
+    soft, clips = data.soft_logits(targets), student_clips(data)
+    missing = np.isnan(soft[clips]).any(axis=1)
+    if missing.any():
+        first = ", ".join(str(name) for name in data.store.ids[clips[missing]][:5])
+        raise UserError(f"{targets}: {missing.sum()} training clips have no soft target, first {first}; fuse again")
+    return soft
+
+
 def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
     """Of each clip in an epoch, by its device's name: proportional to the device's count to the power -balance."""
     if balance == 0:
@@ -294,15 +315,6 @@ def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
     _, of, counts = np.unique(device, return_inverse=True, return_counts=True)
     shares = counts[of] ** -balance
     return shares / shares.sum()
-
-
-def _complete_soft_logits(data: Dataset, targets: Path, clips: np.ndarray) -> np.ndarray:
-    soft = data.soft_logits(targets)
-    missing = np.isnan(soft[clips]).any(axis=1)
-    if missing.any():
-        first = ", ".join(str(name) for name in data.store.ids[clips[missing]][:5])
-        raise UserError(f"{targets}: {missing.sum()} training clips have no soft target, first {first}; fuse again")
-    return soft
 
 
 def _save_weights(model: nn.Module, folder: Path) -> None:

@@ -1,0 +1,166 @@
+"""What a search costs beside the training of its trials: time, memory, and whether trials should share a process.
+
+    python bench/sweep.py CLIPS [--trials 40] [--seconds 20] [--slots 2] [--only time|memory|shared]
+
+CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). Trials are students of size sm1 on labels alone.
+
+time:   so many trials of about so many seconds, none stopped early, in slots of one CPU each. Training seconds are
+        those of the epochs, as the loop counts them, with augmentation and validation; the rest of slots x wall time is
+        what the search costs: Tune, proposals, networks, opening clips, checkpoints, waiting.
+memory: 1 and 8 trials at once; proportional set sizes (shared pages divided among their users) of the processes.
+shared: two trials as two processes of one thread, as two threads of one process, and one after the other in a process
+        of two threads.
+"""
+
+import argparse
+import logging
+import re
+import tempfile
+import threading
+import time
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from asc_ray.artifacts import Artifact
+from asc_ray.cluster.resources import Resources
+from asc_ray.cluster.sweep import run_sweep
+from asc_ray.models.registry import build
+from asc_ray.training.dataset import PartitionConfig, Source
+from asc_ray.training.search import SweepConfig
+from asc_ray.training.systems import StudentConfig, fit_student
+
+STUDENT = StudentConfig.model_validate(
+    {
+        "model": {"name": "ds_flexinet", "size": "sm1"},
+        "augment": {"roll": 4000, "freq_mixstyle": {"p": 0.4}},
+        "optimizer": {"batch_size": 64},
+        "distillation": {"soft_target": "none"},
+    }
+)
+SPACE = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}, "augment.freq_mixstyle.p": {"uniform": [0.0, 0.8]}}
+
+
+def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
+    """Train one student in this process; returns the seconds of an epoch."""
+    torch.set_num_threads(threads)
+    data = Source(clips, PartitionConfig()).open()
+    recipe = STUDENT.model_copy(update={"optimizer": STUDENT.optimizer.scaled_to(epochs), "seed": seed})
+    with tempfile.TemporaryDirectory() as folder:
+        network = build(recipe.model, len(data.store.labels), seed)
+        history = fit_student(network, recipe, data, None, Path(folder), lambda metrics: None)
+    return min(metrics["seconds"] for metrics in history)
+
+
+def search(clips: Path, trials: int, epochs: int, slots: int) -> tuple[float, float, float]:
+    """Wall time, the sum of all trials' training seconds, and the seconds until the first trial had an epoch."""
+    sweep = SweepConfig.model_validate(
+        {"trials": trials, "epochs": epochs, "scheduler": "none", "lookback": slots + 2, "space": SPACE}
+    )
+    seconds: list[float] = []
+    first: list[float] = []
+    start = time.perf_counter()
+
+    def on_event(name: str, event: dict[str, Any]) -> None:
+        if "epoch" in event:
+            seconds.append(event["seconds"])
+            first.append(time.perf_counter() - start)
+
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Artifact(Path(folder), "sweep", "sweep", "0", {}, {})
+        source = Source(clips, PartitionConfig())
+        results = run_sweep(artifact, source, {"none": None}, STUDENT, sweep, Resources(), 0, on_event)
+    assert all(result.state == "complete" for result in results), results
+    return time.perf_counter() - start, sum(seconds), first[0]
+
+
+def bench_time(clips: Path, trials: int, wanted: float, slots: int) -> None:
+    epochs = max(1, round(wanted / train(clips, 3, 0)))
+    ray.init(address="local", num_cpus=slots, logging_level=logging.ERROR, log_to_driver=False)
+    search(clips, slots, 1, slots)  # workers of a cluster that stands have their libraries in the page cache
+    wall, training, first = search(clips, trials, epochs, slots)
+    ray.shutdown()
+    beside = slots * wall - training
+    print(f"{trials} trials of {training / trials:.1f} s ({epochs} epochs) in {slots} slots: {wall:.1f} s")
+    print(f"  slots busy with training: {100 * training / (slots * wall):.1f} %")
+    print(f"  beside training: {beside / trials:.2f} s a trial, with the start ({first:.1f} s to the first epoch)")
+
+
+def pss() -> dict[int, int]:
+    """Proportional set sizes of the processes that run trials, in bytes, by process id."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ImplicitFunc" in (folder / "cmdline").read_bytes():
+                size = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
+                found[int(folder.name)] = 1024 * int(size[1]) if size else 0
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def bench_memory(clips: Path) -> None:
+    store = sum(file.stat().st_size for file in clips.glob("*.arrow"))
+    print(f"clip store: {store / 1e6:.0f} MB")
+    peaks = {}
+    for trials in (1, 8):
+        ray.init(address="local", num_cpus=trials, logging_level=logging.ERROR, log_to_driver=False)
+        largest, stop = [0], threading.Event()
+
+        def watch(largest: list[int] = largest, stop: threading.Event = stop) -> None:
+            while not stop.wait(0.5):
+                largest[0] = max(largest[0], sum(pss().values()))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        search(clips, trials, 2, trials)
+        stop.set()
+        watcher.join()
+        ray.shutdown()
+        peaks[trials] = largest[0]
+        print(f"{trials} at once: {largest[0] / 1e6:.0f} MB in all processes")
+    bound = store + 8 * peaks[1]
+    print(
+        f"8 at once: {peaks[8] / peaks[1]:.2f} times one, {100 * peaks[8] / bound:.0f} % of the store and 8 times one"
+    )
+
+
+def bench_shared(clips: Path, wanted: float) -> None:
+    epochs = max(1, round(wanted / train(clips, 3, 0)))
+    pools: dict[str, tuple[Executor, int]] = {
+        "two processes of one thread": (ProcessPoolExecutor(2, mp_context=get_context("spawn")), 1),
+        "two threads of one process": (ThreadPoolExecutor(2), 1),
+        "one after the other, two threads": (ThreadPoolExecutor(1), 2),
+    }
+    for name, (pool, threads) in pools.items():
+        with pool:
+            for run in [pool.submit(train, clips, 1, seed, threads) for seed in range(2)]:
+                run.result()  # processes have started
+            start = time.perf_counter()
+            for run in [pool.submit(train, clips, epochs, seed, threads) for seed in range(2)]:
+                run.result()
+            print(f"two trials, {name}: {time.perf_counter() - start:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--only", choices=("time", "memory", "shared"))
+    options = parser.parse_args()
+    if options.only in (None, "time"):
+        bench_time(options.clips, options.trials, options.seconds, options.slots)
+    if options.only in (None, "memory"):
+        bench_memory(options.clips)
+    if options.only in (None, "shared"):
+        bench_shared(options.clips, options.seconds)
+
+
+if __name__ == "__main__":
+    main()

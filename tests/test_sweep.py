@@ -1,0 +1,155 @@
+"""The search as it runs: populations, budgets, costs, killed and started again."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+from conftest import TINY, command, environment
+from mlflow.tracking import MlflowClient
+
+from asc_ray.config import load_config
+from asc_ray.models.registry import build
+from asc_ray.pipeline import source_of
+from asc_ray.plan import Plan
+from asc_ray.training.search import TrialResult, best, pareto, trial_config
+from asc_ray.training.systems import fit_student
+
+LABELS_ALONE = ["student.distillation.soft_target=none", "sweep.seeds=1"]
+RATE = "optimizer.learning_rate: {loguniform: [0.0003, 0.03]}"
+
+
+@pytest.fixture
+def storage(finished, tmp_path):
+    """With nothing but the clips in it: labels alone need no more."""
+    for part in ("corpus", "clips"):
+        shutil.copytree(finished.storage / part, tmp_path / "storage" / part)
+    return tmp_path / "storage"
+
+
+def arguments(storage, *overrides):
+    given = [f"storage={storage}", *LABELS_ALONE, *overrides]
+    return given, ("sweep", "--config", TINY, *(word for own in given for word in ("--set", own)))
+
+
+def results(plan):
+    return [TrialResult.model_validate(trial) for trial in plan.sweep.facts()["trials"]]
+
+
+def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path):
+    overrides = [
+        f"sweep.space={{{RATE}, augment.freq_mixstyle.p: {{uniform: [0.0, 0.9]}}}}",
+        "sweep.scheduler=pbt", "sweep.trials=3", "sweep.epochs=4", "sweep.population.every=2",
+    ]  # fmt: skip
+    shutil.copytree(storage, tmp_path / "broken")
+    given, words = arguments(storage, *overrides)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = Plan(load_config(TINY, given))
+    trials = results(plan)
+    assert [t.number for t in trials] == list(range(6))
+    assert all(len(t.curve) == 2 and t.state == "complete" for t in trials)
+    assert {p.name for p in (plan.sweep.path / "trials").iterdir()} == {f"{n:04d}.json" for n in range(6)}
+
+    # What went on as itself has the curve of a training that nobody interrupted.
+    second = next(t for t in trials[3:] if t.parent == t.number - 3)
+    recipe = trial_config(plan.config.student, plan.config.sweep, second.parameters)
+    recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.scaled_to(4)})
+    data = source_of(plan).open()
+    network = build(recipe.model, len(data.store.labels), recipe.seed)
+    history = fit_student(network, recipe, data, None, tmp_path / "alone", lambda metrics: None)
+    alone = tuple(metrics["validation_macro_accuracy"] for metrics in history)
+    assert alone == trials[second.parent].curve + second.curve
+    # What went on from another one has other parameters.
+    moved = [t for t in trials[3:] if t.parent != t.number - 3]
+    assert all(t.parameters != trials[t.parent].parameters for t in moved)
+
+    given, words = arguments(tmp_path / "broken", *overrides)
+    driver = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, env=environment())
+    while driver.poll() is None and not list((tmp_path / "broken").glob("sweep/*.partial/trials/0003.checkpoints")):
+        time.sleep(0.01)
+    assert driver.poll() is None
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trial-000: 1/" not in done.stdout
+    assert results(Plan(load_config(TINY, given))) == trials
+
+
+def test_a_search_for_accuracy_and_size_within_a_budget(storage):
+    space = f"sweep.space={{{RATE}, model.size: {{choice: [sm1, sm2]}}}}"
+    overrides = [space, "sweep.cost=bytes", "sweep.trials=6", "sweep.epochs=1", "sweep.budget.epochs=2"]
+    given, words = arguments(storage, *overrides)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = Plan(load_config(TINY, given))
+    trials = results(plan)
+    assert len(trials) == 3  # lookback 2: trial 3 learns from 0 and 1 and 2, which had two epochs already at trial 3
+    sizes = {"sm1": 13_792, "sm2": 30_628}
+    assert [t.cost for t in trials] == [sizes[t.parameters["model.size"]] for t in trials]
+    winner = best(plan.config.sweep, trials)
+    assert "3 trials: 3 complete; the budget was used up before 6" in done.stdout
+    assert f"winner: trial {winner.number}, objective {100 * winner.value:.1f} %" in done.stdout
+    chosen = yaml.safe_load((plan.sweep.path / "best.yaml").read_text())["student"]
+    assert chosen["model"]["size"] == winner.parameters["model.size"]
+    rows = list(csv.DictReader((plan.sweep.path / "trials.csv").open()))
+    assert [int(row["number"]) for row in rows if row["pareto"] == "True"] == sorted(t.number for t in pareto(trials))
+    assert [float(row["optimizer.learning_rate"]) for row in rows] == [
+        t.parameters["optimizer.learning_rate"] for t in trials
+    ]
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs(
+        [client.get_experiment_by_name("asc-ray").experiment_id], "tags.`asc_ray.winner` = 'true'"
+    )
+    assert [run.info.run_name for run in runs] == [f"trial-{winner.number:03d}"]
+    assert runs[0].data.metrics["value"] == pytest.approx(winner.value)
+    assert runs[0].data.metrics["cost"] == winner.cost
+
+
+def test_trials_that_fail_are_told_and_the_search_goes_on(storage):
+    """Each value is allowed by itself; together they are not, which only the trial's worker finds."""
+    pairs = "{choice: [1, 3]}"
+    space = f"sweep.space={{optimizer.average_epochs: {pairs}, select: {{choice: [last, best]}}}}"
+    overrides = [space, "sweep.sampler=grid", "sweep.trials=4", "sweep.epochs=3", "sweep.scheduler=none"]
+    given, words = arguments(storage, *overrides, "cluster.retries=1")
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = results(Plan(load_config(TINY, given)))
+    failed = [t for t in trials if t.state == "failed"]
+    assert [t.parameters for t in failed] == [{"optimizer.average_epochs": 3, "select": "best"}]
+    assert "choose one of them" in failed[0].error
+    assert f"trial {failed[0].number} failed: " in done.stdout
+    assert "4 trials: 3 complete, 1 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sweep.space={}"], "sweep.space: "),
+        (["sweep.space={optimizer.learning_rate: {uniform: [0.1, 0.01]}}"], "the lower bound 0.1 is not below"),
+        (["sweep.space={optimizer.learning: {uniform: [0.01, 0.1]}}"], "sweep.space.optimizer.learning"),
+        (
+            ["sweep.space={model: {choice: [{name: cp_resnet, width: 64}]}}"],
+            "sweep.space.model",
+        ),
+        (
+            ["sweep.space={model.size: {choice: [sm1, sm4]}}", "limits.bytes=50000"],
+            "sm4: student.model: ds_flexinet is",
+        ),
+        (["sweep.scheduler=pbt", "sweep.trials=4"], "with scheduler pbt allowed"),
+    ],
+)
+def test_a_wrong_search_is_refused_before_any_work(tmp_path, overrides, message):
+    _, words = arguments(tmp_path / "storage", *overrides)
+    done = subprocess.run(
+        command("pipeline", *words[1:]), capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "storage").exists()
