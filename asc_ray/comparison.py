@@ -1,6 +1,8 @@
 """The paper's tables and figures: students that differ in a few lines of configuration, on one corpus, side by side."""
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class TableConfig(Section):
     """A file under `configs/tables/` or `configs/figures/`; `set` is of all rows, and gives way to the command's."""
 
     title: str
+    note: str = Field("", description="what a reader of the paper's lines must know")
     int8: bool = Field(False, description="quantize every student, too")
     set: dict[str, Any] = Field({})
     rows: tuple[RowConfig, ...] = Field(min_length=1)
@@ -55,34 +58,51 @@ def run_table(
     What is complete is skipped, what is half-done goes on. Raises UserError for a user's mistake, before any work.
     """
     spec, name = read_table(kind, number)
-    configs = {
-        row.name: load_config(config, ["sweep=null", *_lines(spec.set), *overrides, *_lines(row.set)])
-        for row in spec.rows
-    }
-    for row, own in configs.items():
+    configs = {}
+    for row in spec.rows:
+        given = [*_lines(spec.set), *overrides, *_lines(row.set), "sweep=null"]
         try:
-            refuse_large(own)
+            configs[row.name] = load_config(config, given)
+            refuse_large(configs[row.name])
         except ConfigError as error:
-            raise ConfigError(f"row {row}: {error}") from None
-    # One row, with soft targets if any has some, stands for all in what they share.
-    lead = max(configs, key=lambda row: configs[row].taught)
-    shared = STAGES[: STAGES.index("fuse" if configs[lead].taught else "ingest") + 1]
-    before = Plan(configs[lead])
-    if any(before.missing(stage) for stage in shared):
-        run(configs[lead], shared, progress)
-    # A large corpus takes seconds to read; rows seldom have another.
-    same = before.config.corpus
-    plans = {row: Plan(own, before.source if own.corpus == same else None) for row, own in configs.items()}
+            raise ConfigError(f"row {row.name}: {error}") from None
+    plans = _plans(configs)
     artifact = _artifact(kind, name, spec, plans)
-    if artifact.complete:
+    made = [artifact, *(part for plan in plans.values() for part in _parts(plan, spec.int8))]
+    if all(part.complete for part in made):
         progress.note(f"{spec.title}: nothing to do, it is done")
-    else:
-        title = f"{configs[lead].name} {kind.removesuffix('s')} {name}"
-        complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
-        parameters = {"table": dump(spec), "overrides": list(overrides)}
-        with at_work(plans[lead], title, artifact.key, parameters, complete, progress) as work:
-            _compare(work, kind, spec, plans, artifact)
+        return artifact, _comparison(spec, plans)
+    for own in plans.values():
+        shared = STAGES[: STAGES.index("fuse" if own.config.taught else "ingest") + 1]
+        trained = all(student.complete for student in own.students.values())
+        if not trained and any(own.missing(stage) for stage in shared):
+            run(own.config, shared, progress)
+    plans = _plans(configs)  # without systems that have failed
+    artifact = _artifact(kind, name, spec, plans)
+    shutil.rmtree(artifact.path, ignore_errors=True)  # finished once, but students of it were deleted
+    lead = next(iter(plans.values()))
+    title = f"{lead.config.name} {kind.removesuffix('s')} {name}"
+    complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
+    with at_work(
+        lead, title, artifact.key, {"table": dump(spec), "overrides": list(overrides)}, complete, progress
+    ) as work:
+        _compare(work, kind, spec, plans, artifact)
     return artifact, _comparison(spec, plans)
+
+
+def _plans(configs: Mapping[str, Config]) -> dict[str, Plan]:
+    """Of all rows, which share one corpus. Raises ConfigError where they do not."""
+    plans: dict[str, Plan] = {}
+    for row, config in configs.items():
+        lead = next(iter(plans.values()), None)
+        # A large corpus takes seconds to read.
+        same = lead is not None and config.corpus == lead.config.corpus
+        plans[row] = Plan(config, lead.source if lead and same else None)
+        if lead and plans[row].clips.key != lead.clips.key:
+            raise ConfigError(
+                f"row {row}: corpus: differs from that of row {next(iter(plans))}; a table is of one corpus"
+            )
+    return plans
 
 
 def draw_energies(config: Config, progress: Progress) -> Artifact:
@@ -131,6 +151,12 @@ def _compared(plan: Plan, int8: bool) -> list[str]:
     return [*plan.students, *(plan.int8 if int8 else ())]
 
 
+def _parts(plan: Plan, int8: bool) -> list[Artifact]:
+    names = _compared(plan, int8)
+    models = plan.students | plan.int8
+    return [models[name] for name in names] + [plan.evaluations[name] for name in names]
+
+
 def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan], artifact: Artifact) -> None:
     work.progress.note(
         f"{spec.title}: {len(plans)} rows, {sum(len(plan.students) for plan in plans.values())} students"
@@ -147,7 +173,7 @@ def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan]
     table.write(comparison, folder)
     if kind == "figures":
         shown = {row.name: row.scores[0] for row in comparison.rows}
-        drawn = figures.confusion(shown, dict(zip(shown, figures.PALETTE, strict=False)))
+        drawn = figures.confusion(shown, dict(zip(shown, itertools.cycle(figures.PALETTE), strict=False)))
         write_atomically(folder / FIGURE, figures.standalone(drawn))
     _track(work, spec, plans, comparison)
     for file in sorted(folder.iterdir()):
@@ -179,15 +205,10 @@ def _track(work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison:
     summary = {}
     for compared in comparison.rows:
         mean, deviation = compared.scores
-        summary[f"{_metric_name(compared.name)}/accuracy"] = mean.accuracy
+        summary[f"{compared.name}/accuracy"] = mean.accuracy
         if deviation:
-            summary[f"{_metric_name(compared.name)}/accuracy_deviation"] = deviation.accuracy
+            summary[f"{compared.name}/accuracy_deviation"] = deviation.accuracy
     work.tracker.log_summary(summary)
-
-
-def _metric_name(name: str) -> str:
-    """MLflow allows letters, digits and a few marks."""
-    return "".join(letter if letter.isalnum() or letter in "_-. " else "_" for letter in name)
 
 
 def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
@@ -210,6 +231,7 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     return Comparison(
         title=spec.title,
         corpus=lead.clips.facts()["corpus"],
+        remark=spec.note,
         training_clips=int((store.split == "train").sum()),
         unseen_devices=unseen_devices(store.clips),
         rows=rows,

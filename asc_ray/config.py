@@ -28,7 +28,8 @@ from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section
 from asc_ray.training.dataset import PartitionConfig
 from asc_ray.training.loop import Recipe
-from asc_ray.training.search import SweepConfig, apply_overrides
+from asc_ray.training.search import SweepConfig, apply_overrides, changed
+from asc_ray.training.space import KINDS
 from asc_ray.training.systems import Precision, QATConfig, StudentConfig
 
 SOFT_TARGET = "distillation.soft_target"
@@ -114,19 +115,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        if self.sweep:
+            self.sweep.check(self.student)
         allowed = ("none", "average", "fused", *self.teachers.recipes)
         for soft in self.soft_targets:
             if soft not in allowed:
                 raise ValueError(f"student.{SOFT_TARGET}: {soft!r} is unknown; allowed: {', '.join(allowed)}")
-        if self.sweep:
-            self.sweep.check(self.student)
         return self
 
     @property
     def soft_targets(self) -> tuple[str, ...]:
         """The student's soft target, and those that the search may choose."""
-        searched = self.sweep and self.sweep.space.get(SOFT_TARGET)
-        return (self.student.distillation.soft_target, *(searched.ends() if searched else ()))
+        found = {self.student.distillation.soft_target: None}
+        for key, parameter in self.sweep.space.items() if self.sweep else ():
+            if key in (SOFT_TARGET, "distillation"):
+                found |= {changed(self.student, {key: end}).distillation.soft_target: None for end in parameter.ends()}
+        return tuple(found)
 
     @property
     def taught(self) -> bool:
@@ -178,8 +182,16 @@ def _find(source: str | Path) -> Path:
     raise ConfigError(f"--config {source}: no such file; give a YAML file, or one of the presets {names}")
 
 
-def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's mapping merged over its base's."""
+def _compose(path: Path) -> dict[str, Any]:
+    """The file's mapping laid over its bases'."""
+    whole: dict[str, Any] = {}
+    for file, raw in _layers(path):
+        whole = _laid_over(whole, raw, file)
+    return whole
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """The mappings that make up a configuration, the lowest first, and the files that they are from."""
     if path in above:
         raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
     try:
@@ -193,13 +205,13 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
     base = raw.pop("base", None)
-    below: dict[str, Any] = {}
+    layers: list[tuple[Path, dict[str, Any]]] = []
     for name in base if isinstance(base, list) else [] if base is None else [base]:
         base_path = (path.parent / str(name)).resolve()
         if not base_path.is_file():
             raise ConfigError(f"{path}: base: {name}: no such file")
-        below = merged(below, _compose(base_path, (*above, path)))
-    return _laid_over(below, raw, path)
+        layers += _layers(base_path, (*above, path))
+    return [*layers, (path, raw)]
 
 
 def _one_line(error: Exception) -> str:
@@ -207,11 +219,22 @@ def _one_line(error: Exception) -> str:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, mapping by mapping; every other value replaces."""
+    """`above` laid over `below`, mapping by mapping; every other value replaces.
+
+    So does a parameter of a search, and a label weight: half of one kind and half of another would be none.
+    """
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and key != "label_weight"
+            and not set(value) & set(KINDS)
+        ):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
     return result
 
 

@@ -25,6 +25,7 @@ from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Gain
 from asc_ray.training.search import (
+    ENDED_WELL,
     SweepConfig,
     TrialResult,
     best,
@@ -104,8 +105,15 @@ def refuse_large(config: Config) -> None:
                 for end in parameter.ends():
                     students[f"sweep.space.{key}: {end}: student.model"] = changed(config.student, {key: end})
     for key, student in students.items():
-        over = config.limits.exceeded(complexity(build(student.model, classes=10), input_shape(student)))
-        if over:
+        try:
+            cost = complexity(build(student.model, classes=10), input_shape(student))
+        except (RuntimeError, ValueError):
+            mels, frames = input_shape(student)[2:]
+            raise ConfigError(
+                f"{key}: {student.model.name} does not work on the {mels} mels x {frames} frames of a clip; change the "
+                "network, frontend.mels or frontend.hop"
+            ) from None
+        if over := config.limits.exceeded(cost):
             raise ConfigError(
                 f"{key}: {student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller one, "
                 "or raise the limits"
@@ -148,7 +156,7 @@ class Work:
                 self.tracker.start(name, artifact.key, artifact.config)
                 if "epoch" in event:
                     self.tracker.log(name, event, int(event["epoch"]))
-                if event.get("finished"):
+                if event.get("finished") and "state" not in event:  # what has a state is ended by who knows it
                     self.tracker.end(name)
             self.progress.event(name, event)
 
@@ -402,11 +410,13 @@ def _build_sweep(work: Work) -> None:
     work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots{idle}")
 
     def listener(name: str, event: dict[str, Any]) -> None:
-        if "parameters" in event:
-            work.tracker.start(name, trials[name].key, event["parameters"])
+        if event.get("started"):
+            work.tracker.start(name, trials[name].key, event["parameters"] | {"seed": event["seed"]})
+        on_event(name, event)
         if event.get("finished"):
             work.tracker.log(name, {key: event[key] for key in ("value", "cost")}, sweep.epochs)
-        on_event(name, event)
+            work.tracker.tag(name, trials[name].key, "asc_ray.state", event["state"])
+            work.tracker.end(name, "FINISHED" if event["state"] in ENDED_WELL else "FAILED")
 
     with work.tracked(trials) as on_event:
         results = run_sweep(
@@ -472,7 +482,7 @@ def int8_jobs(plan: Plan) -> dict[str, Job]:
     from asc_ray.training.systems import train_int8
 
     configs = plan.student_configs()
-    targets = plan.soft_targets(next(iter(configs.values())).distillation.soft_target)
+    targets = sound_targets(plan, next(iter(configs.values())).distillation.soft_target)
     source, qat = source_of(plan), plan.config.qat
     students = [(artifact.path, configs[name]) for name, artifact in plan.students.items()]
     return {

@@ -21,6 +21,7 @@ from asc_ray.training.dataset import check_strangers
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
+from asc_ray.training.search import ENDED_WELL
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
@@ -174,7 +175,8 @@ class Plan:
         """Keys of all that is finished: artifacts, and trials of a half-done sweep."""
         keys = {artifact.key for artifacts in self.by_stage().values() for artifact in artifacts if artifact.complete}
         if self.sweep is not None:
-            keys |= {self.trial(int(file.stem)).key for file in self.sweep.partial.glob("trials/*.json")}
+            results = [json.loads(file.read_text()) for file in self.sweep.partial.glob("trials/*.json")]
+            keys |= {self.trial(r["number"]).key for r in results if r["state"] in ENDED_WELL}
         return keys
 
     def corpus_root(self) -> Path:

@@ -32,12 +32,12 @@ class Progress:
         self._tasks, self._expected, self._counts, self._last_line, self._done = {}, {}, {}, {}, 0
         self.console.print(f"[bold]{name}[/bold] ...")
         columns = (
-            TextColumn("  {task.description:<18}"),
+            TextColumn("  {task.description:<18}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         if self.console.is_terminal:
             with Bars(*columns, console=self.console, transient=True) as self._bars:

@@ -6,6 +6,7 @@ configuration; runs that nobody takes up again are ended as KILLED, so none stay
 
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -109,7 +110,7 @@ class Tracker:
     @_undisturbed()
     def log(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
         now = int(time.time() * 1000)
-        entries = [Metric(k, float(v), now, step) for k, v in metrics.items() if isinstance(v, int | float)]
+        entries = [Metric(_named(k), float(v), now, step) for k, v in metrics.items() if isinstance(v, int | float)]
         self._client.log_batch(self._run_id(name), metrics=entries)
 
     @_undisturbed()
@@ -176,7 +177,7 @@ class Tracker:
         return run.info.run_id
 
     def _newest(self, tags: Mapping[str, str]) -> Run | None:
-        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+        query = " and ".join(f"tags.`{tag}` = {_quoted(value)}" for tag, value in tags.items())
         found = self._client.search_runs([self.experiment_id], query, max_results=1)
         return found[0] if found else None
 
@@ -186,7 +187,7 @@ class Tracker:
 
         What is complete is FINISHED; nothing is RUNNING, for the storage's lock says that no driver is alive.
         """
-        query = f"attributes.status != 'FINISHED' and tags.`{STORAGE_TAG}` = '{self._storage}'"
+        query = f"attributes.status != 'FINISHED' and tags.`{STORAGE_TAG}` = {_quoted(str(self._storage))}"
         found = self._client.search_runs([self.experiment_id], query, max_results=500)
         unfinished = list(found)
         while found.token:
@@ -197,6 +198,15 @@ class Tracker:
                 self._client.set_terminated(run.info.run_id, "FINISHED")
             elif run.info.status == "RUNNING":
                 self._client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _named(metric: str) -> str:
+    """The name with what MLflow does not take replaced: devices and scenes are called what their corpus calls them."""
+    return re.sub(r"[^\w\-./ :]", "_", metric)
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:

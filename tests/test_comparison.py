@@ -122,11 +122,14 @@ def test_the_paper_s_figures_are_those_of_the_paper(number):
         (["table", "rows.yaml"], "rows: is required"),
         (["table", "wrong.yaml"], "student.optimizer.epoch: unknown key"),
         (["table", "large.yaml"], "row second: student.model: cp_resnet is too large for the device"),
+        (["table", "apart.yaml"], "row second: corpus: differs from that of row first; a table is of one corpus"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, message):
     (tmp_path / "rows.yaml").write_text("title: none\n")
     (tmp_path / "wrong.yaml").write_text("title: x\nrows: [{name: first, set: {student.optimizer.epoch: 3}}]\n")
+    apart = "{name: second, set: {corpus.demo.seed: 7}}"
+    (tmp_path / "apart.yaml").write_text(f"title: x\nrows: [{{name: first}}, {apart}]\n")
     large = "{name: second, set: {student.model: {name: cp_resnet, width: 64}}}"
     (tmp_path / "large.yaml").write_text(f"title: x\nrows: [{{name: first}}, {large}]\n")
     done = subprocess.run(
@@ -147,10 +150,12 @@ rows:
   - name: none
     set: {student.distillation.soft_target: none}
   - name: fused again
+  - name: other fusion
+    set: {fusion.ridge: 0.5, student.seeds: 1}
 """
 
 
-def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
+def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR0915, each step needs those before
     """Two seeds of three rows, two of them equal; and a picture that needs no training."""
     storage, file = tmp_path / "storage", tmp_path / "labels.yaml"
     shutil.copytree(finished.storage, storage)
@@ -162,8 +167,8 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
 
     failed = run("table", file)
     assert failed.returncode == 1
-    assert f"1 of 5 failed (broken: student: {TINY}: cannot be read as a checkpoint" in failed.stderr
-    assert failed.stdout.count(": finished (") == 4
+    assert f"1 of 6 failed (broken: student: {TINY}: cannot be read as a checkpoint" in failed.stderr
+    assert failed.stdout.count(": finished (") == 5
     file.write_text(TABLE)
     done = run("table", file)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -185,7 +190,8 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
     assert set(tables) == {"FAILED", "FINISHED"}  # with the broken row it was another table
     parent = tables["FINISHED"]
     children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
-    expected = {f"{row}: student-seed{seed}" for row in rows for seed in (0, 1)}
+    expected = {f"{row}: student-seed{seed}" for row in rows if row != "other fusion" for seed in (0, 1)}
+    expected.add("other fusion: student")
     assert set(children) == expected
     assert {run.info.status for run in children.values()} == {"FINISHED"}
     for seed, score in enumerate(scores):
@@ -199,10 +205,17 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "Labels and soft targets: nothing to do" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()} == before
-    for figure, name, shown in ((file, "labels", list(rows)), ("2", "figure-2", ["energy"])):
+    # Deleted, a student is trained again; the others, and what all share, are not.
+    shutil.rmtree(plan.students["student-seed1"].path)
+    mended = run("table", file)
+    assert mended.returncode == 0, mended.stderr
+    assert mended.stdout.count(": finished (") <= 1
+    assert (folder / "table.md").read_text() in mended.stdout
+    assert plan.students["student-seed1"].complete
+    for figure, name, shown in ((file, "labels", list(rows)), ("2", "2", ["energy"])):
         drawn = run("figure", figure)
         assert drawn.returncode == 0, drawn.stderr
-        (picture,) = (storage / "figures").glob(f"{name}-*/figure.svg")
+        (picture,) = (storage / "figures").glob(f"figure-{name}-*/figure.svg")
         assert str(picture) in drawn.stdout
         svg = picture.read_text()
         assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')

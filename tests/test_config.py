@@ -1,5 +1,6 @@
 """Configurations: composition, overrides, and one clear line for everything that is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from asc_ray.config import PRESETS, load_config
 from asc_ray.errors import ConfigError
 from asc_ray.plan import Plan
+from asc_ray.training.search import propose
+from asc_ray.training.space import grid
 
 TWELVE = [
     f"{kind}_{number}"
@@ -215,7 +218,7 @@ def test_a_search_s_preset_gives_the_space(tmp_path):
     def space(*overrides):
         return load_config("demo", [*overrides, f"storage={tmp_path}"]).sweep.space
 
-    assert list(space("sweep.preset=fms")) == ["augment.freq_mixstyle.p", "augment.freq_mixstyle.alpha"]
+    assert set(space("sweep.preset=fms")) == {"augment.freq_mixstyle.p", "augment.freq_mixstyle.alpha"}
     key = "sweep.space.optimizer.learning_rate"
     more = space(f"{key}={{loguniform: [0.001, 0.002]}}", "sweep.preset=fms")
     assert more["optimizer.learning_rate"].loguniform == (0.001, 0.002)
@@ -228,6 +231,67 @@ def test_a_search_s_preset_gives_the_space(tmp_path):
         space("sweep.space.distillation.soft_target={choice: [fused, all]}")
     with pytest.raises(ConfigError, match="fmz: no such search; did you mean fms"):
         space("sweep.preset=fmz")
+
+
+def test_a_parameter_and_a_label_weight_replace_those_below_and_do_not_mix_with_them(tmp_path):
+    file = tmp_path / "mine.yaml"
+    space = "{distillation.temperature: {uniform: [1, 2]}, optimizer.learning_rate: {loguniform: [0.001, 0.01]}}"
+    file.write_text(f"base: {PRESETS / 'demo.yaml'}\nsweep: {{preset: kd, space: {space}}}\n")
+    found = load_config(file).sweep.space
+    assert found["distillation.temperature"].uniform == (1, 2)
+    assert "distillation.label_weight" in found
+    (tmp_path / "learned.yaml").write_text("student: {distillation: {label_weight: {start: 0.3, low: 0.1}}}\n")
+    (tmp_path / "cp.yaml").write_text("student: {preset: cp_mobile}\n")
+    bases = f"[{PRESETS / 'demo.yaml'}, learned.yaml, cp.yaml]"
+    file.write_text(f"base: {bases}\nstudent: {{distillation: {{label_weight: {{start: 0.5, end: 0.1}}}}}}\n")
+    student = load_config(file).student
+    assert student.model.name == "cp_mobile"  # in place of the demo's, sizes and all
+    assert student.distillation.label_weight.end == 0.1
+
+
+def test_soft_targets_inside_an_alternative_are_known_and_checked():
+    def config(target):
+        one_of = f"{{kd: {{soft_target: {target}, temperature: {{uniform: [1, 4]}}}}, plain: {{soft_target: none}}}}"
+        return load_config("demo", [f"sweep.space={{distillation: {{one_of: {one_of}}}}}"])
+
+    assert set(config("average").soft_targets) == {"fused", "average", "none"}
+    with pytest.raises(ConfigError, match=r"student\.distillation\.soft_target: 'nosuch' is unknown"):
+        config("nosuch")
+
+
+def test_the_order_of_a_space_changes_neither_its_key_nor_its_search():
+    parts = ["augment.dir.p: {choice: [0.1, 0.2]}", "augment.freq_mixstyle.p: {choice: [0.3, 0.4]}"]
+    one_of = ["a: {p: {uniform: [0, 1]}}", "b: {p: 0.0}"]
+    configs = [
+        load_config("demo", [f"sweep.space={{augment.dir: {{one_of: {{{', '.join(own)}}}}}}}"]).sweep
+        for own in (one_of, one_of[::-1])
+    ]
+    swapped = [load_config("demo", [f"sweep.space={{{', '.join(own)}}}"]).sweep for own in (parts, parts[::-1])]
+    for one, other in (configs, swapped):
+        assert [propose(one, n, []) for n in range(4)] == [propose(other, n, []) for n in range(4)]
+    assert grid(swapped[0].space) == grid(swapped[1].space)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.preset=bsconv_cnn", "student.model.channels"),
+        ("qat.frozen_epochs=4", "frozen_epochs: 4 of 4 epochs leaves none"),
+    ],
+)
+def test_what_would_fail_hours_later_is_refused_at_once(override, message):
+    more = ["student.model.channels=[-1]"] if "bsconv" in override else []
+    with pytest.raises(ConfigError, match=message):
+        load_config("demo", [override, *more])
+
+
+def test_a_network_too_deep_for_its_front_end_is_refused(tmp_path):
+    done = command(
+        "pipeline", "--config", "demo", "--set", f"storage={tmp_path}/s", "--set", "student.preset=cp_resnet_64k",
+        "--set", "student.frontend.hop=16000",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.search(r"student\.model: cp_resnet does not work on the \d+ mels x \d+ frames", done.stderr)
 
 
 def command(*arguments):

@@ -47,6 +47,19 @@ def test_a_pipeline_is_a_parent_with_children_and_their_curves(tmp_path):
     assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
 
 
+def test_names_that_mlflow_does_not_take_as_they_are(tmp_path):
+    storage = tmp_path / "it's here"
+    storage.mkdir()
+    with tracker(storage).parent({}) as t:
+        t.log_summary({"test/accuracy/iPhone (2)": 0.5})
+        t.start("a's table", "k1", {})
+        t.end("a's table")
+        t.tag("a's table", "k1", "asc_ray.winner", "true")
+    found = runs(storage)
+    assert found["demo"].data.metrics == {"test/accuracy/iPhone _2_": 0.5}
+    assert found["a's table"].data.tags["asc_ray.winner"] == "true"
+
+
 @pytest.mark.parametrize(
     ("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
 )

@@ -189,4 +189,5 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int,
     torch.set_num_threads(threads)
     if events is None:
         return function(*arguments)
-    return function(*arguments, on_epoch=lambda metrics: events.post.remote(name, metrics))
+    # Waiting for each: what is still under way when the task has ended would come after its end.
+    return function(*arguments, on_epoch=lambda metrics: ray.get(events.post.remote(name, metrics)))

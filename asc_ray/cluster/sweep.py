@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -102,8 +103,8 @@ def run_sweep(
             settle()
     if left := course.left():
         raise UserError(
-            f"sweep: {len(left)} of {search.planned(course.sweep, course.ended)} trials did not end; the same command "
-            "goes on"
+            f"sweep: {len(left)} of {search.planned(course.sweep, course.ended)} trials did not end, for their workers "
+            "died too often or there was no room for them; the same command goes on"
         )
     return sorted(course.ended, key=lambda result: result.number)
 
@@ -158,6 +159,7 @@ class _Course:
         self._folder, self.ended, self._on_event = folder, ended, on_event
         self._clock = _Clock(folder.parent / CLOCK)
         self._running: dict[int, _Running] = {}
+        self._lost: set[int] = set()
 
     @property
     def sweep(self) -> SweepConfig:
@@ -188,15 +190,26 @@ class _Course:
         parameters = search.propose(sweep, number, self.ended)
         repeats, seed = search.repeated(sweep, number, self.ended)
         parent = search.parent(sweep, number, self.ended) if sweep.scheduler == "pbt" else None
+        trial = self._running[number] = _Running(parameters, repeats, seed, parent, cost=None)
+        self._on_event(search.trial_name(number), {"started": True, "parameters": parameters, "seed": seed})
         try:
-            cost = search.cost_of(sweep, search.trial_config(self._student, sweep, parameters), self._classes)
-        except ValidationError:  # values that are right each for itself; the worker will say what is wrong
-            cost = None
-        self._running[number] = _Running(parameters, repeats, seed, parent, cost)
+            trial.cost = search.cost_of(sweep, search.trial_config(self._student, sweep, parameters), self._classes)
+        except ValidationError as error:  # values that are right each for itself
+            trial.error = "; ".join(finding["msg"] for finding in error.errors())
+            self.close(number, failed=True)
+            return self.start()
         for old in range(number // sweep.trials * sweep.trials - sweep.trials):  # nobody goes on from these any more
             shutil.rmtree(self._folder / _checkpoints(old), ignore_errors=True)
-        self._on_event(search.trial_name(number), {"started": True, "parameters": parameters})
         return {"number": number, "parameters": parameters, "seed": seed, "parent": parent}
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing runs, and nothing can start before the same command is given again."""
+        return self._running.keys() <= {result.number for result in self.ended} | self._lost
+
+    def lose(self, number: int) -> None:
+        """A trial whose worker died too often says nothing of its parameters: it is left for another time."""
+        self._lost.add(number)
 
     def hear(self, number: int, metrics: Mapping[str, Any]) -> bool:
         """Note an epoch of a trial; returns whether the trial is to stop."""
@@ -217,11 +230,15 @@ class _Course:
     def fail(self, number: int, error: str) -> None:
         self._running[number].error = error
 
+    def said_why(self, number: int) -> bool:
+        """Whether its last attempt ended with an error of its own, and not with its worker."""
+        return bool(self._running[number].error)
+
     def close(self, number: int, failed: bool) -> None:
         trial, sweep = self._running[number], self.sweep
         start, end = sweep.span(number)
         if failed:
-            trial.state, trial.error = "failed", trial.error or "its worker died every time"
+            trial.state = "failed"
         elif trial.state == "complete" and len(trial.curve) < end - start:
             trial.state, trial.error = "failed", f"it ended after {len(trial.curve)} of {end - start} epochs"
         result = TrialResult(number=number, **vars(trial))
@@ -243,12 +260,16 @@ class _Proposals(Searcher):
     def suggest(self, trial_id: str) -> Any:
         trial = self._course.start()
         if trial is None:  # while some still run, they may become finalists
-            return None if self._course.left() else Searcher.FINISHED
+            return Searcher.FINISHED if self._course.stuck else None
         self._numbers[trial_id] = trial["number"]
         return trial
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        self._course.close(self._numbers[trial_id], failed=error)
+        number = self._numbers[trial_id]
+        if error and not self._course.said_why(number):
+            self._course.lose(number)
+        else:
+            self._course.close(number, failed=error)
 
     def get_state(self) -> dict:
         return {}
@@ -272,9 +293,9 @@ class _Halving(FIFOScheduler):
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        lines = str(trial.get_error() or "").strip().splitlines()
-        if lines:
-            self._course.fail(trial.config["number"], lines[-1])
+        error = trial.get_error()
+        lines = str(error).strip().splitlines() if isinstance(error, RayTaskError) else []
+        self._course.fail(trial.config["number"], lines[-1] if lines else "")
 
 
 class _SpanEnds(Exception):

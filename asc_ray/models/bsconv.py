@@ -1,6 +1,6 @@
 """BSConv-CNN: a plain stack of blueprint separable convolutions (Haase and Amthor, 2020, BSConv-U)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,9 @@ class BSConvConfig(Section):
 
     name: Literal["bsconv_cnn"] = "bsconv_cnn"
     stem: int = Field(16, ge=1, le=256)
-    channels: tuple[int, ...] = Field((40, 80, 112, 176, 184), min_length=1, max_length=8)
+    channels: tuple[Annotated[int, Field(ge=1, le=2048)], ...] = Field(
+        (40, 80, 112, 176, 184), min_length=1, max_length=8
+    )
 
 
 class BSConv(nn.Sequential):

@@ -31,16 +31,18 @@ class Comparison:
     training_clips: int
     unseen_devices: Sequence[str]
     rows: Sequence[ComparedRow]
+    remark: str = ""
 
     @property
     def note(self) -> str:
         clips = {row.scores[0].clips for row in self.rows}
         seeds = {row.scores[1].runs if row.scores[1] else 1 for row in self.rows}
-        many = f"mean ± standard deviation of {max(seeds)} seeds" if max(seeds) > 1 else "one seed"
+        number = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+        many = f"mean ± standard deviation of {number} seeds" if max(seeds) > 1 else "one seed"
         return (
             f"Accuracy in % on {max(clips):,} test clips of {self.corpus} ({self.training_clips:,} training clips), "
             f"{many}; not in training: {', '.join(self.unseen_devices) or 'no device'}. Lines of the paper are its "
-            "figures on TAU22."
+            f"figures on TAU22. {self.remark}".strip()
         )
 
 
@@ -112,7 +114,8 @@ def comma_separated(comparison: Comparison) -> str:
     """A line for each of `lines`, every figure in full and its deviation beside it."""
     names, out = columns(comparison), io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = [text for name in names for text in (name.replace(" ", "_"), f"{name.replace(' ', '_')}_deviation")]
+    named = [{"parameters": "parameters_K", "macs": "macs_M"}.get(name, name.replace(" ", "_")) for name in names]
+    head = [text for name in named for text in (name, f"{name}_deviation")]
     writer.writerow(["row", "source", "corpus", "seeds", *head])
     row = None
     for line in lines(comparison):

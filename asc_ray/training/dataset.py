@@ -95,8 +95,8 @@ class Source:
 
 def check_strangers(strangers: Sequence[str], trained: Iterable[str], validated: Iterable[str]) -> None:
     """Raise ConfigError unless these devices have clips to validate on, and leave others to train on."""
-    known, all_trained = set(trained) & set(validated), set(trained)
-    if strangers and not (set(strangers) <= known and set(strangers) < all_trained):
+    known = set(trained) & set(validated)
+    if strangers and not set(strangers) < known:
         raise ConfigError(
             f"sweep.validation.devices: found {', '.join(strangers)}; allowed are some, and not all, of "
             f"{', '.join(sorted(map(str, known)))}, the devices of the training and the validation part"

@@ -24,6 +24,7 @@ from asc_ray.training.space import KINDS, Parameter, Space, distributions, grid,
 from asc_ray.training.systems import StudentConfig, input_shape
 
 METRIC = "objective"
+ENDED_WELL = ("complete", "stopped")
 FEWEST_FOR_IMPORTANCE = 8
 COLUMNS = ("number", "state", "value", "cost", "repeats", "seed", "parent", "error", "epochs", "pareto")
 # Of the student: what a population may change between generations, for the weights fit whatever it is.
@@ -140,7 +141,7 @@ class SweepConfig(Section):
                 flat |= {f"{key}.{inner}": own for inner, own in cls._flat(value).items()}
             else:
                 flat[key] = value
-        return flat
+        return dict(sorted(flat.items()))  # a search, like its key, does not depend on the order of the file
 
     def check(self, student: StudentConfig) -> None:
         """Raise ValueError when a key is unknown, an end of its range is not allowed, or a grid is too small."""
@@ -172,7 +173,7 @@ class TrialResult(Section):
 
     @property
     def has_value(self) -> bool:
-        return bool(self.curve) and self.state in {"complete", "stopped"}
+        return bool(self.curve) and self.state in ENDED_WELL
 
     @property
     def value(self) -> float:

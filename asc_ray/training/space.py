@@ -53,7 +53,7 @@ class Parameter(Section):
     @classmethod
     def _parsed(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("one_of"), dict):
-            return raw | {"one_of": {name: _parsed(value) for name, value in raw["one_of"].items()}}
+            return raw | {"one_of": {name: _parsed(value) for name, value in sorted(raw["one_of"].items())}}
         return raw
 
     def suggest(self, trial: Suggests, name: str) -> Any:
@@ -128,7 +128,7 @@ def _parsed(raw: Any) -> Any:
         return raw
     if len(raw) == 1 and next(iter(raw)) in KINDS:
         return Parameter.model_validate(raw)
-    return {name: _parsed(value) for name, value in raw.items()}
+    return {name: _parsed(value) for name, value in sorted(raw.items())}
 
 
 def _suggest(value: Any, trial: Suggests, name: str) -> Any:

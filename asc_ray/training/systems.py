@@ -66,6 +66,12 @@ class QATConfig(Section):
     learning_rate: float = Field(5e-5, gt=0.0, le=1.0)
     weight_decay: float = Field(0.0, ge=0.0, le=1.0)
 
+    @model_validator(mode="after")
+    def _observes_first(self) -> Self:
+        if self.frozen_epochs >= self.epochs:
+            raise ValueError(f"frozen_epochs: {self.frozen_epochs} of {self.epochs} epochs leaves none to observe in")
+        return self
+
 
 def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
     """Shape (batch, 1, mels, frames) of what the recipe's model sees."""
