@@ -30,6 +30,24 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
+def processes(title):
+    """Process ids below this one with the title that Ray gave them."""
+    children, titles = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            titles[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found, waiting = set(), [os.getpid()]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found |= {pid for pid in below if title in titles[pid]}
+        waiting += below
+    return found
+
+
 @dataclass(frozen=True)
 class Run:
     storage: Path

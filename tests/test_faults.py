@@ -5,11 +5,10 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import TINY, command, processes
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
@@ -25,24 +24,6 @@ def cluster():
     nodes.wait_for_nodes()
     yield nodes, workers
     nodes.shutdown()
-
-
-def processes(title):
-    """Process ids below this one with the title that Ray gave them."""
-    children, titles = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            titles[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
-        except OSError:  # it ended meanwhile
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, waiting = set(), [os.getpid()]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found |= {pid for pid in below if title in titles[pid]}
-        waiting += below
-    return found
 
 
 def test_whatever_dies_teachers_end_with_the_weights_of_an_unbroken_run(finished, cluster, tmp_path):

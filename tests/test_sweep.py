@@ -9,7 +9,7 @@ import time
 
 import pytest
 import yaml
-from conftest import TINY, command, environment
+from conftest import TINY, command, environment, processes
 from mlflow.tracking import MlflowClient
 
 from asc_ray.config import load_config
@@ -125,6 +125,26 @@ def test_trials_that_fail_are_told_and_the_search_goes_on(storage):
     assert "choose one of them" in failed[0].error
     assert f"trial {failed[0].number} failed: " in done.stdout
     assert "4 trials: 3 complete, 1 failed" in done.stdout
+
+
+def test_a_trial_whose_worker_dies_too_often_is_left_for_the_next_command(storage):
+    """What killed the worker says nothing of the trial's parameters, so it is no result of the search."""
+    overrides = [f"sweep.space={{{RATE}}}", "sweep.trials=2", "sweep.epochs=3", "cluster.retries=0"]
+    given, words = arguments(storage, *overrides)
+    driver = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    while driver.poll() is None and not list(storage.glob("sweep/*.partial/trials/0000.checkpoints/epoch-00001")):
+        time.sleep(0.01)
+    for pid in processes("ImplicitFunc"):
+        os.kill(pid, signal.SIGKILL)
+    output = driver.communicate()[0]
+    assert driver.returncode == 1, output
+    assert "trials did not end, for their workers died too often" in output
+    assert "Traceback" not in output
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(t.state, len(t.curve)) for t in results(Plan(load_config(TINY, given)))] == [("complete", 3)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The search for the student's configuration on Ray Tune; training.search decides what to propose and stop."""
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -36,6 +37,8 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the pipeline; Tune would end the search alone
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a heading however silent it is asked to be
 }
+# It would print a traceback for each attempt; how trials ended is told at the end.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 SCRATCH = ("trials/*.checkpoints", "trials/*.tmp", CLOCK)
 
 
