@@ -186,7 +186,8 @@ class _Course:
         if not waiting or not search.may_start(self.sweep, waiting[0], self.ended):
             return None
         number, sweep, minutes = waiting[0], self.sweep, self._whole.budget.minutes
-        if minutes and 0 < number < sweep.searched and self._clock.seconds() > 60 * minutes:
+        newest = max((result.number for result in self.ended), default=-1)
+        if minutes and newest < number < sweep.searched and number and self._clock.seconds() > 60 * minutes:
             self._clock.closed = number
             self._clock.save()
             return self.start()
