@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,7 +172,9 @@ def _limits(given: list[str]) -> Any:
         pairs = {name: float(number) for name, _, number in (text.partition("=") for text in given)}
         return Limits.model_validate(pairs)
     except (ValueError, ValidationError):
-        raise UserError(f"--limit {' '.join(given)}: expected bytes=NUMBER or macs=NUMBER, whole and above 0") from None
+        raise ConfigError(
+            f"--limit {' '.join(given)}: expected bytes=NUMBER or macs=NUMBER, whole and above 0"
+        ) from None
 
 
 @app.command("table")
@@ -244,6 +246,9 @@ def _run(config: str, overrides: list[str], stages: tuple[str, ...]) -> None:
         progress.console.print(line, markup=False)
 
 
+INTERRUPTED = 130
+
+
 def main(*command: str) -> None:
     """The console command; a user's mistake is one message on standard error and an exit code.
 
@@ -257,9 +262,10 @@ def main(*command: str) -> None:
     except UserError as error:
         print(f"asc-ray: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("asc-ray: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            print("asc-ray: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

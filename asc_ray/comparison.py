@@ -98,6 +98,8 @@ def _plans(configs: Mapping[str, Config]) -> dict[str, Plan]:
         # A large corpus takes seconds to read.
         same = lead is not None and config.corpus == lead.config.corpus
         plans[row] = Plan(config, lead.source if lead and same else None)
+        if lead and config.storage != lead.config.storage:
+            raise ConfigError(f"row {row}: storage: a table has one, {lead.config.storage}; give it by --set")
         if lead and plans[row].clips.key != lead.clips.key:
             raise ConfigError(
                 f"row {row}: corpus: differs from that of row {next(iter(plans))}; a table is of one corpus"
@@ -128,7 +130,7 @@ def draw_energies(config: Config, progress: Progress) -> Artifact:
 def read_table(kind: str, number: str) -> tuple[TableConfig, str]:
     """The description of a table or figure, and its short name. Raises ConfigError."""
     raw = preset(kind.removesuffix("s"), number, (kind,))
-    return checked(TableConfig, raw, f"{kind}/{number}"), Path(number).stem
+    return checked(TableConfig, raw, number if Path(number).is_file() else f"{kind}/{number}.yaml"), Path(number).stem
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:

@@ -267,7 +267,16 @@ _PRESET_KEYS = {
 
 
 def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`merged`, with the presets named above in place of those sections below."""
+    """`merged`, with the presets named above in place of those sections below.
+
+    A search's space replaces that below, as a whole: half of two spaces would be a third one.
+    """
+    if (
+        isinstance(searched := above.get("sweep"), Mapping)
+        and "space" in searched
+        and isinstance(below.get("sweep"), Mapping)
+    ):
+        below = {**below, "sweep": {key: own for key, own in below["sweep"].items() if key != "space"}}
     result = merged(below, above)
     for place, sections in _PRESET_KEYS.items():
         section, _, key = place.partition(".")

@@ -404,14 +404,17 @@ def _build_sweep(work: Work) -> None:
     assert plan.sweep is not None
     assert sweep is not None
     trials = {trial_name(n): plan.trial(n) for n in range(sweep.most)}
-    work.progress.expect("sweep", dict.fromkeys(trials, sweep.epochs))
+    done = len(list(plan.sweep.partial.glob("trials/*.json")))
+    work.progress.expect("sweep", dict.fromkeys(trials, sweep.epochs), done)
     room, running = slots(config.student_resources), concurrent(sweep, config.student_resources)
     idle = f"; sweep.lookback {sweep.lookback} leaves {room - running} slots idle" if running < room else ""
     work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots{idle}")
+    work.progress.note(f"searched: {', '.join(sweep.space)}")
 
     def listener(name: str, event: dict[str, Any]) -> None:
         if event.get("started"):
-            work.tracker.start(name, trials[name].key, event["parameters"] | {"seed": event["seed"]})
+            own = {key: event[key] for key in ("seed", "repeats", "parent") if event[key] is not None}
+            work.tracker.start(name, trials[name].key, event["parameters"] | own)
         on_event(name, event)
         if event.get("finished"):
             work.tracker.log(name, {key: event[key] for key in ("value", "cost")}, sweep.epochs)

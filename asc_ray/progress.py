@@ -59,11 +59,13 @@ class Progress:
     def nothing_to_do(self) -> None:
         self.console.print("Nothing to do: every stage of this configuration is done.")
 
-    def expect(self, stage: str, epochs: Mapping[str, int]) -> None:
-        """Announce the pieces of the stage and how many epochs each has."""
-        self._expected = dict(epochs)
+    def expect(self, stage: str, epochs: Mapping[str, int], done: int = 0) -> None:
+        """Announce the pieces of the stage and how many epochs each has, and that some are done already."""
+        self._expected, self._done = dict(epochs), done
+        if done:
+            self.note(f"{done} of {len(epochs)} are done already")
         if self._bars is not None and len(epochs) > 1:
-            self._tasks[""] = self._bars.add_task(stage, total=len(epochs), note="")
+            self._tasks[""] = self._bars.add_task(stage, total=len(epochs), completed=done, note="")
 
     def event(self, name: str, event: Mapping[str, Any]) -> None:
         """One piece started, finished an epoch, advanced, or finished."""
@@ -83,7 +85,7 @@ class Progress:
                     self._bars.update(self._tasks[name], visible=False)
             state = event.get("state", "finished")
             of = f" ({self._done} of {len(self._expected)})" if len(self._expected) > 1 else ""
-            value = f", {event['value']:.3f}" if "value" in event else ""
+            value = f", objective {100 * event['value']:.1f} %" if "value" in event else ""
             self.note(f"{name}: {state}{value}{of}")
 
     def _show(self, name: str, done: int, total: int, text: str, force: bool) -> None:

@@ -29,6 +29,7 @@ for _name in ("alembic", "mlflow"):
 
 STORAGE_TAG = "asc_ray.storage"
 KEY_TAG = "asc_ray.key"
+ERROR_TAG = "asc_ray.error"
 
 
 def default_uri(storage: Path) -> str:
@@ -92,6 +93,10 @@ class Tracker:
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
+            raise
+        except Exception as error:
+            with _undisturbed():
+                self._client.set_tag(self.parent_id, ERROR_TAG, str(error)[:5000])
             raise
         finally:
             for name in list(self._open):
@@ -167,6 +172,8 @@ class Tracker:
         if found and (found.info.status != "FINISHED" or name == self._name):
             run_id = found.info.run_id
             self._client.update_run(run_id, "RUNNING")
+            if ERROR_TAG in found.data.tags:
+                self._client.delete_tag(run_id, ERROR_TAG)
             for key, value in tags.items():
                 self._client.set_tag(run_id, key, value)
             return run_id

@@ -122,12 +122,15 @@ def test_the_paper_s_figures_are_those_of_the_paper(number):
         (["table", "rows.yaml"], "rows: is required"),
         (["table", "wrong.yaml"], "student.optimizer.epoch: unknown key"),
         (["table", "large.yaml"], "row second: student.model: cp_resnet is too large for the device"),
+        (["table", "elsewhere.yaml"], "row second: storage: a table has one"),
         (["table", "apart.yaml"], "row second: corpus: differs from that of row first; a table is of one corpus"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, message):
     (tmp_path / "rows.yaml").write_text("title: none\n")
     (tmp_path / "wrong.yaml").write_text("title: x\nrows: [{name: first, set: {student.optimizer.epoch: 3}}]\n")
+    elsewhere = "{name: second, set: {storage: other}}"
+    (tmp_path / "elsewhere.yaml").write_text(f"title: x\nrows: [{{name: first}}, {elsewhere}]\n")
     apart = "{name: second, set: {corpus.demo.seed: 7}}"
     (tmp_path / "apart.yaml").write_text(f"title: x\nrows: [{{name: first}}, {apart}]\n")
     large = "{name: second, set: {student.model: {name: cp_resnet, width: 64}}}"

@@ -240,6 +240,12 @@ def test_a_parameter_and_a_label_weight_replace_those_below_and_do_not_mix_with_
     found = load_config(file).sweep.space
     assert found["distillation.temperature"].uniform == (1, 2)
     assert "distillation.label_weight" in found
+    file.write_text(f"base: {PRESETS / 'demo.yaml'}\nsweep: {{preset: kd}}\n")
+    (tmp_path / "own.yaml").write_text(f"base: mine.yaml\nsweep: {{space: {space}}}\n")
+    assert set(load_config(tmp_path / "own.yaml").sweep.space) == {
+        "distillation.temperature",
+        "optimizer.learning_rate",
+    }
     (tmp_path / "learned.yaml").write_text("student: {distillation: {label_weight: {start: 0.3, low: 0.1}}}\n")
     (tmp_path / "cp.yaml").write_text("student: {preset: cp_mobile}\n")
     bases = f"[{PRESETS / 'demo.yaml'}, learned.yaml, cp.yaml]"
@@ -309,7 +315,7 @@ def test_complexity_counts_and_refuses():
     assert over.returncode == 1
     assert over.stderr == "asc-ray: sm1: over the limits: limits.macs: 3,889,970, allowed 1,000,000\n"
     wrong = command("complexity", "sm1", "--limit", "watts=3")
-    assert (wrong.returncode, "expected bytes=NUMBER or macs=NUMBER" in wrong.stderr) == (1, True)
+    assert (wrong.returncode, "expected bytes=NUMBER or macs=NUMBER" in wrong.stderr) == (2, True)
 
 
 def test_a_student_over_the_limits_is_refused_before_any_work(tmp_path):

@@ -498,6 +498,7 @@ def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run
         os.kill(driver.pid, how)
         output = driver.communicate()[0].decode()
         assert driver.returncode == (130 if how is signal.SIGINT else -how), output
+        assert ("interrupted; the same command goes on" in output) == (how is signal.SIGINT)
         driver.stdout.close()
         done_before = {p: p.stat().st_mtime_ns for p in storage.rglob("manifest.json")}
     last = subprocess.run(command("status", *arguments[1:]), capture_output=True, text=True, check=True)

@@ -197,6 +197,15 @@ def test_a_search_for_both_looks_where_good_and_cheap_is():
     assert max(p["width"] for p in late) > 0.6
 
 
+def test_of_equals_the_cheapest_wins():
+    ended = [
+        TrialResult(number=n, parameters={}, curve=(value,), cost=cost, state="complete")
+        for n, (value, cost) in enumerate([(0.5, 30.0), (0.5, 10.0), (0.5, 20.0), (0.4, 1.0)])
+    ]
+    assert best(SWEEP, ended).number == 1
+    assert best(SWEEP, ended) in pareto(ended)
+
+
 def test_importance_finds_the_parameter_that_matters():
     some = {"one_of": {"off": {"p": 0.0}, "on": {"p": {"uniform": [0.1, 1.0]}}}}
     raw = {"augment.dir.p": {"uniform": [0.0, 1.0]}, "augment.freq_mixstyle": some}

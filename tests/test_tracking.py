@@ -67,11 +67,16 @@ def test_what_is_open_when_a_run_breaks_off_is_closed(tmp_path, raised, status):
     def broken():
         with tracker(tmp_path).parent({}) as t:
             t.start("teacher", "t1", {})
-            raise raised
+            raise raised("no room")
 
     with pytest.raises(raised):
         broken()
     assert {run.info.status for run in runs(tmp_path).values()} == {status}
+    error = runs(tmp_path)["demo"].data.tags.get("asc_ray.error")
+    assert error == ("no room" if status == "FAILED" else None)
+    with tracker(tmp_path).parent({}):
+        pass
+    assert "asc_ray.error" not in runs(tmp_path)["demo"].data.tags
 
 
 def abandon(storage):

@@ -58,7 +58,7 @@ def run_sweep(
     results before it: nothing of Tune's own state is needed to go on after the driver died.
     """
     source = replace(source, strangers=sweep.validation.devices)
-    data = source.open()  # refuses devices that are none, before a trial starts
+    data = source.open()
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
     ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
@@ -195,7 +195,7 @@ class _Course:
         repeats, seed = search.repeated(sweep, number, self.ended)
         parent = search.parent(sweep, number, self.ended) if sweep.scheduler == "pbt" else None
         trial = self._running[number] = _Running(parameters, repeats, seed, parent, cost=None)
-        self._on_event(search.trial_name(number), {"started": True, "parameters": parameters, "seed": seed})
+        self._on_event(search.trial_name(number), {"started": True, **vars(trial)})
         try:
             trial.cost = search.cost_of(sweep, search.trial_config(self._student, sweep, parameters), self._classes)
         except ValidationError as error:  # values that are right each for itself

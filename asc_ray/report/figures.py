@@ -216,6 +216,7 @@ def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(edges[0], edges[-1])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set(xlabel="energy of the one-second clip, sum of squared samples at 32 kHz", ylabel="training clips a bin")
     axes.grid(axis="y")
     if threshold is not None:
@@ -241,7 +242,7 @@ def training_curves(panels: Mapping[str, Curves]) -> Figure:
     figure = Figure(figsize=(WIDTH, 5.2))
     grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
     for (upper, lower), (title, curves) in zip(grid.T, panels.items(), strict=True):
-        families = {run: re.sub(r"[_\- ]?\d+$", "", run) or run for run in curves}
+        families = {run: re.sub(r"([_\- ]|seed|fold)+\d+$", "", run) or run for run in curves}
         order = list(dict.fromkeys(families.values()))
         labels = {
             family: family if len(runs := [run for run in curves if families[run] == family]) == 1
@@ -363,7 +364,7 @@ def pareto_front(trials: Sequence[TrialResult], front: Sequence[TrialResult], co
     axes.scatter([t.cost or 0 for t in complete], [100 * t.value for t in complete], color=MUTED, s=20, label="trial")
     axes.step(
         [t.cost or 0 for t in front], [100 * t.value for t in front], where="post", marker="o", color=PALETTE[1],
-        label="none is better for no more",
+        label="better than all that cost less",
     )  # fmt: skip
     axes.set(xlabel=cost, ylabel="value, %")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -39,10 +39,10 @@ class Comparison:
         seeds = {row.scores[1].runs if row.scores[1] else 1 for row in self.rows}
         number = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
         many = f"mean ± standard deviation of {number} seeds" if max(seeds) > 1 else "one seed"
+        papers = "Lines of the paper are its figures on TAU22. " if any(row.paper for row in self.rows) else ""
         return (
             f"Accuracy in % on {max(clips):,} test clips of {self.corpus} ({self.training_clips:,} training clips), "
-            f"{many}; not in training: {', '.join(self.unseen_devices) or 'no device'}. Lines of the paper are its "
-            f"figures on TAU22. {self.remark}".strip()
+            f"{many}; not in training: {', '.join(self.unseen_devices) or 'no device'}. {papers}{self.remark}".strip()
         )
 
 

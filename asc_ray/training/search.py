@@ -338,7 +338,7 @@ def should_stop(
 
 
 def pareto(ended: Sequence[TrialResult]) -> list[TrialResult]:
-    """Trials that ran to their ends such that none that costs no more is better, the cheapest first."""
+    """Trials that ran to their ends and are better than all that cost less, the cheapest first."""
     front: list[TrialResult] = []
     complete = [r for r in ended if r.state == "complete" and r.repeats is None and r.cost is not None]
     for result in sorted(complete, key=lambda r: (r.cost, -r.value, r.number)):
@@ -348,7 +348,7 @@ def pareto(ended: Sequence[TrialResult]) -> list[TrialResult]:
 
 
 def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
-    """The trial with the best last value among those that ran to the end, the first of equals.
+    """The trial with the best last value among those that ran to the end, the cheapest of equals, then the first.
 
     Of finalists with several seeds the mean counts, and trials that are no finalist's do not win.
     Raises UserError when no trial ran to its end.
@@ -359,7 +359,9 @@ def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
         states = "; ".join(f"trial {r.number} {r.state} {r.error}".strip() for r in ended)
         raise UserError(f"sweep: no trial ran to its end ({states}); make the space smaller")
     several = [r for r in complete if len(values_over_seeds(ended, r.number)) > 1]
-    return max(several or complete, key=lambda r: (np.mean(values_over_seeds(ended, r.number)), -r.number))
+    return max(
+        several or complete, key=lambda r: (np.mean(values_over_seeds(ended, r.number)), -(r.cost or 0.0), -r.number)
+    )
 
 
 def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
