@@ -52,7 +52,7 @@ def where_things_are(plan: Plan) -> list[str]:
     if plan.report.complete:
         lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
     if not plan.missing("qat"):
-        best = max(plan.int8.values(), key=lambda int8: int8.facts()["history"][-1]["validation_macro_accuracy"])
+        best = max(plan.int8.values(), key=lambda int8: int8.facts()["validation"]["validation_macro_accuracy"])
         why = "torch.export.load" if len(plan.int8) == 1 else "the best of the seeds on the validation part"
         lines.append(f"model   {best.path / INT8_MODEL}   ({why})")
     uri = plan.config.tracking.uri or default_uri(plan.config.storage)

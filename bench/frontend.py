@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel, mel_bank
+from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.runtime.frontend import mel_bank
 from asc_ray.training.loop import training_device
 
 FRONT_ENDS = {
@@ -28,7 +29,7 @@ class Plain:
     def __init__(self, config: FrontendConfig, device: torch.device) -> None:
         self.config = config
         self.window = torch.hann_window(config.window, periodic=False, device=device)
-        bank = mel_bank(config, config.fmax)
+        bank = torch.from_numpy(mel_bank(config.sample_rate, config.n_fft, config.mels, config.fmin, config.fmax))
         self.bank = torch.nn.functional.pad(bank, (0, 1)).to(device)
 
     def __call__(self, wave: torch.Tensor) -> torch.Tensor:

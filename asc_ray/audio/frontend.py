@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asc_ray.runtime.frontend import mel_bank
 from asc_ray.section import Section
 
 # What a masked cell holds after the front end. The published code writes 0 into the log-mel *before* the last affine
@@ -52,23 +53,6 @@ class FrontendConfig(Section):
     def frames(self, samples: int) -> int:
         """Frames that a waveform of `samples` samples gives; pre-emphasis takes one sample."""
         return 1 + (samples - 1) // self.hop
-
-
-def mel_bank(config: FrontendConfig, fmax: float) -> Tensor:
-    """Kaldi's triangular mel bank, (mels, n_fft // 2) float32: triangles in mel = 1127 ln(1 + f / 700).
-
-    The Nyquist bin, which Kaldi leaves out, has no column.
-    """
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127.0 * torch.log1p(hertz / 700.0)
-
-    bins = config.n_fft // 2
-    at = mel(torch.arange(bins, dtype=torch.float64) * (config.sample_rate / config.n_fft))
-    low, high = mel(torch.tensor([config.fmin, fmax], dtype=torch.float64)).tolist()
-    edges = torch.linspace(low, high, config.mels + 2, dtype=torch.float64)[:, None]
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    return torch.minimum((at - left) / (centre - left), (right - at) / (right - centre)).clamp(min=0).float()
 
 
 class LogMel(nn.Module):
@@ -117,8 +101,9 @@ class LogMel(nn.Module):
         shift = round(fmax_shift / FMAX_STEP) * FMAX_STEP
         key = (shift, device)
         if key not in self._banks:
-            bank = mel_bank(self.config, min(self.config.fmax + shift, self.config.sample_rate / 2))
-            self._banks[key] = [_band(group, device) for group in bank.split(_GROUP)]
+            c = self.config
+            bank = mel_bank(c.sample_rate, c.n_fft, c.mels, c.fmin, min(c.fmax + shift, c.sample_rate / 2))
+            self._banks[key] = [_band(group, device) for group in torch.from_numpy(bank).split(_GROUP)]
         return self._banks[key]
 
 

@@ -181,9 +181,22 @@ def set_training(model: nn.Module, training: bool) -> None:
         if node.target is BATCH_NORM:
             node.update_arg(5, training)
     model.recompile()
+    _follow(model, training)
+
+
+def _follow(model: nn.Module, ranges: bool) -> None:
     for module in model.modules():
         if isinstance(module, FakeQuantize):
-            module.enable_observer(training)
+            module.enable_observer(ranges)
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """Have the ranges follow what runs through the model in evaluation form: calibration after training."""
+    set_training(model, False)
+    _follow(model, True)
+    yield
+    _follow(model, False)
 
 
 def freeze(model: nn.Module) -> None:

@@ -1,0 +1,80 @@
+"""The log-mel front end in NumPy; `asc_ray.audio.frontend` is the same one in torch, and takes its mel bank from here.
+
+x[t] - 0.97 x[t-1]  ->  centred STFT, power  ->  Kaldi mel bank  ->  log(mel + 1e-5)  ->  (x + 4.5) / 5
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero.
+_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """Settings of a log-mel front end. Frequencies in Hz; `n_fft`, `window`, `hop` and `samples` of a clip in samples."""
+
+    sample_rate: int
+    samples: int
+    n_fft: int
+    window: int
+    hop: int
+    mels: int
+    fmin: float
+    fmax: float
+
+    @property
+    def frames(self) -> int:
+        """Of a clip; pre-emphasis takes one sample."""
+        return 1 + (self.samples - 1) // self.hop
+
+
+def mel_bank(sample_rate: int, n_fft: int, mels: int, fmin: float, fmax: float) -> np.ndarray:
+    """Kaldi's triangular mel bank, (mels, n_fft // 2) float32: triangles in mel = 1127 ln(1 + f / 700).
+
+    The Nyquist bin, which Kaldi leaves out, has no column.
+    """
+
+    def mel(hertz: np.ndarray) -> np.ndarray:
+        return 1127.0 * np.log1p(hertz / 700.0)
+
+    at = mel(np.arange(n_fft // 2) * (sample_rate / n_fft))
+    low, high = mel(np.array([fmin, fmax]))
+    edges = np.linspace(low, high, mels + 2)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    bank = np.minimum((at - left) / (centre - left), (right - at) / (right - centre))
+    return np.maximum(bank, 0).astype(np.float32)
+
+
+class LogMel:
+    """Waveforms (B, samples) float32 in +-1 -> (B, 1, mels, frames) float32."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        f = self._frontend = frontend
+        position = 2 * np.pi * np.arange(f.window) / max(1, f.window - 1)
+        self._window = (0.5 - 0.5 * np.cos(position)).astype(np.float32)
+        bank = mel_bank(f.sample_rate, f.n_fft, f.mels, f.fmin, f.fmax)
+        self._bands = [_band(bank[start : start + _GROUP]) for start in range(0, f.mels, _GROUP)]
+
+    def __call__(self, waves: np.ndarray) -> np.ndarray:
+        return np.stack([self._transform(wave) for wave in waves])[:, None]
+
+    def _transform(self, wave: np.ndarray) -> np.ndarray:
+        f = self._frontend
+        wave = wave[1:] - np.float32(0.97) * wave[:-1]
+        # The power does not depend on where the window stands in the n_fft samples: only what is under it is cut out.
+        left = f.n_fft // 2 - (f.n_fft - f.window) // 2
+        padded = np.pad(wave, (left, f.window - left), mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(padded, f.window)[:: f.hop]
+        spectrum = np.fft.rfft(frames * self._window, n=f.n_fft)
+        power = spectrum.real**2 + spectrum.imag**2
+        mel = np.concatenate([power[:, start:stop] @ weights for start, stop, weights in self._bands], axis=1)
+        return ((np.log(mel.T + np.float32(1e-5)) + np.float32(4.5)) / np.float32(5)).astype(np.float32)
+
+
+def _band(bank: np.ndarray) -> tuple[int, int, np.ndarray]:
+    """The FFT bins that some rows of the mel bank weight, (start, stop), and the weights (stop - start, rows)."""
+    used = np.flatnonzero(bank.any(axis=0))
+    start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+    return start, stop, np.ascontiguousarray(bank[:, start:stop].T)
