@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:  # asc-ray[runtime]
+    sys.exit(f"asc-ray: {error.name} is not installed, the command line needs more: pip install 'asc-ray[train]'")
 
 from asc_ray.errors import ConfigError, UserError
 
@@ -107,14 +110,71 @@ def download_corpus(
 
 
 @app.command()
-def verify(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders with a manifest.json.")],
+def export(
+    run: Annotated[str, typer.Argument(help="The folder of a finished int8 training, or the ID of a run in MLflow.")],
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.")],
+    name: Annotated[str, typer.Option(help="Of the registered model in MLflow.")] = "asc-ray",
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
 ) -> None:
-    """Compare every file of finished artifacts with the manifest's checksums; exit code 1 if one differs."""
+    """Write a finished int8 student as one folder: models, front end, labels, card and checksums; register it."""
+    from asc_ray.config import load_config
+    from asc_ray.export import export as write
+    from asc_ray.progress import Progress
+
+    settings = load_config(config, set)
+    write(run, out, name, settings.tracking.uri, settings.storage, Progress())
+    typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A folder that `asc-ray export` made.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILES|DIR|-", help="Recordings, folders, or -: raw PCM on standard input.")
+    ],
+    format: Annotated[str, typer.Option(help="table, jsonl, or csv: DCASE's output.csv.")] = "table",
+    per_second: Annotated[bool, typer.Option("--per-second", help="Answer for every second, too.")] = False,
+    rate: Annotated[int, typer.Option(min=1, help="Of raw PCM, in Hz.")] = 32_000,
+    channels: Annotated[int, typer.Option(min=1, help="Of raw PCM (signed, 16 bits, little endian).")] = 1,
+) -> None:
+    """Name the scenes of recordings; exit code 1 if one cannot be read."""
+    from asc_ray import predict as prediction
+    from asc_ray.runtime import Bundle
+
+    if format not in prediction.FORMATS:
+        raise ConfigError(f"--format {format}: allowed are {', '.join(prediction.FORMATS)}")
+    opened = Bundle(bundle)
+    if Path("-") in paths:
+        if len(paths) > 1:
+            raise ConfigError("-: standard input is one stream; give it alone")
+        prediction.predict_live(opened, sys.stdin.buffer, rate, channels, format)
+        return
+    # On a terminal the answers themselves show how far it is.
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), disable=sys.stdout.isatty() or not sys.stderr.isatty()) as bars:
+        task = bars.add_task("recordings")
+
+        def on_file(total: int) -> None:
+            bars.update(task, total=total) if total else bars.advance(task)
+
+        prediction.predict_files(opened, paths, format, per_second, on_file)
+
+
+@app.command()
+def verify(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Bundles, or artifacts of a storage.")],
+) -> None:
+    """Check exported bundles, or compare finished artifacts with their manifests; exit code 1 if one is damaged."""
     from asc_ray.artifacts import damaged_files, read_manifest
+    from asc_ray.runtime import CHECKSUMS
 
     damaged = 0
-    for folder in artifacts:
+    for folder in folders:
+        if (folder / CHECKSUMS).is_file():
+            _verify_bundle(folder)
+            continue
         files = read_manifest(folder)["files"]
         found = damaged_files(folder)
         damaged += len(found)
@@ -126,6 +186,18 @@ def verify(
         raise UserError(
             f"{damaged} damaged file(s). Delete the artifact's folder and run the stage again: it is made anew, equal"
         )
+
+
+def _verify_bundle(folder: Path) -> None:
+    from asc_ray.training.export import verify_bundle
+
+    found = verify_bundle(folder)
+    for name, size in found["files"].items():
+        typer.echo(f"{folder}/{name}: {size:,} bytes")
+    typer.echo(
+        f"{folder}: as exported; {found['labels']} labels; on noise the logits of both models differ by at most "
+        f"{found['largest_difference']:.4f}"
+    )
 
 
 @app.command()

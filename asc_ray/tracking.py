@@ -4,28 +4,38 @@ Only the driver talks to MLflow, so a sqlite store has one writer. A run that wa
 configuration; runs that nobody takes up again are ended as KILLED, so none stays RUNNING.
 """
 
+import io
 import json
 import logging
+import os
 import re
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModel
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from asc_ray import runtime
 from asc_ray.errors import UserError
 
 # Database migrations and similar chatter say nothing to the user of a pipeline.
 for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 STORAGE_TAG = "asc_ray.storage"
 KEY_TAG = "asc_ray.key"
@@ -207,6 +217,123 @@ class Tracker:
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
 
+def artifacts_of(uri: str, run_id: str) -> list[tuple[Path, str]]:
+    """(storage, key) of what a run and those below it have made. Empty for a run that the server does not know.
+
+    Raises UserError where the server cannot be reached.
+    """
+    client = _client(uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        return []
+    query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
+    found = [run, *client.search_runs([run.info.experiment_id], query, max_results=5000)]
+    return [(Path(r.data.tags[STORAGE_TAG]), r.data.tags[KEY_TAG]) for r in found if KEY_TAG in r.data.tags]
+
+
+def runs_of(uri: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """The newest run's ID for each key that the server has one of."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return {}
+    client = _client(uri)
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = {}
+    for name, key in keys.items():
+        if found := client.search_runs(everywhere, f"tags.`{KEY_TAG}` = '{key}'", max_results=1):
+            runs[name] = found[0].info.run_id
+    return runs
+
+
+def _client(uri: str) -> MlflowClient:
+    try:
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"tracking.uri {uri}: MLflow cannot be reached ({str(error).splitlines()[0]}); start the server, or name "
+            "another"
+        ) from None
+    return client
+
+
+class SceneModel(PythonModel):
+    """A bundle for MLflow: waves (N, samples) float32 in +-1 to a frame of scenes and probabilities."""
+
+    def load_context(self, context: Any) -> None:
+        self._bundle = runtime.Bundle(context.artifacts["bundle"])
+
+    def predict(self, context, model_input, params=None):  # MLflow takes type hints for a schema
+        probabilities = self._bundle.probabilities(np.asarray(model_input))
+        frame = pd.DataFrame(probabilities, columns=list(self._bundle.labels))
+        frame.insert(0, "scene_label", [self._bundle.labels[k] for k in probabilities.argmax(axis=1)])
+        return frame
+
+
+CHAMPION = "champion"
+_VALIDATION, _JUDGED_ON = "asc_ray.validation", "asc_ray.judged_on"
+
+
+def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, judged_on: str) -> str:
+    """Log the bundle as a model of the run and register it as `name`; a line about the version.
+
+    It becomes the champion where there is none, or where its accuracy `validation` is above that of the present one on
+    the same clips, `judged_on`.
+    """
+    client = _client(uri)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    opened = runtime.Bundle(bundle)
+    tone = np.sin(2 * np.pi * 440 / opened.frontend.sample_rate * np.arange(opened.frontend.samples))
+    example = tone[None].astype(np.float32) / 10
+    model = SceneModel()
+    model._bundle = opened
+    signature = mlflow.models.infer_signature(example, model.predict(None, example))
+    del model._bundle
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="bundle",
+            python_model=model,
+            artifacts={"bundle": str(bundle)},
+            signature=signature,
+            input_example=example,
+            code_paths=[_needed_code(Path(folder))],
+            pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
+        )
+        with redirect_stderr(io.StringIO()):  # it says what the caller says better
+            made = mlflow.register_model(
+                logged.model_uri, name, tags={_VALIDATION: repr(validation), _JUDGED_ON: judged_on}
+            )
+    try:
+        champion = client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        champion = None
+    line = f"registered as {name} version {made.version}"
+    if champion is not None and champion.tags.get(_JUDGED_ON) != judged_on:
+        return (
+            f"{line}; version {champion.version} stays the {CHAMPION}: it was validated on other clips, so the two "
+            "cannot be compared"
+        )
+    before = -1.0 if champion is None else float(champion.tags[_VALIDATION])
+    if champion is not None and validation <= before:
+        return (
+            f"{line}; version {champion.version} stays the {CHAMPION} ({100 * before:.1f} % on the validation part, "
+            f"this one {100 * validation:.1f} %)"
+        )
+    client.set_registered_model_alias(name, CHAMPION, made.version)
+    beaten = "" if champion is None else f", in place of version {champion.version} with {100 * before:.1f} %"
+    return f"{line}, the {CHAMPION} ({100 * validation:.1f} % on the validation part{beaten})"
+
+
+def _needed_code(folder: Path) -> str:
+    """The part of this package that serving needs, copied: the model loads where asc-ray is not installed."""
+    here, package = Path(__file__).parent, folder / "asc_ray"
+    shutil.copytree(here / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("__init__.py", "errors.py", "tracking.py"):
+        shutil.copy(here / file, package)
+    return str(package)
+
+
 def _named(metric: str) -> str:
     """The name with what MLflow does not take replaced: devices and scenes are called what their corpus calls them."""
     return re.sub(r"[^\w\-./ :]", "_", metric)
@@ -222,7 +349,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield Param(f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str))
-
-
-def version() -> str:
-    return mlflow.__version__

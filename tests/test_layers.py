@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 LAYERS = (
     {"errors"},
     {"runtime"},
+    {"predict"},
     {"section", "artifacts"},
     {"audio", "models"},
     {"data"},
@@ -19,7 +20,7 @@ LAYERS = (
     {"config", "progress"},
     {"plan"},
     {"pipeline"},
-    {"comparison", "status"},
+    {"comparison", "export", "status"},
     {"cli"},
 )
 # `config` reads the cluster's section, which imports no ray.

@@ -88,10 +88,10 @@ class ReportData:
 
 
 def environment() -> Environment:
-    """Of the pages' templates, which lie beside this file."""
+    """Of the templates beside this file: pages, and the card, which is no HTML."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=lambda name: not str(name).endswith(".md.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

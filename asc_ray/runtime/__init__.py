@@ -1,10 +1,10 @@
 """What a device needs: waveforms to scenes with an exported bundle, by NumPy and onnxruntime alone.
 
-    from asc_ray.runtime import Bundle
+from asc_ray.runtime import Bundle
 
-    bundle = Bundle("bundle")
-    probabilities = bundle.probabilities(waves)  # (seconds, 32000) in +-1 -> (seconds, labels)
-    print(bundle.labels[probabilities.mean(axis=0).argmax()])
+bundle = Bundle("bundle")
+probabilities = bundle.probabilities(waves)  # (seconds, 32000) in +-1 -> (seconds, labels)
+print(bundle.labels[probabilities.mean(axis=0).argmax()])
 """
 
 import hashlib

@@ -13,7 +13,7 @@ _GROUP = 16
 
 @dataclass(frozen=True)
 class Frontend:
-    """Settings of a log-mel front end. Frequencies in Hz; `n_fft`, `window`, `hop` and `samples` of a clip in samples."""
+    """Settings of a log-mel front end. Frequencies in Hz, lengths (`samples` is a clip's) in samples."""
 
     sample_rate: int
     samples: int

@@ -1,0 +1,37 @@
+"""The model card of a bundle, in Markdown."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from asc_ray.report.page import environment
+from asc_ray.training.evaluation import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """`bytes`: by dtype; `scores`: of the bundle on the test split; `validation`: macro accuracy, in [0, 1]."""
+
+    title: str
+    version: str
+    network: str
+    labels: Sequence[str]
+    sample_rate: int
+    input: Sequence[int]
+    parameters: int
+    macs: int
+    bytes: Mapping[str, int]
+    file_bytes: int
+    scores: Evaluation
+    float_scores: Evaluation | None
+    unseen: Sequence[str]
+    validation: float
+    agreement: Mapping[str, float]
+    corpus: str
+    training_clips: int
+    fingerprint: str
+    lineage: Mapping[str, str]
+    operators: Sequence[tuple[str, str, int]]
+
+
+def render_card(card: Card) -> str:
+    return environment().get_template("card.md.j2").render(card=card)

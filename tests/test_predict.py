@@ -1,0 +1,180 @@
+"""`asc-ray predict`: every second heard, any recording read, what cannot be is named, three forms of answer."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import command
+from hypothesis import given
+from hypothesis import strategies as st
+from test_runtime import LABELS, bundle, int8, noise  # noqa: F401
+
+from asc_ray.errors import UserError
+from asc_ray.predict import answer, seconds
+from asc_ray.runtime import Bundle
+
+
+@given(length=st.integers(0, 75), cuts=st.lists(st.integers(0, 75), max_size=6))
+def test_seconds_hear_everything_but_less_than_a_tenth(length, cuts):
+    size, wave = 20, np.arange(1, length + 1, dtype=np.float32)
+    blocks = np.split(wave, sorted(min(cut, length) for cut in cuts))
+    if length == 0:
+        with pytest.raises(UserError, match="no samples"):
+            list(seconds(blocks, size))
+        return
+    found = list(seconds(blocks, size))
+    assert all(len(own) == size for own in found)
+    heard = np.unique(np.concatenate(found))
+    heard = heard[heard > 0]
+    whole = length - length % size if length >= size and length % size < 2 else length
+    np.testing.assert_array_equal(heard, wave[:whole])
+    for number in range(length // size):
+        np.testing.assert_array_equal(found[number], wave[number * size : (number + 1) * size])
+    assert len(found) == max(1, length // size + (length > size and length % size >= 2))
+    if length < size:
+        expected = np.pad(wave, (0, size - length)) if length >= 18 else np.resize(wave, size)
+        np.testing.assert_array_equal(found[0], expected)
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Two seconds and a half of one sound, as different files."""
+    folder = tmp_path / "sounds"
+    (folder / "deep").mkdir(parents=True)
+    wave = 0.1 * np.sin(2 * np.pi * 500 * np.arange(80_000) / 32_000).astype(np.float32) + noise(1, 80_000)[0] / 10
+    sf.write(folder / "plain.wav", wave, 32_000)
+    sf.write(folder / "float.wav", wave, 32_000, subtype="FLOAT")
+    sf.write(folder / "two.flac", np.stack([wave, wave], axis=1), 32_000)
+    sf.write(folder / "deep" / "three.ogg", np.stack([wave] * 3, axis=1), 32_000)
+    return folder
+
+
+def test_formats_and_channels_answer_alike(bundle, recordings):  # noqa: F811
+    opened = Bundle(bundle)
+    plain = answer(opened, "plain", recordings / "plain.wav")
+    assert plain.probabilities.shape == (3, len(LABELS))
+    wave, _ = sf.read(recordings / "plain.wav", dtype="int16")
+    expected = opened.probabilities(np.stack([wave[:32_000], wave[32_000:64_000], wave[-32_000:]]))
+    np.testing.assert_array_equal(plain.probabilities, expected)
+    np.testing.assert_allclose(plain.pooled, expected.mean(0))
+    for name in ("float.wav", "two.flac"):
+        np.testing.assert_allclose(answer(opened, name, recordings / name).probabilities, expected, atol=0.02)
+    lossy = answer(opened, "three", recordings / "deep" / "three.ogg").probabilities
+    np.testing.assert_allclose(lossy, expected, atol=0.2)
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000, 192_000])
+def test_other_rates_are_resampled(bundle, tmp_path, rate):  # noqa: F811
+    def tone(rate):
+        return 0.3 * np.sin(2 * np.pi * 1000 * np.arange(3 * rate) / rate)
+
+    opened = Bundle(bundle)
+    for name, own in (("own", 32_000), ("other", rate)):
+        sf.write(tmp_path / f"{name}.wav", tone(own), own)
+    own, other = (answer(opened, name, tmp_path / f"{name}.wav").probabilities for name in ("own", "other"))
+    assert other.shape == own.shape
+    np.testing.assert_allclose(other[1], own[1], atol=0.1)  # away from the ends, where the filter rings
+
+
+def run(*arguments, stdin=None):
+    return subprocess.run(command("predict", *arguments), input=stdin, capture_output=True, check=False)
+
+
+def test_a_folder_as_dcase_has_it(bundle, recordings):  # noqa: F811
+    done = run(bundle, recordings, "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    header, *rows = csv.reader(io.StringIO(done.stdout.decode()), delimiter="\t")
+    assert header == ["filename", "scene_label", *LABELS]
+    assert [row[0] for row in rows] == ["deep/three.ogg", "float.wav", "plain.wav", "two.flac"]
+    for _, label, *values in rows:
+        probabilities = np.array(values, dtype=float)
+        assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+        assert LABELS[probabilities.argmax()] == label
+
+
+def test_json_lines_and_seconds(bundle, recordings):  # noqa: F811
+    done = run(bundle, recordings / "plain.wav", "--format", "jsonl", "--per-second")
+    (line,) = done.stdout.decode().splitlines()
+    entry = json.loads(line)
+    assert entry["filename"] == str(recordings / "plain.wav")
+    assert entry["seconds"] == len(entry["per_second"]) == 3
+    pooled = {label: np.mean([own["probabilities"][label] for own in entry["per_second"]]) for label in LABELS}
+    assert entry["probabilities"] == pytest.approx(pooled, abs=1e-5)
+    assert entry["scene_label"] == max(pooled, key=pooled.get)
+
+
+def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):  # noqa: F811
+    (recordings / "broken.wav").write_bytes(b"RIFF????WAVE")
+    sf.write(recordings / "empty.wav", np.zeros(0), 32_000)
+    sf.write(recordings / "nan.wav", np.full(32_000, np.nan), 32_000, subtype="FLOAT")
+    (recordings / "phone.m4a").write_bytes(b"....ftypM4A ")
+    (recordings / "notes.txt").write_text("left out")
+    done = run(bundle, recordings)
+    assert done.returncode == 1
+    assert [line.split()[-1] for line in done.stdout.decode().splitlines()] == [
+        "deep/three.ogg", "float.wav", "plain.wav", "two.flac",
+    ]  # fmt: skip
+    errors = done.stderr.decode()
+    assert "4 of 8 files without an answer" in errors
+    for line in (
+        "empty.wav: no samples",
+        "nan.wav: 32000 samples are not finite",
+        "broken.wav: unreadable",
+        "phone.m4a",
+    ):
+        assert line in errors
+    assert "left out, no sound by their suffix: 1 .txt" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("{bundle}", "nowhere.wav"), 1, "nowhere.wav: no such file"),
+        (("nowhere", "{bundle}"), 1, "nowhere: no SHA256SUMS, so this is no bundle"),
+        (("{bundle}", "{bundle}"), 1, "no sound file; known suffixes"),
+        (("{bundle}", "-", "--format", "xml"), 2, "--format xml: allowed are table, jsonl, csv"),
+        (("{bundle}", "-", "--format", "csv"), 1, "--format csv: DCASE's output.csv has a line a file"),
+        (("{bundle}", "-", "a.wav"), 2, "standard input is one stream"),
+        (("{bundle}", "-"), 1, "no samples"),
+    ],
+)
+def test_wrong_commands(bundle, arguments, code, message):  # noqa: F811
+    done = run(*(argument.format(bundle=bundle) for argument in arguments), stdin=b"")
+    errors = done.stderr.decode()
+    assert done.returncode == code, errors
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_stream_is_answered_while_it_lasts(bundle):  # noqa: F811
+    pcm = np.round(32768 * noise(3)).astype("<i2")
+    expected = Bundle(bundle).probabilities(pcm).argmax(1)
+    process = subprocess.Popen(command("predict", bundle, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with process:
+        for second, wave in enumerate(pcm):
+            process.stdin.write(wave.tobytes())
+            process.stdin.flush()
+            line = process.stdout.readline().decode().split()  # before the next second is sent
+            assert line[:3] == [str(second), "s", LABELS[expected[second]]]
+        process.stdin.close()
+        assert process.stdout.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_stream_of_two_channels_at_another_rate(bundle):  # noqa: F811
+    pcm = np.round(3276 * noise(1, 2 * 48_000)).astype("<i2").repeat(2)
+    done = run(bundle, "-", "--rate", 48_000, "--channels", 2, "--format", "jsonl", stdin=pcm.tobytes())
+    entries = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [entry["second"] for entry in entries] == [0, 1]
+
+
+def test_predicting_imports_neither_torch_nor_ray_nor_mlflow():
+    code = "import sys, asc_ray.predict; print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,275 @@
+"""The bundle on a device: the front end in NumPy against training's and the published ones, what is refused."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.frontend import LogMel as TorchLogMel
+from asc_ray.errors import UserError
+from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.registry import build
+from asc_ray.runtime import Bundle
+from asc_ray.runtime.frontend import Frontend, LogMel
+from asc_ray.training import quantization
+from asc_ray.training.export import seal, verify_bundle, write_bundle
+
+REFERENCE = ROOT.parent / "shared" / "reference"
+LABELS = ("airport", "bus", "metro", "park")
+CONFIG = FrontendConfig(mels=64, hop=1000)
+
+
+def frontend(config: FrontendConfig, samples: int) -> Frontend:
+    return Frontend(samples=samples, **config.model_dump(exclude={"fmax_jitter"}))
+
+
+def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal((count, samples), dtype=np.float32)
+
+
+@pytest.fixture(scope="session")
+def int8(tmp_path_factory):
+    """A folder with an int8 model, as its training leaves it."""
+    folder = tmp_path_factory.mktemp("int8")
+    torch.manual_seed(0)
+    shape = (1, CONFIG.mels, CONFIG.frames(32_000))
+    fake = quantization.prepare(build(DSFlexiNetConfig(size="sm1"), len(LABELS)), torch.zeros(2, *shape))
+    quantization.set_training(fake, True)
+    for _ in range(3):
+        fake(torch.randn(8, *shape))
+    model = quantization.convert(fake)
+    quantization.save(model, folder / "model.pt2", {})
+    quantization.export_onnx(model, folder / "model.onnx")
+    return folder
+
+
+@pytest.fixture
+def bundle(int8, tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_bundle(folder, int8, LABELS, CONFIG)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FrontendConfig(), FrontendConfig(hop=750), FrontendConfig(n_fft=1024, window=800, hop=320, mels=128)],
+    ids=["student", "cp_resnet", "passt"],
+)
+@pytest.mark.parametrize("sound", ["noise", "silence", "tone", "full scale"])
+def test_the_front_end_is_trainings(config, sound):
+    time = np.arange(32_000, dtype=np.float32) / 32_000
+    wave = {
+        "noise": noise(2),
+        "silence": np.zeros((1, 32_000), np.float32),
+        "tone": 0.5 * np.sin(2 * np.pi * 1000 * time)[None],
+        "full scale": np.sign(noise(1)),
+    }[sound]
+    expected = TorchLogMel(config)(torch.from_numpy(wave)).numpy()
+    found = LogMel(frontend(config, 32_000))(wave)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    window=st.integers(2, 64),
+    hop=st.integers(1, 70),
+    samples=st.integers(80, 200),
+    mels=st.integers(1, 40),
+    fmin=st.floats(0, 1000),
+)
+def test_the_front_end_is_trainings_for_any_settings(window, hop, samples, mels, fmin):
+    config = FrontendConfig(
+        sample_rate=8000, n_fft=64, window=window, hop=hop, mels=mels, fmin=fmin, fmax=3500.0, fmax_jitter=0
+    )
+    wave = noise(1, samples, seed=samples)
+    expected = TorchLogMel(config)(torch.from_numpy(wave)).numpy()
+    np.testing.assert_allclose(LogMel(frontend(config, samples))(wave), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no published outputs beside the checkout")
+def test_the_front_end_is_the_published_one():
+    spec = importlib.util.spec_from_file_location("fill", REFERENCE / "fill.py")
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    mels = {name: mel for name, mel in np.load(REFERENCE / "cp_mobile.npz").items() if name.startswith("mel_")}
+    assert mels
+    for name, expected in mels.items():
+        wave = fill.wave(*map(int, name.split("_")[1:])).numpy()
+        found = LogMel(frontend(FrontendConfig(), wave.shape[1]))(wave)
+        np.testing.assert_allclose(found[:, 0], expected, rtol=0, atol=1e-4)
+
+
+def test_a_bundle_computes_what_torch_does(bundle, int8):
+    opened, waves = Bundle(bundle), noise(40)
+    assert opened.labels == LABELS
+    model = quantization.load(int8 / "model.pt2")
+    expected = model(TorchLogMel(CONFIG)(torch.from_numpy(waves))).numpy()
+    found = opened.logits(waves)
+    assert abs(found - expected).mean() < 0.1 * expected.std()
+    odds = np.exp(found.astype(float))
+    np.testing.assert_allclose(opened.probabilities(waves), odds / odds.sum(1, keepdims=True), rtol=1e-4)
+    pcm = np.round(waves * 32768).astype(np.int16)
+    np.testing.assert_array_equal(opened.logits(pcm), opened.logits(pcm / np.float32(32768)))
+    assert verify_bundle(bundle)["files"].keys() == {path.name for path in bundle.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("waves", "message"),
+    [
+        (np.zeros((0, 32_000), np.float32), r"waves of shape \(0, 32000\): expected \(N, 32000\)"),
+        (np.zeros(32_000, np.float32), r"waves of shape \(32000,\)"),
+        (np.zeros((1, 16_000), np.float32), "one row a clip, at 32000 Hz"),
+        (np.full((2, 32_000), np.nan, np.float32), "64000 samples are not finite"),
+    ],
+)
+def test_waves_that_are_none_are_refused(bundle, waves, message):
+    with pytest.raises(UserError, match=message):
+        Bundle(bundle).logits(waves)
+
+
+def flip(folder, name):
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(bytes(data))
+
+
+def rewritten(folder, name, change):
+    value = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(change(value)))
+    seal(folder)
+
+
+def foreign(folder):
+    """An ONNX file that another program made, sealed as if it were ours."""
+    model = onnx.load(folder / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, folder / "model.onnx")
+    seal(folder)
+
+
+def relabelled(folder):
+    model = onnx.load(folder / "model.onnx")
+    for entry in model.metadata_props:
+        if entry.key == "labels.json":
+            entry.value = json.dumps([*LABELS, "tram"])
+    onnx.save(model, folder / "model.onnx")
+    rewritten(folder, "labels.json", lambda labels: [*labels, "tram"])
+
+
+DAMAGES = {
+    "a changed byte": (lambda f: flip(f, "model.onnx"), "model.onnx: checksum differs"),
+    "a changed byte of what only torch reads": (lambda f: flip(f, "model.pt2"), "model.pt2: checksum differs"),
+    "a missing file": (lambda f: (f / "labels.json").unlink(), "labels.json: missing"),
+    "no checksums": (lambda f: (f / "SHA256SUMS").unlink(), "no SHA256SUMS, so this is no bundle"),
+    "no checksums in the file": (lambda f: (f / "SHA256SUMS").write_text("nothing"), "not a list of checksums"),
+    "an empty list": (lambda f: (f / "SHA256SUMS").write_text(""), "model.onnx: not in SHA256SUMS"),
+    "another label count": (relabelled, "model.onnx has 4 outputs, but labels.json has 5 labels"),
+    "another label": (
+        lambda f: rewritten(f, "labels.json", lambda labels: [*labels[:3], "tram"]),
+        "labels.json is not what model.onnx was exported with",
+    ),
+    "another front end": (
+        lambda f: rewritten(f, "frontend.json", lambda own: own | {"mels": 128}),
+        r"takes mels of shape \[1, 64, 32\], but frontend.json makes \[1, 128, 32\]",
+    ),
+    "another front end of this shape": (
+        lambda f: rewritten(f, "frontend.json", lambda own: own | {"fmin": 50.0}),
+        "frontend.json is not what model.onnx was exported with",
+    ),
+    "a front end with a key too many": (
+        lambda f: rewritten(f, "frontend.json", lambda own: own | {"gain": 1}),
+        "frontend.json: keys fmax, fmin, gain",
+    ),
+    "another's model": (foreign, "not a model of `asc-ray export`"),
+    "no model": (
+        lambda f: ((f / "model.onnx").write_bytes(b"no model"), seal(f)),
+        "model.onnx: onnxruntime cannot read it",
+    ),
+    "labels that are no list": (lambda f: rewritten(f, "labels.json", lambda _: {}), "dict found, list expected"),
+    "no JSON": (lambda f: ((f / "labels.json").write_text("{"), seal(f)), "labels.json: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_bundle_is_refused(bundle, damage):
+    Bundle(bundle)
+    do, message = DAMAGES[damage]
+    do(bundle)
+    with pytest.raises(UserError, match=message):
+        Bundle(bundle)
+
+
+def test_another_students_model_beside_ours_is_noticed(bundle, int8, tmp_path):
+    """Sealed and readable, but of other weights, or of another shape."""
+    torch.manual_seed(1)
+    for labels, message in ((4, "compute differently"), (5, "gives 5 labels, labels.json has 4")):
+        fake = quantization.prepare(build(DSFlexiNetConfig(size="sm1"), labels), torch.zeros(2, 1, 64, 32))
+        quantization.set_training(fake, True)
+        fake(torch.randn(8, 1, 64, 32))
+        quantization.save(quantization.convert(fake), bundle / "model.pt2", {})
+        seal(bundle)
+        with pytest.raises(UserError, match=message):
+            verify_bundle(bundle)
+
+
+def test_checksums_are_those_of_sha256sum(bundle):
+    for line in (bundle / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=bundle, check=True, capture_output=True)
+
+
+def test_the_runtime_imports_neither_torch_nor_ray_nor_mlflow(bundle):
+    code = (
+        "import sys; from asc_ray.runtime import Bundle; Bundle(sys.argv[1]);"
+        "print(sorted({'torch', 'ray', 'mlflow', 'pydantic', 'pandas', 'soundfile'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_a_fresh_environment_with_the_runtime_alone_predicts(bundle, tmp_path):
+    """`pip install asc-ray[runtime]`: NumPy and onnxruntime, and what these need."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[runtime]"], check=True, timeout=600)
+    listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
+    installed = {entry["name"] for entry in json.loads(listed.stdout)}
+    assert {"asc-ray", "numpy", "onnxruntime"} <= installed
+    assert not {"torch", "ray", "mlflow", "pydantic", "soundfile", "typer"} & installed
+    np.save(tmp_path / "waves.npy", noise(3))
+    code = (
+        "import sys, numpy as np; from asc_ray.runtime import Bundle;"
+        "np.save(sys.argv[3], Bundle(sys.argv[1]).probabilities(np.load(sys.argv[2])))"
+    )
+    out = tmp_path / "out.npy"
+    subprocess.run([python, "-c", code, bundle, tmp_path / "waves.npy", out], check=True, cwd=tmp_path)
+    np.testing.assert_allclose(np.load(out), Bundle(bundle).probabilities(noise(3)), atol=1e-5)
+    asc_ray = [tmp_path / "env" / "bin" / "asc-ray", "status"]
+    command = subprocess.run(asc_ray, capture_output=True, text=True, check=False)
+    assert command.returncode == 1
+    assert command.stderr.strip().endswith("pip install 'asc-ray[train]'")
+    assert "Traceback" not in command.stderr
+
+
+def test_the_bundle_is_small(bundle):
+    model = json.loads((bundle / "frontend.json").read_text())
+    assert model["samples"] == 32_000
+    assert (bundle / "model.onnx").stat().st_size < 128_000
+    assert Path(bundle / "SHA256SUMS").read_text().count("\n") == 4
