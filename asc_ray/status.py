@@ -5,7 +5,6 @@ import time
 
 from asc_ray.artifacts import Artifact, is_locked
 from asc_ray.plan import REPORT, Plan, failure, scores_over_seeds
-from asc_ray.training.systems import INT8_MODEL
 
 
 def state_of(artifact: Artifact) -> tuple[str, str]:
@@ -53,8 +52,8 @@ def where_things_are(plan: Plan) -> list[str]:
         lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
     if not plan.missing("qat"):
         best = max(plan.int8.values(), key=lambda int8: int8.facts()["validation"]["validation_macro_accuracy"])
-        why = "torch.export.load" if len(plan.int8) == 1 else "the best of the seeds on the validation part"
-        lines.append(f"model   {best.path / INT8_MODEL}   ({why})")
+        seeds = "" if len(plan.int8) == 1 else ", the best of the seeds on the validation part"
+        lines.append(f"model   {best.path}   (asc-ray export makes a bundle of it{seeds})")
     uri = plan.config.tracking.uri or default_uri(plan.config.storage)
     lines.append(f"runs    {uri}   (mlflow ui --backend-store-uri {uri})")
     return lines

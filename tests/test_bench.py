@@ -87,3 +87,10 @@ def test_a_search_that_loses_a_node(clips):
     output = run("sweep_faults", clips, "--trials", 6, "--nodes", 2)
     assert "one killed half-way: 6 trials" in output
     assert "both agree to the bit" in output
+
+
+def test_int8():
+    output = run("int8", "--models", "sm1", "--repeats", 3, "--batch", 2)
+    for form in ("wave to scene, int8", "front end", "onnxruntime, int8", "onnxruntime, float32", "torch, float32"):
+        median, late = re.search(rf"{form} +([\d.]+) ms  p99 +([\d.]+) ms", output).groups()
+        assert 0 < float(median) <= float(late)

@@ -113,6 +113,23 @@ def test_rounding_alone_changes_little(trained):
     assert (found - expected).abs().mean() < 0.1 * expected.std()
 
 
+def test_calibration_takes_ranges_and_leaves_the_weights(trained):
+    """Post-training quantization: nothing but observers moves, and float's answers stay."""
+    fake = copy.deepcopy(trained.fresh)
+    before = state(fake)
+    with quantization.observing(fake), torch.no_grad():
+        for step in range(20):
+            fake(labelled(step)[0])
+    after = state(fake)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all("activation_post_process" in name for name in moved)
+    assert any(name.endswith("scale") for name in moved)
+    fake(labelled(99)[0] * 10)
+    assert all(torch.equal(value, after[name]) for name, value in state(fake).items()), "followed after the calibration"
+    x, scene = labelled(2500, 512)
+    assert accuracy(quantization.convert(fake)(x), scene) > accuracy(trained.float32(x), scene) - 0.05
+
+
 def test_observed_ranges_take_half_of_uint8(trained):
     """Reduced range: minimum to maximum, zero included, is 127 steps."""
     observed = [m for m in trained.fake.modules() if isinstance(m, quantization.FakeQuantizeActivation)]

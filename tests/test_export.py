@@ -1,0 +1,205 @@
+"""`asc-ray export` of a finished pipeline: the folder, its card, the registry, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import TINY, command, environment
+from mlflow.tracking import MlflowClient
+
+from asc_ray.artifacts import read_manifest
+from asc_ray.data.clips import ClipStore
+from asc_ray.runtime import Bundle
+from asc_ray.tracking import default_uri, register
+from asc_ray.training.ensemble import read_evaluation
+
+
+@pytest.fixture(scope="module")
+def storage(finished, tmp_path_factory):
+    """A copy, for the registry is written to."""
+    copy = tmp_path_factory.mktemp("export") / "storage"
+    shutil.copytree(finished.storage, copy, ignore=shutil.ignore_patterns("mlartifacts"))
+    return copy
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), check=False)
+
+
+@pytest.fixture(scope="module")
+def exported(storage):
+    (int8,) = (storage / "int8").iterdir()
+    out = storage.parent / "bundle"
+    done = run("export", int8, out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_the_folder_is_whole_and_says_so(exported):
+    out, output = exported
+    names = {"SHA256SUMS", "card.md", "frontend.json", "labels.json", "model.onnx", "model.pt2"}
+    assert {path.name for path in out.iterdir()} == names
+    done = run("verify", out)
+    assert done.returncode == 0, done.stderr
+    assert "as exported; 10 labels" in done.stdout
+    assert "90 test clips" in output
+    assert "registered as asc-ray version 1, the champion" in output
+
+
+def test_the_bundle_answers_what_the_evaluation_scored(exported, storage):
+    out, _ = exported
+    (clips,) = (storage / "clips").iterdir()
+    store = ClipStore(clips)
+    test = np.flatnonzero(store.split == "test")
+    right = Bundle(out).logits(store.pcm(test)).argmax(1) == store.scene[test]
+    (evaluation,) = (storage / "evaluation").glob("int8-*")
+    assert abs(right.mean() - read_evaluation(evaluation).accuracy) <= 1 / len(test)
+
+
+def test_the_card_has_sizes_devices_operators_and_lineage(exported, storage):
+    out, _ = exported
+    card = (out / "card.md").read_text()
+    (int8,), (student,) = ((storage / stage).iterdir() for stage in ("int8", "students"))
+    facts, cost = read_manifest(int8)["facts"], read_manifest(student)["facts"]
+    assert f"| int8 weights, bytes | {facts['bytes']['int8']:,} |" in card
+    assert f"| parameters, before batch norms were folded | {cost['parameters']:,} |" in card
+    for device in ("| a | 10 |", "| (s6) | 10 |", "| all | 90 |"):
+        assert device in card
+    assert re.search(r"\| `aten.conv2d.default` \| int8 \| \d+ \|", card)
+    assert re.search(r"\| `aten.rsqrt.default` \| float32 \| \d+ \|", card)
+    assert not re.search(r"`aten.(conv2d|linear).default` \| float32", card)
+    for key in (read_manifest(int8)["key"], read_manifest(student)["key"]):
+        assert f"`{key}`" in card
+    ids = re.findall(r"\| MLflow run of the \w+ \| `(\w{32})` \|", card)
+    client = MlflowClient(default_uri(storage))
+    assert {client.get_run(own).data.tags["asc_ray.key"] for own in ids} == {
+        read_manifest(folder)["key"] for folder in (int8, student)
+    }
+    assert "&" not in card, "Markdown and not HTML"
+
+
+def test_mlflow_serves_the_champion(exported, storage, tmp_path):
+    out, _ = exported
+    waves = 0.1 * np.random.default_rng(0).standard_normal((2, 32_000), dtype=np.float32)
+    (tmp_path / "waves.json").write_text(json.dumps({"inputs": waves.tolist()}))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "mlflow", "models", "predict", "--model-uri", "models:/asc-ray@champion",
+            "--env-manager", "local", "--input-path", tmp_path / "waves.json", "--output-path", tmp_path / "out.json",
+        ],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=environment() | {"MLFLOW_TRACKING_URI": default_uri(storage), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["predictions"]
+    bundle = Bundle(out)
+    for row, expected in zip(rows, bundle.probabilities(waves), strict=True):
+        assert row.pop("scene_label") == bundle.labels[expected.argmax()]
+        assert list(row) == list(bundle.labels)
+        np.testing.assert_allclose(list(row.values()), expected, atol=1e-5)
+
+
+def test_the_run_keeps_its_end_and_has_the_model(exported, storage):
+    client = MlflowClient(default_uri(storage))
+    version = client.get_model_version_by_alias("asc-ray", "champion")
+    run = client.get_run(version.run_id)
+    (int8,) = (storage / "int8").iterdir()
+    assert run.data.tags["asc_ray.key"] == read_manifest(int8)["key"]
+    assert run.info.status == "FINISHED"
+    mlflow.set_tracking_uri(default_uri(storage))
+    model = mlflow.models.get_model_info("models:/asc-ray@champion")
+    assert model.signature.inputs.inputs[0].shape == (-1, 32_000)
+    assert model.saved_input_example_info is not None
+
+
+def test_the_better_one_becomes_champion(exported, storage):
+    out, _ = exported
+    uri, client = default_uri(storage), MlflowClient(default_uri(storage))
+    run_id = client.get_model_version_by_alias("asc-ray", "champion").run_id
+
+    def champion():
+        return client.get_model_version_by_alias("contest", "champion").version
+
+    assert "version 1, the champion (50.0 %" in register(uri, run_id, out, "contest", 0.5, "clips")
+    assert "version 1 stays the champion (50.0 %" in register(uri, run_id, out, "contest", 0.5, "clips")
+    assert champion() == "1"
+    assert "in place of version 1 with 50.0 %" in register(uri, run_id, out, "contest", 0.6, "clips")
+    assert champion() == "3"
+    line = register(uri, run_id, out, "contest", 0.9, "other clips")
+    assert "version 3 stays the champion: it was validated on other clips" in line
+    assert champion() == "3"
+
+
+def test_a_run_may_be_named_by_its_id(exported, storage, tmp_path):
+    """Of the int8 training, and of the pipeline."""
+    out, _ = exported
+    client = MlflowClient(default_uri(storage))
+    # The copied database still says where the storage was: names it as a moved storage's would.
+    version = client.get_model_version_by_alias("asc-ray", "champion")
+    tags = client.get_run(version.run_id).data.tags
+    for name, run_id in (("int8", version.run_id), ("pipeline", tags["mlflow.parentRunId"])):
+        done = run("export", run_id, tmp_path / name, "--name", name, "--set", f"storage={storage}")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
+
+
+def refused(*arguments, message, code=1):
+    done = run("export", *arguments)
+    assert done.returncode == code, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_exported_is_refused(exported, storage, tmp_path):
+    (int8,), (student,) = ((storage / stage).iterdir() for stage in ("int8", "students"))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("all of it")
+    refused(int8, full, message="full: exists and is not empty")
+    assert (full / "thesis.txt").exists()
+    refused(student, tmp_path / "out", message="of the stage students, and not an int8 student")
+    refused("no-such-run", tmp_path / "out", "--set", f"storage={storage}", message="no-such-run: no folder, and not")
+    refused(full, tmp_path / "out", message="no manifest.json, so this is not a finished artifact")
+    damaged = tmp_path / "storage" / "int8" / int8.name
+    shutil.copytree(int8, damaged)
+    (damaged / "model.onnx").write_bytes(b"")
+    refused(damaged, tmp_path / "out", message="model.onnx: checksum differs")
+    alone = tmp_path / "alone" / "int8" / int8.name
+    shutil.copytree(int8, alone)
+    refused(alone, tmp_path / "out", message="nothing with the key")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_without_a_run_nothing_is_registered(exported, storage, tmp_path):
+    out, _ = exported
+    moved = tmp_path / "moved"
+    shutil.copytree(storage, moved, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts"))
+    (int8,) = (moved / "int8").iterdir()
+    done = run("export", int8 / "model.pt2", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "not registered: no run in" in done.stdout
+    assert not (moved / "mlflow.db").exists()
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
+
+
+def test_post_training_quantization_is_exported_like_any(exported, storage, tmp_path):
+    """Another int8 form of the same student, from ranges alone."""
+    arguments = ("--config", TINY, "--set", f"storage={storage}", "--set", "qat.epochs=0")
+    done = run("qat", *arguments, "--set", "qat.calibration_clips=8")
+    assert done.returncode == 0, done.stderr
+    made = [folder for folder in (storage / "int8").iterdir() if not read_manifest(folder)["facts"]["history"]]
+    assert len(made) == 1
+    done = run("export", made[0], tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    trained = Bundle(exported[0]), Bundle(tmp_path / "out")
+    waves = 0.1 * np.random.default_rng(0).standard_normal((4, 32_000), dtype=np.float32)
+    one, other = (bundle.logits(waves) for bundle in trained)
+    assert not np.array_equal(one, other)
+    np.testing.assert_allclose(one, other, atol=0.5)
