@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
@@ -257,17 +256,28 @@ def _client(uri: str) -> MlflowClient:
     return client
 
 
-class SceneModel(PythonModel):
-    """A bundle for MLflow: waves (N, samples) float32 in +-1 to a frame of scenes and probabilities."""
+def _scene_model(bundle: runtime.Bundle | None = None) -> Any:
+    """A bundle for MLflow: waves (N, samples) float32 in +-1 to a frame of scenes and probabilities.
 
-    def load_context(self, context: Any) -> None:
-        self._bundle = runtime.Bundle(context.artifacts["bundle"])
+    The class is defined here, so that it is stored by value and loads without this module.
+    """
 
-    def predict(self, context, model_input, params=None):  # MLflow takes type hints for a schema
-        probabilities = self._bundle.probabilities(np.asarray(model_input))
-        frame = pd.DataFrame(probabilities, columns=list(self._bundle.labels))
-        frame.insert(0, "scene_label", [self._bundle.labels[k] for k in probabilities.argmax(axis=1)])
-        return frame
+    class SceneModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+        _skip_type_hint_validation = True  # MLflow asks for type hints as a schema; the signature is one
+
+        def __init__(self):
+            self.bundle: Any = bundle
+
+        def load_context(self, context):
+            self.bundle = runtime.Bundle(context.artifacts["bundle"])
+
+        def predict(self, context, model_input, params=None):
+            probabilities = self.bundle.probabilities(np.asarray(model_input))
+            frame = pd.DataFrame(probabilities, columns=list(self.bundle.labels))
+            frame.insert(0, "scene_label", [self.bundle.labels[k] for k in probabilities.argmax(axis=1)])
+            return frame
+
+    return SceneModel()
 
 
 CHAMPION = "champion"
@@ -286,14 +296,11 @@ def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, 
     opened = runtime.Bundle(bundle)
     tone = np.sin(2 * np.pi * 440 / opened.frontend.sample_rate * np.arange(opened.frontend.samples))
     example = tone[None].astype(np.float32) / 10
-    model = SceneModel()
-    model._bundle = opened
-    signature = mlflow.models.infer_signature(example, model.predict(None, example))
-    del model._bundle
+    signature = mlflow.models.infer_signature(example, _scene_model(opened).predict(None, example))
     with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="bundle",
-            python_model=model,
+            python_model=_scene_model(),
             artifacts={"bundle": str(bundle)},
             signature=signature,
             input_example=example,
@@ -329,7 +336,7 @@ def _needed_code(folder: Path) -> str:
     """The part of this package that serving needs, copied: the model loads where asc-ray is not installed."""
     here, package = Path(__file__).parent, folder / "asc_ray"
     shutil.copytree(here / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("__init__.py", "errors.py", "tracking.py"):
+    for file in ("__init__.py", "errors.py"):
         shutil.copy(here / file, package)
     return str(package)
 
