@@ -282,8 +282,10 @@ def make_figure(
     progress = Progress()
     if number == "2":
         artifact = draw_energies(load_config(config, set), progress)
-    else:
+    elif number == "3" or Path(number).suffix:
         artifact, _ = run_table("figures", number, config, set, progress)
+    else:
+        raise ConfigError(f"{number}: no such figure; known: 2, 3, or a YAML file in the form of configs/figures/")
     typer.echo(f"figure  {artifact.path / FIGURE}")
 
 

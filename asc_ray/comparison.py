@@ -1,5 +1,6 @@
 """The paper's tables and figures: students that differ in a few lines of configuration, on one corpus, side by side."""
 
+import difflib
 import itertools
 import json
 import shutil
@@ -22,6 +23,7 @@ from asc_ray.section import Section
 from asc_ray.training.ensemble import read_evaluation
 
 FIGURE = "figure.svg"
+TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # which the paper has figures of
 
 
 class RowConfig(Section):
@@ -67,6 +69,7 @@ def run_table(
         except ConfigError as error:
             raise ConfigError(f"row {row.name}: {error}") from None
     plans = _plans(configs)
+    _refuse_unknown_columns(spec, next(iter(plans.values())))
     artifact = _artifact(kind, name, spec, plans)
     made = [artifact, *(part for plan in plans.values() for part in _parts(plan, spec.int8))]
     if all(part.complete for part in made):
@@ -131,6 +134,19 @@ def read_table(kind: str, number: str) -> tuple[TableConfig, str]:
     """The description of a table or figure, and its short name. Raises ConfigError."""
     raw = preset(kind.removesuffix("s"), number, (kind,))
     return checked(TableConfig, raw, number if Path(number).is_file() else f"{kind}/{number}.yaml"), Path(number).stem
+
+
+def _refuse_unknown_columns(spec: TableConfig, plan: Plan) -> None:
+    """Raises ConfigError where a row has a figure of the paper under a name that no table has."""
+    devices = plan.source.devices if plan.source else ()
+    known = {"parameters", "macs", "seen", "unseen", "all", "int8", "log loss", *TAU22_DEVICES, *devices}
+    for row in spec.rows:
+        for column in row.paper.keys() - known:
+            close = difflib.get_close_matches(column, known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(
+                f"row {row.name}: paper.{column}: no such column; {hint}known: {', '.join(sorted(known))}"
+            )
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:

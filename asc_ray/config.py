@@ -10,13 +10,12 @@ given changes them. So does `sweep.preset: NAME` with the space of the search, f
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from asc_ray.cluster.resources import ClusterConfig, Resources, TrainerResources
 from asc_ray.data.batches import DataConfig
@@ -27,6 +26,7 @@ from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section
 from asc_ray.training.dataset import PartitionConfig
+from asc_ray.training.explain import explain
 from asc_ray.training.loop import Recipe
 from asc_ray.training.search import SweepConfig, apply_overrides, changed
 from asc_ray.training.space import KINDS
@@ -328,57 +328,3 @@ def _teacher_file(name: str, path: Path) -> Path:
     close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(f"{path}: teachers.systems: unknown teacher {name!r}; {hint}known: {', '.join(known)}")
-
-
-def explain(error: ValidationError, root: type[Section]) -> str:
-    """Every finding on one line: the key's path below `root`, what was found, what is allowed."""
-    lines = []
-    for finding in error.errors():
-        path = ".".join(str(part) for part in finding["loc"] if not _is_union_tag(part))
-        message = finding["msg"].removeprefix("Value error, ")
-        found = finding["input"]
-        if finding["type"] == "extra_forbidden":
-            allowed = _allowed_keys(finding["loc"][:-1], root)
-            close = difflib.get_close_matches(str(finding["loc"][-1]), allowed, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            lines.append(f"{path}: unknown key; allowed here: {', '.join(allowed)}{hint}")
-        elif finding["type"] == "missing":
-            lines.append(f"{path}: is required")
-        elif isinstance(found, str | int | float | bool | None):
-            lines.append(f"{path}: found {found!r}: {message[0].lower()}{message[1:]}")
-        else:
-            lines.append(f"{path}: {message}" if path else message)
-    return "; ".join(lines)
-
-
-def _is_union_tag(part: Any) -> bool:
-    return part in NETWORKS or bool(re.match(r"\(|constrained-|literal\[|function-|dict\[", str(part)))
-
-
-def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
-    """Field names of the section at `loc`, found by walking the annotations."""
-    types: list[Any] = [root]
-    for part in loc:
-        if _is_union_tag(part):
-            types = [t for t in types if _tag(t) == part] or types
-            continue
-        found: list[Any] = []
-        for candidate in types:
-            if part in candidate.model_fields:
-                found += _sections(candidate.model_fields[part].annotation)
-            else:  # a free name, such as a teacher's
-                found.append(candidate)
-        types = found
-    return sorted({name for t in types if hasattr(t, "model_fields") for name in t.model_fields})
-
-
-def _tag(section: Any) -> Any:
-    field = section.model_fields.get("name")
-    return field.default if field else None
-
-
-def _sections(annotation: Any) -> list[Any]:
-    """The section classes inside an annotation such as `A | B | None` or `dict[str, A]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [s for argument in getattr(annotation, "__args__", ()) for s in _sections(argument)]

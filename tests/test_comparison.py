@@ -118,9 +118,10 @@ def test_the_paper_s_figures_are_those_of_the_paper(number):
     ("arguments", "message"),
     [
         (["table", "6"], "6: no such table; known: 2, 3, 4, 5"),
-        (["figure", "4"], "4: no such figure; known: 3"),
+        (["figure", "4"], "4: no such figure; known: 2, 3"),
         (["table", "rows.yaml"], "rows: is required"),
         (["table", "wrong.yaml"], "student.optimizer.epoch: unknown key"),
+        (["table", "column.yaml"], "row first: paper.al: no such column; did you mean all?"),
         (["table", "large.yaml"], "row second: student.model: cp_resnet is too large for the device"),
         (["table", "elsewhere.yaml"], "row second: storage: a table has one"),
         (["table", "apart.yaml"], "row second: corpus: differs from that of row first; a table is of one corpus"),
@@ -133,6 +134,7 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, message):
     (tmp_path / "elsewhere.yaml").write_text(f"title: x\nrows: [{{name: first}}, {elsewhere}]\n")
     apart = "{name: second, set: {corpus.demo.seed: 7}}"
     (tmp_path / "apart.yaml").write_text(f"title: x\nrows: [{{name: first}}, {apart}]\n")
+    (tmp_path / "column.yaml").write_text("title: x\nrows: [{name: first, paper: {al: 60}}]\n")
     large = "{name: second, set: {student.model: {name: cp_resnet, width: 64}}}"
     (tmp_path / "large.yaml").write_text(f"title: x\nrows: [{{name: first}}, {large}]\n")
     done = subprocess.run(

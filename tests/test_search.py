@@ -344,8 +344,12 @@ def test_a_wrong_parameter_is_refused(parameter, message):
     ("key", "parameter", "message"),
     [
         ("distillation.tau", {"uniform": [1, 2]}, r"sweep\.space\.distillation\.tau"),
-        ("distillation.label_weight", {"uniform": [0, 2]}, r"label_weight=2"),
-        ("augment.dir.threshold", {"choice": ["sometimes"]}, r"threshold='sometimes'"),
+        (
+            "distillation.label_weight",
+            {"uniform": [0, 2]},
+            r"label_weight: 2.0: student.distillation.label_weight: found 2",
+        ),
+        ("augment.dir.threshold", {"choice": ["sometimes"]}, r"threshold: 'sometimes': student"),
     ],
 )
 def test_a_space_that_makes_no_valid_student_is_refused(key, parameter, message):
@@ -421,5 +425,5 @@ def test_a_grid_has_every_point_once():
 def test_every_alternative_is_checked_with_all_its_ends():
     wrong = {"one_of": {"fixed": 0.5, "learned": {"start": {"uniform": [0.1, 0.9]}, "low": 0.2}}}
     sweep = SweepConfig.model_validate({"space": {"distillation.label_weight": wrong}})
-    with pytest.raises(ValueError, match=r"label_weight=\{'low': 0\.2, 'start': 0\.1\}: .*low 0\.2 < start 0\.1"):
+    with pytest.raises(ValueError, match=r"label_weight: \{'low': 0\.2, 'start': 0\.1\}: .*low 0\.2 < start 0\.1"):
         sweep.check(STUDENT)

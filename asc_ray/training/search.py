@@ -19,6 +19,7 @@ from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
 from asc_ray.section import Section
+from asc_ray.training.explain import explain
 from asc_ray.training.population import PopulationConfig, ancestor, explored
 from asc_ray.training.space import KINDS, Parameter, Space, distributions, grid, suggested, values_of
 from asc_ray.training.systems import StudentConfig, input_shape
@@ -152,8 +153,7 @@ class SweepConfig(Section):
                 try:
                     changed(student, {key: value})
                 except ValidationError as error:
-                    finding = error.errors()[0]
-                    raise ValueError(f"sweep.space.{key}: student.{key}={value!r}: {finding['msg']}") from None
+                    raise ValueError(f"sweep.space.{key}: {value!r}: student.{explain(error, StudentConfig)}") from None
                 except KeyError as error:
                     raise ValueError(f"sweep.space.{key}: student has no key {error.args[0]!r}") from None
 

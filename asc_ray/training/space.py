@@ -54,6 +54,8 @@ class Parameter(Section):
     def _parsed(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("one_of"), dict):
             return raw | {"one_of": {name: _parsed(value) for name, value in sorted(raw["one_of"].items())}}
+        if not isinstance(raw, dict | Parameter):
+            raise ValueError(f"expected a mapping with one of {', '.join(KINDS)}, as in {{uniform: [0.1, 0.5]}}")
         return raw
 
     def suggest(self, trial: Suggests, name: str) -> Any:
