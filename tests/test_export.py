@@ -124,16 +124,16 @@ def test_the_better_one_becomes_champion(exported, storage):
     run_id = client.get_model_version_by_alias("asc-ray", "champion").run_id
 
     def champion():
-        return client.get_model_version_by_alias("contest", "champion").version
+        return int(client.get_model_version_by_alias("contest", "champion").version)
 
     assert "version 1, the champion (50.0 %" in register(uri, run_id, out, "contest", 0.5, "clips")
     assert "version 1 stays the champion (50.0 %" in register(uri, run_id, out, "contest", 0.5, "clips")
-    assert champion() == "1"
+    assert champion() == 1
     assert "in place of version 1 with 50.0 %" in register(uri, run_id, out, "contest", 0.6, "clips")
-    assert champion() == "3"
+    assert champion() == 3
     line = register(uri, run_id, out, "contest", 0.9, "other clips")
     assert "version 3 stays the champion: it was validated on other clips" in line
-    assert champion() == "3"
+    assert champion() == 3
 
 
 def test_a_run_may_be_named_by_its_id(exported, storage, tmp_path):
