@@ -204,8 +204,33 @@ def freeze(model: nn.Module) -> None:
     set_training(model, False)  # the networks have no layer, as dropout, whose training form would be missed
 
 
+@torch.no_grad()
+def round_biases(model: nn.Module) -> None:
+    """Put the biases of a trained, prepared `model` where engines have them: int32 in steps of input x weight scale.
+
+    A step is a hundredth or less of the output's, but every thousandth value is rounded to its other side by that, and
+    from layer to layer they become more: without this an engine's logits differ by some hundredths from torch's.
+    """
+    assert isinstance(model, GraphModule)
+    for node in model.graph.nodes:
+        if node.target not in LAYERS:
+            continue
+        x, weight = (_attribute(model, f"{argument.target}.scale").double() for argument in node.args[:2])
+        step = x * weight
+        user = next(iter(node.users))
+        norm = next(iter(user.users), None)
+        # torchao's form of a batch norm in training, see _fold_batch_norms
+        if user.target is aten.div.Tensor and norm is not None and norm.target is BATCH_NORM:
+            gamma, beta, mean, variance = (_attribute(model, own.target) for own in norm.args[1:5])
+            moved = (mean * gamma / torch.sqrt(variance + norm.args[7])).double()
+            beta.copy_(torch.round((beta - moved) / step) * step + moved)
+        elif len(node.args) > 2 and node.args[2] is not None and node.args[2].op == "get_attr":
+            bias = _attribute(model, node.args[2].target)
+            bias.copy_(torch.round(bias / step) * step)
+
+
 def convert(model: nn.Module) -> nn.Module:
-    """The int8 model of a prepared and trained `model`, which stays as it is; on the CPU.
+    """The int8 model of a prepared and trained `model`, which stays as it is, with rounded biases; on the CPU.
 
     Raises RuntimeError if a batch norm was not folded or a convolution or linear layer has weights other than int8.
     """
@@ -213,6 +238,7 @@ def convert(model: nn.Module) -> nn.Module:
         folded = copy.deepcopy(model).cpu()
         assert isinstance(folded, GraphModule)
         set_training(folded, False)
+        round_biases(folded)
         _fold_batch_norms(folded)
         int8 = convert_pt2e(folded, fold_quantize=True)
         _drop_unused(int8)

@@ -186,7 +186,7 @@ def train_int8(
         some = np.random.default_rng(config.seed).choice(clips, min(qat.calibration_clips, len(clips)), replace=False)
         with quantization.observing(prepared):
             predict(prepared, LogMel(config.frontend), data.store, np.sort(some), torch.device("cpu"))
-    prepared.cpu()
+    quantization.round_biases(prepared.cpu())
     int8 = quantization.convert(prepared)
     _save_weights(prepared, folder, FAKE_QUANTIZED)
     quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
