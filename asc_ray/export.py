@@ -96,11 +96,12 @@ def export(run: str, out: Path, name: str, uri: str | None, default_storage: Pat
 
     Raises UserError where `find` or `compare` do, and where `out` holds something.
     """
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose another folder, or delete it")
     origin, uri = find(run, uri, default_storage)
     store, config = ClipStore(origin.clips), origin.config()
-    building = out.absolute().with_name(f".{out.name}.partial")
+    building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
