@@ -1,5 +1,7 @@
 """`asc-ray predict`: recordings of any format, rate, channel count and length to scenes, a second at a time."""
 
+import csv
+import io
 import json
 import sys
 from collections import Counter
@@ -77,6 +79,8 @@ def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator
         size = 2 * channels * rate
         while raw := stream.read(size):
             whole = len(raw) // (2 * channels) * channels
+            if left := len(raw) - 2 * whole:
+                print(f"asc-ray: {left} bytes at the stream's end are no whole sample; left out", file=sys.stderr)
             yield np.frombuffer(raw, "<i2", whole).reshape(-1, channels) / np.float32(32768)
 
     for probabilities in _answers(bundle, blocks(), rate, 1):
@@ -171,8 +175,10 @@ def _csv(labels: tuple[str, ...], per_second: bool) -> Callable[[Answer], Iterat
         raise UserError("--per-second: DCASE's output.csv has a line a file; choose --format table or jsonl")
 
     def lines(answer: Answer) -> Iterator[str]:
-        values = "\t".join(f"{p:.6f}" for p in answer.pooled)
-        yield f"{answer.file}\t{labels[int(answer.pooled.argmax())]}\t{values}"
+        row = io.StringIO()
+        values = [f"{p:.6f}" for p in answer.pooled]
+        csv.writer(row, delimiter="\t").writerow([answer.file, labels[int(answer.pooled.argmax())], *values])
+        yield row.getvalue().rstrip()
 
     return lines
 

@@ -97,6 +97,21 @@ def test_a_folder_as_dcase_has_it(bundle, recordings):  # noqa: F811
         assert LABELS[probabilities.argmax()] == label
 
 
+def test_names_with_tabs_do_not_break_the_columns(bundle, recordings):  # noqa: F811
+    (recordings / "plain.wav").rename(recordings / 'a\tb"ü.wav')
+    done = run(bundle, recordings, "--format", "csv")
+    rows = list(csv.reader(io.StringIO(done.stdout.decode()), delimiter="\t"))
+    assert rows[1][0] == 'a\tb"ü.wav'
+    assert {len(row) for row in rows} == {2 + len(LABELS)}
+
+
+def test_half_a_sample_at_the_end_is_said(bundle):  # noqa: F811
+    done = run(bundle, "-", stdin=bytes(64_001))
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1
+    assert b"1 bytes at the stream's end are no whole sample" in done.stderr
+
+
 def test_json_lines_and_seconds(bundle, recordings):  # noqa: F811
     done = run(bundle, recordings / "plain.wav", "--format", "jsonl", "--per-second")
     (line,) = done.stdout.decode().splitlines()
