@@ -84,7 +84,7 @@ def test_the_pipeline_runs_as_a_submitted_job(head, finished, tmp_path):
 
 
 def test_every_stage_has_a_job():
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {*STAGES, "pipeline", "table"} - {"corpus"}
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {*STAGES, "pipeline", "table", "export"} - {"corpus"}
 
 
 def test_a_relative_storage_is_refused_in_a_job(tmp_path):

@@ -173,11 +173,11 @@ def test_the_output_tells_every_stage_and_where_things_are(finished, plan):
         assert f"{stage} done in" in finished.output
     for path in (
         plan.report.path / "report.html",
-        plan.int8["int8"].path / "model.pt2",
+        plan.int8["int8"].path,
         finished.storage / "mlflow.db",
     ):
         assert str(path) in finished.output
-        assert path.is_file()
+        assert path.exists()
 
 
 def test_the_clip_store_keeps_its_contract(plan):
@@ -459,12 +459,17 @@ def test_mlflow_has_one_parent_and_a_finished_child_for_everything_trained(finis
 
 
 def test_a_second_run_does_nothing_and_says_so(finished, plan):
-    before = {path: path.stat().st_mtime_ns for path in finished.storage.rglob("*") if path.is_file()}
+    def times():
+        # Copies of the storage, which other tests work on meanwhile, log their files where the copied database says.
+        files = (path for path in finished.storage.rglob("*") if path.is_file() and "mlartifacts" not in path.parts)
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     done = subprocess.run(
         command("pipeline", *finished.arguments), capture_output=True, text=True, env=environment(), check=True
     )
     assert "Nothing to do" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in finished.storage.rglob("*") if path.is_file()} == before
+    assert times() == before
 
 
 def test_status_names_every_artifact(finished, plan):
