@@ -38,8 +38,8 @@ def _plan(stem: tuple[int, int], channels: tuple[int, int, int]) -> Plan:
     return Plan(stem=stem, stages=tuple(stages))
 
 
-# Found by bench/channel_plans.py, within 0.3 % of Table II's parameters and MACs; the structure was chosen on validation
-# clips (docs/journal.md).
+# Found by bench/channel_plans.py, within 0.3 % of Table II's parameters and MACs; the structure was chosen on
+# validation clips (docs/journal.md).
 PLANS = {
     "sm1": _plan((8, 12), (18, 22, 40)),
     "sm2": _plan((8, 20), (28, 36, 56)),
