@@ -111,8 +111,10 @@ def download_corpus(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="The folder of a finished int8 training, or the ID of a run in MLflow.")],
-    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The folder of a finished int8 training, or the ID of a run in MLflow.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
     name: Annotated[str, typer.Option(help="Of the registered model in MLflow.")] = "asc-ray",
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
@@ -129,7 +131,7 @@ def export(
 
 @app.command()
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A folder that `asc-ray export` made.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `asc-ray export` made.")],
     paths: Annotated[
         list[Path], typer.Argument(metavar="FILES|DIR|-", help="Recordings, folders, or -: raw PCM on standard input.")
     ],

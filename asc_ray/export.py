@@ -73,10 +73,13 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
                 "`asc-ray status` shows, or a run's ID with --config or --set tracking.uri=..."
             )
     for folder in found:
-        if (stage := read_manifest(folder)["stage"]) != "int8":
+        manifest = read_manifest(folder)
+        if (stage := manifest["stage"]) != "int8":
             raise UserError(
                 f"{folder}: of the stage {stage}, and not an int8 student; run `asc-ray qat` and give what it made"
             )
+        if "validation" not in manifest["facts"]:
+            raise UserError(f"{folder}: made by an earlier version; run `asc-ray qat` again")
     best = max(found, key=lambda folder: read_manifest(folder)["facts"]["validation"]["validation_macro_accuracy"])
     refuse_damaged(best)
     storage = best.parents[1]
