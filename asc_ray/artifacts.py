@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except OSError:
         raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished artifact") from None
     except json.JSONDecodeError as error:
         raise UserError(

@@ -1,9 +1,11 @@
 """`asc-ray <stage>`: parse, call the stage, print."""
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,7 +152,8 @@ def predict(
     if Path("-") in paths:
         if len(paths) > 1:
             raise ConfigError("-: standard input is one stream; give it alone")
-        prediction.predict_live(opened, sys.stdin.buffer, rate, channels, format)
+        with suppress(KeyboardInterrupt):  # the end of a live stream
+            prediction.predict_live(opened, sys.stdin.buffer, rate, channels, format)
         return
     # On a terminal the answers themselves show how far it is.
     from rich.progress import Progress as Bars
@@ -169,24 +172,34 @@ def verify(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Bundles, or artifacts of a storage.")],
 ) -> None:
     """Check exported bundles, or compare finished artifacts with their manifests; exit code 1 if one is damaged."""
-    from asc_ray.artifacts import damaged_files, read_manifest
-    from asc_ray.runtime import CHECKSUMS
+    from asc_ray.runtime import CHECKSUMS, FRONTEND
 
-    damaged = 0
+    problems = []
     for folder in folders:
-        if (folder / CHECKSUMS).is_file():
-            _verify_bundle(folder)
-            continue
-        files = read_manifest(folder)["files"]
-        found = damaged_files(folder)
-        damaged += len(found)
-        for line in found:
-            typer.echo(f"{folder}/{line}", err=True)
-        size = sum(entry["bytes"] for entry in files.values())
-        typer.echo(f"{folder}: {len(files) - len(found)} of {len(files)} files as written, {size / 1e6:.1f} MB")
+        try:
+            if any((folder / name).is_file() for name in (CHECKSUMS, FRONTEND)):
+                _verify_bundle(folder)
+            else:
+                _verify_artifact(folder)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+def _verify_artifact(folder: Path) -> None:
+    from asc_ray.artifacts import damaged_files, read_manifest
+
+    files = read_manifest(folder)["files"]
+    damaged = damaged_files(folder)
+    for line in damaged:
+        typer.echo(f"{folder}/{line}", err=True)
+    size = sum(entry["bytes"] for entry in files.values())
+    typer.echo(f"{folder}: {len(files) - len(damaged)} of {len(files)} files as written, {size / 1e6:.1f} MB")
     if damaged:
         raise UserError(
-            f"{damaged} damaged file(s). Delete the artifact's folder and run the stage again: it is made anew, equal"
+            f"{folder}: {len(damaged)} damaged file(s). Delete the artifact's folder and run the stage again: it is "
+            "made anew, equal"
         )
 
 
@@ -208,18 +221,20 @@ def complexity(
     limit: Annotated[
         list[str], typer.Option(metavar="NAME=NUMBER", help="bytes=128000 (of int8) and macs=30e6 are the defaults.")
     ] = [],  # noqa: B006
+    classes: Annotated[int, typer.Option(min=2, help="Of the classifier.")] = 10,
 ) -> None:
     """Count a network's parameters, MACs, bytes and activations; exit code 1 if it is over a limit."""
     from asc_ray.config import checked, network_preset
-    from asc_ray.models.complexity import complexity as counted
+    from asc_ray.models.complexity import peak_activations
     from asc_ray.models.registry import build
     from asc_ray.training.loop import Recipe
-    from asc_ray.training.systems import input_shape
+    from asc_ray.training.systems import input_shape, network_cost
 
     limits = _limits(limit)
     recipe = checked(Recipe, network_preset(model), model)
     shape = input_shape(recipe)
-    cost = counted(build(recipe.model, classes=10), shape)
+    cost = network_cost(recipe, classes)
+    peak = peak_activations(build(recipe.model, classes), shape)
     table = Table("layer", "kind", "output", "parameters", "MACs", title=f"{model}: input {shape}", box=None)
     for column in table.columns[3:]:
         column.justify = "right"
@@ -230,7 +245,7 @@ def complexity(
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     typer.echo(f"parameters        {cost.parameters:,}")
     typer.echo(f"MACs              {cost.macs:,}")
-    for title, sizes in (("parameters, bytes", cost.bytes), ("peak activations", cost.peak_activations)):
+    for title, sizes in (("parameters, bytes", cost.bytes), ("peak activations", peak)):
         typer.echo(f"{title:<18}" + ", ".join(f"{dtype} {size:,}" for dtype, size in sizes.items()))
     if over := limits.exceeded(cost):
         raise UserError(f"{model}: over the limits: {'; '.join(over)}")
@@ -243,8 +258,7 @@ def _limits(given: list[str]) -> Any:
     from asc_ray.models.complexity import Limits
 
     try:
-        pairs = {name: float(number) for name, _, number in (text.partition("=") for text in given)}
-        return Limits.model_validate(pairs)
+        return Limits.model_validate(dict(text.split("=", 1) for text in given))
     except (ValueError, ValidationError):
         raise ConfigError(
             f"--limit {' '.join(given)}: expected bytes=NUMBER or macs=NUMBER, whole and above 0"
@@ -331,6 +345,9 @@ def main(*command: str) -> None:
     `command` comes before the arguments given: a job of one stage is `main("teachers")`.
     """
     sys.argv[1:1] = command
+    for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding at all
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # `ray job stop` and a shutdown send SIGTERM: leave as by sys.exit, so that runs are ended as KILLED.
     signal.signal(signal.SIGTERM, _terminate)
     try:

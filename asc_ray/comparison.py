@@ -65,10 +65,14 @@ def run_table(
         given = [*_lines(spec.set), *overrides, *_lines(row.set), "sweep=null"]
         try:
             configs[row.name] = load_config(config, given)
-            refuse_large(configs[row.name])
         except ConfigError as error:
             raise ConfigError(f"row {row.name}: {error}") from None
     plans = _plans(configs)
+    for name_of_row, plan in plans.items():
+        try:
+            refuse_large(plan)
+        except ConfigError as error:
+            raise ConfigError(f"row {name_of_row}: {error}") from None
     _refuse_unknown_columns(spec, next(iter(plans.values())))
     artifact = _artifact(kind, name, spec, plans)
     made = [artifact, *(part for plan in plans.values() for part in _parts(plan, spec.int8))]
@@ -139,7 +143,7 @@ def read_table(kind: str, number: str) -> tuple[TableConfig, str]:
 def _refuse_unknown_columns(spec: TableConfig, plan: Plan) -> None:
     """Raises ConfigError where a row has a figure of the paper under a name that no table has."""
     devices = plan.source.devices if plan.source else ()
-    known = {"parameters", "macs", "seen", "unseen", "all", "int8", "log loss", *TAU22_DEVICES, *devices}
+    known = {*table.SIZES, "seen", "unseen", "all", "int8", "log loss", *TAU22_DEVICES, *devices}
     for row in spec.rows:
         for column in row.paper.keys() - known:
             close = difflib.get_close_matches(column, known, 1)

@@ -19,7 +19,7 @@ from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress
 from asc_ray.report.card import Card, render_card
-from asc_ray.runtime import MODEL
+from asc_ray.runtime import CHECKSUMS, MODEL
 from asc_ray.training.ensemble import read_evaluation, score
 from asc_ray.training.export import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.training.systems import StudentConfig
@@ -58,10 +58,11 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
     training, or of a pipeline with one or more, of which the best on the validation part is taken.
     Raises UserError for what is neither.
     """
-    path = Path(run).absolute()
+    path = Path(run).resolve()
     if path.exists():
         folder = path if path.is_dir() else path.parent
         found = [folder]
+        read_manifest(folder)  # refuses what is no artifact
         uri = uri or tracking.default_uri(folder.parents[1])
     else:
         uri = uri or tracking.default_uri(default_storage)
@@ -95,18 +96,23 @@ def _artifact(storage: Path, stage: str, key: str) -> Path:
 
 
 def export(run: str, out: Path, name: str, uri: str | None, default_storage: Path, progress: Progress) -> None:
-    """Write the bundle of `run` to `out`, which must not exist or be empty, and register it in MLflow as `name`.
+    """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
-    Raises UserError where `find` or `compare` do, and where `out` holds something.
+    Raises UserError where `find`, `compare` and `tracking.register` do, and where `out` holds something else.
     """
+    tracking.check_name(name)
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; choose another folder, or delete it")
+    taken = UserError(f"{out}: exists, and is not this bundle; choose another folder, or delete it")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
+        raise taken
     origin, uri = find(run, uri, default_storage)
     store, config = ClipStore(origin.clips), origin.config()
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
     try:
         write_bundle(building, origin.int8, store.labels, config.frontend)
         test = np.flatnonzero(store.split == "test")
@@ -115,9 +121,14 @@ def export(run: str, out: Path, name: str, uri: str | None, default_storage: Pat
         card = _card(origin, config, store, test, logits, agreement, runs, (building / MODEL).stat().st_size)
         write_atomically(building / CARD, render_card(card))
         seal(building)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
+        if (out / CHECKSUMS).is_file():
+            if (out / CHECKSUMS).read_text() != (building / CHECKSUMS).read_text():
+                raise taken
+            shutil.rmtree(building)
+        else:
+            if out.exists():
+                out.rmdir()
+            building.rename(out)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -15,11 +15,9 @@ from asc_ray.artifacts import Artifact, exclusive, refuse_damaged, write_atomica
 from asc_ray.cluster.resources import Resources
 from asc_ray.config import Config
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import make_demo_corpus
+from asc_ray.data.demo import SCENES, make_demo_corpus
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import check_prior
-from asc_ray.models.complexity import complexity
-from asc_ray.models.registry import build
 from asc_ray.plan import BEST_STUDENT, FAILED, REPORT, STAGES, TRIALS_TABLE, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.training.dataset import Source
@@ -35,7 +33,7 @@ from asc_ray.training.search import (
     trials_table,
     values_over_seeds,
 )
-from asc_ray.training.systems import import_teacher, input_shape
+from asc_ray.training.systems import import_teacher, student_cost
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -61,7 +59,7 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                     "configuration first, or `asc-ray pipeline` for all stages"
                 )
     if {"sweep", "student"} & set(todo):
-        refuse_large(config)
+        refuse_large(plan)
     with at_work(plan, config.name, plan.key, dump(config), plan.complete_keys(), progress) as work:
         for stage in todo:
             if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again
@@ -96,28 +94,23 @@ def at_work(
                 yield Work(plan, tracker, progress)
 
 
-def refuse_large(config: Config) -> None:
-    """Raises ConfigError where a student that the configuration may train is over the limits: before teachers train."""
+def refuse_large(plan: Plan) -> None:
+    """Raises ConfigError where a student that the configuration may train is over the limits: before teachers train.
+
+    Of a search, for each end of each parameter; its trials count what several together come to.
+    """
+    config, classes = plan.config, len(plan.source.labels if plan.source else SCENES)
     students = {"student.model": config.student}
     if config.sweep:
         for key, parameter in config.sweep.space.items():
-            if key.startswith("model."):
+            if key.partition(".")[0] in ("model", "frontend"):
                 for end in parameter.ends():
                     students[f"sweep.space.{key}: {end}: student.model"] = changed(config.student, {key: end})
     for key, student in students.items():
         try:
-            cost = complexity(build(student.model, classes=10), input_shape(student))
-        except (RuntimeError, ValueError):
-            mels, frames = input_shape(student)[2:]
-            raise ConfigError(
-                f"{key}: {student.model.name} does not work on the {mels} mels x {frames} frames of a clip; change the "
-                "network, frontend.mels or frontend.hop"
-            ) from None
-        if over := config.limits.exceeded(cost):
-            raise ConfigError(
-                f"{key}: {student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller one, "
-                "or raise the limits"
-            )
+            student_cost(student, config.limits, classes)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -396,20 +389,30 @@ def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
     return [*lines, *facts["notes"]]
 
 
+STATE_TAG = "asc_ray.state"  # of a trial's run in MLflow: how it ended
+
+
 def _build_sweep(work: Work) -> None:
     from asc_ray.cluster.runtime import slots
-    from asc_ray.cluster.sweep import SCRATCH, concurrent, run_sweep
+    from asc_ray.cluster.sweep import SCRATCH, concurrent, ended_trials, run_sweep
 
     plan, config, sweep = work.plan, work.plan.config, work.plan.config.sweep
     assert plan.sweep is not None
     assert sweep is not None
     trials = {trial_name(n): plan.trial(n) for n in range(sweep.most)}
-    done = len(list(plan.sweep.partial.glob("trials/*.json")))
-    work.progress.expect("sweep", dict.fromkeys(trials, sweep.epochs), done)
+    ended = ended_trials(plan.sweep)
+    work.progress.expect("sweep", dict.fromkeys(trials, sweep.epochs), len(ended))
     room, running = slots(config.student_resources), concurrent(sweep, config.student_resources)
     idle = f"; sweep.lookback {sweep.lookback} leaves {room - running} slots idle" if running < room else ""
     work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots{idle}")
     work.progress.note(f"searched: {', '.join(sweep.space)}")
+    if sweep.scheduler == "asha" and sweep.grace_epochs >= sweep.epochs:
+        work.progress.note(f"no trial is stopped early: they end before sweep.grace_epochs, {sweep.grace_epochs}")
+    if sweep.validation.devices and config.taught:
+        work.progress.note(
+            f"{', '.join(sweep.validation.devices)}: left out of the trials, but the teachers were trained on them; "
+            "with soft_target: none the trials are judged by devices that nothing has heard"
+        )
 
     def listener(name: str, event: dict[str, Any]) -> None:
         if event.get("started"):
@@ -418,16 +421,22 @@ def _build_sweep(work: Work) -> None:
         on_event(name, event)
         if event.get("finished"):
             work.tracker.log(name, {key: event[key] for key in ("value", "cost")}, sweep.epochs)
-            work.tracker.tag(name, trials[name].key, "asc_ray.state", event["state"])
+            work.tracker.tag(name, trials[name].key, STATE_TAG, event["state"])
             work.tracker.end(name, "FINISHED" if event["state"] in ENDED_WELL else "FAILED")
 
     with work.tracked(trials) as on_event:
+        for result in ended:  # the driver may have been killed between a trial's end and MLflow's hearing of it
+            if not work.tracker.has_tag(result_name := trial_name(result.number), trials[result_name].key, STATE_TAG):
+                told = vars(result) | {"value": result.value}
+                listener(result_name, {"started": True, **told})
+                listener(result_name, {"finished": True, **told})
         results = run_sweep(
             plan.sweep,
             work.source,
             {target: sound_targets(plan, target) for target in config.soft_targets},
             config.student,
             sweep,
+            config.limits,
             config.student_resources,
             config.cluster.retries,
             listener,
@@ -435,8 +444,8 @@ def _build_sweep(work: Work) -> None:
     winner = best(sweep, results)
     student = trial_config(config.student, sweep, winner.parameters)
     files = {
-        BEST_STUDENT: "# The best configuration of the sweep; lay it over another with `base:`.\n"
-        + yaml.safe_dump({"student": dump(student)}, sort_keys=False),
+        BEST_STUDENT: "# The search's configuration with its best student: `asc-ray student --config` takes it.\n"
+        + yaml.safe_dump({**dump(config), "sweep": None, "student": dump(student)}, sort_keys=False),
         TRIALS_TABLE: trials_table(results),
     }
     for file, text in files.items():
@@ -451,7 +460,8 @@ def _build_sweep(work: Work) -> None:
 def sweep_summary(sweep: SweepConfig, results: Sequence[TrialResult], winner: TrialResult) -> list[str]:
     """How the trials ended, the winner, and what failed."""
     ended = ", ".join(f"{count} {state}" for state, count in sorted(Counter(r.state for r in results).items()))
-    early = f"; the budget was used up before {sweep.most}" if len(results) < sweep.searched else ""
+    searched = sum(result.repeats is None for result in results)
+    early = f"; the budget was used up before {sweep.searched}" if searched < sweep.searched else ""
     values = values_over_seeds(results, winner.number)
     over = f", mean of {len(values)} seeds" if len(values) > 1 else ""
     found = ", ".join(f"{key} {_short(value)}" for key, value in winner.parameters.items())

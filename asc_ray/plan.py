@@ -21,7 +21,6 @@ from asc_ray.training.dataset import check_strangers
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
-from asc_ray.training.search import ENDED_WELL
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
@@ -172,12 +171,8 @@ class Plan:
         return Artifact(self.config.storage, "sweep", "trial", f"{self.sweep.key}-{number}", {}, {})
 
     def complete_keys(self) -> set[str]:
-        """Keys of all that is finished: artifacts, and trials of a half-done sweep."""
-        keys = {artifact.key for artifacts in self.by_stage().values() for artifact in artifacts if artifact.complete}
-        if self.sweep is not None:
-            results = [json.loads(file.read_text()) for file in self.sweep.partial.glob("trials/*.json")]
-            keys |= {self.trial(r["number"]).key for r in results if r["state"] in ENDED_WELL}
-        return keys
+        """Keys of all that is finished."""
+        return {artifact.key for artifacts in self.by_stage().values() for artifact in artifacts if artifact.complete}
 
     def corpus_root(self) -> Path:
         return self.demo.path if self.demo else self.config.corpus.path  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +22,9 @@ from asc_ray.runtime import Bundle
 LENGTH_TOLERANCE = 0.1
 _BLOCK_SECONDS = 10  # read at a time: a file may hold hours
 _BATCH = 32
-# Suffixes of sound: what libsndfile reads, and what it does not, to be named as unreadable.
-SOUND = {f".{name.lower()}" for name in sf.available_formats()} | {
+# Suffixes of sound: what libsndfile reads, and what it does not, to be named as unreadable. A file without a header
+# says neither rate nor format; it comes as a stream.
+SOUND = {f".{name.lower()}" for name in sf.available_formats() if name != "RAW"} | {
     ".aac", ".aif", ".aifc", ".m4a", ".mp3", ".oga", ".opus", ".webm", ".wma",
 }  # fmt: skip
 
@@ -42,15 +44,18 @@ class Answer:
 def files_in(paths: Iterable[Path]) -> tuple[list[tuple[str, Path]], Counter[str]]:
     """(name, file) of all recordings, in order, and how many files of folders are none by their suffix, by suffix.
 
-    A file given is called as it was given, one of a folder by its path in it. Raises UserError for what is not there.
+    A file given is called as it was given, one of a folder by its path in it, where no other folder is given beside.
+    Raises UserError for what is not there.
     """
     found: list[tuple[str, Path]] = []
     others: Counter[str] = Counter()
+    paths = list(paths)
     for path in paths:
         if path.is_dir():
-            for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            # What a link leads to may be gone: a file that cannot be read.
+            for file in sorted(file for file in path.rglob("*") if file.is_file() or not file.exists()):
                 if file.suffix.lower() in SOUND:
-                    found.append((str(file.relative_to(path)), file))
+                    found.append((str(file.relative_to(path) if len(paths) == 1 else file), file))
                 else:
                     others[file.suffix or file.name] += 1
         elif path.exists():
@@ -63,20 +68,40 @@ def files_in(paths: Iterable[Path]) -> tuple[list[tuple[str, Path]], Counter[str
 
 
 def answer(bundle: Bundle, name: str, path: Path) -> Answer:
-    """Raises UserError for a file that cannot be read, is empty, or has samples that are not finite."""
+    """Raises UserError for a file that cannot be read, is cut short, is empty, or has samples that are not finite."""
     try:
-        with sf.SoundFile(path) as file:
-            blocks = file.blocks(_BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)
-            return Answer(name, np.concatenate(list(_answers(bundle, blocks, file.samplerate, _BATCH))))
-    except (sf.SoundFileError, OSError) as error:
+        file = sf.SoundFile(os.fsencode(path))
+    except _UNREADABLE as error:
         raise UserError(f"unreadable ({str(error).rpartition(': ')[2]})") from None
+    with file:
+        return Answer(name, np.concatenate(list(_answers(bundle, _blocks(file), file.samplerate, _BATCH))))
+
+
+# libsndfile's own errors, and what soundfile raises for formats that it is told too little of.
+_UNREADABLE = (sf.SoundFileError, OSError, TypeError, ValueError)
+
+
+def _blocks(file: sf.SoundFile) -> Iterator[np.ndarray]:
+    """All samples, (samples, channels) at a time; SoundFile.blocks would repeat some where the file ends too early."""
+    read = 0
+    while True:
+        try:
+            block = file.read(_BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)
+        except _UNREADABLE as error:
+            raise UserError(f"unreadable ({str(error).rpartition(': ')[2]})") from None
+        if not len(block):
+            break
+        read += len(block)
+        yield block
+    if read < file.frames - LENGTH_TOLERANCE * file.samplerate:
+        raise UserError(f"cut short: {read} of {file.frames} samples")
 
 
 def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator[np.ndarray]:
     """Probabilities (labels,) of each second of raw PCM (signed, 16 bits, little endian), as soon as it is there."""
 
     def blocks() -> Iterator[np.ndarray]:
-        size = 2 * channels * rate
+        size = 2 * channels * max(1, rate // 50)  # small: what resampling holds back a little of is not to wait long
         while raw := stream.read(size):
             whole = len(raw) // (2 * channels) * channels
             if left := len(raw) - 2 * whole:

@@ -7,6 +7,7 @@ configuration; runs that nobody takes up again are ended as KILLED, so none stay
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from asc_ray import runtime
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
 
 # Database migrations and similar chatter say nothing to the user of a pipeline.
 for _name in ("alembic", "mlflow"):
@@ -86,6 +87,7 @@ class Tracker:
         self._tags = {STORAGE_TAG: str(storage)}
         self._storage, self._name, self._key = storage, name, key
         self._open: dict[str, str] = {}  # name of the child -> run id
+        self._epochs: dict[str, float] = {}  # run id -> the last epoch that it has
         self.parent_id = ""
 
     @contextmanager
@@ -123,9 +125,13 @@ class Tracker:
 
     @_undisturbed()
     def log(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
+        """Metrics at a step; an epoch that the run had before its driver died is not logged twice."""
+        run_id = self._run_id(name)
+        if metrics.get("epoch", math.inf) <= self._epochs.get(run_id, -math.inf):
+            return
         now = int(time.time() * 1000)
         entries = [Metric(_named(k), float(v), now, step) for k, v in metrics.items() if isinstance(v, int | float)]
-        self._client.log_batch(self._run_id(name), metrics=entries)
+        self._client.log_batch(run_id, metrics=entries)
 
     @_undisturbed()
     def log_file(self, name: str, path: Path, folder: str | None = None) -> None:
@@ -161,6 +167,12 @@ class Tracker:
         if run := self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: key}):
             self._client.set_tag(run.info.run_id, tag, value)
 
+    @_undisturbed()
+    def has_tag(self, name: str, key: str, tag: str) -> bool:
+        """Whether the run of the thing with this key has the tag."""
+        run = self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: key})
+        return run is not None and tag in run.data.tags
+
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         """Final figures on the parent run, where runs are compared."""
         self.log("", metrics, 0)
@@ -180,6 +192,7 @@ class Tracker:
         found = self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: tags[KEY_TAG]})
         if found and (found.info.status != "FINISHED" or name == self._name):
             run_id = found.info.run_id
+            self._epochs[run_id] = found.data.metrics.get("epoch", -math.inf)
             self._client.update_run(run_id, "RUNNING")
             if ERROR_TAG in found.data.tags:
                 self._client.delete_tag(run_id, ERROR_TAG)
@@ -288,9 +301,29 @@ def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, 
     """Log the bundle as a model of the run and register it as `name`; a line about the version.
 
     It becomes the champion where there is none, or where its accuracy `validation` is above that of the present one on
-    the same clips, `judged_on`.
+    the same clips, `judged_on`. Raises UserError where the server refuses; the run then stays as it was.
     """
     client = _client(uri)
+    status = client.get_run(run_id).info.status
+    try:
+        return _register(client, uri, run_id, bundle, name, validation, judged_on)
+    except (MlflowException, OSError) as error:
+        client.set_terminated(run_id, status)
+        raise UserError(
+            f"{bundle}: is whole, but MLflow at {uri} did not register it as {name} ({str(error).splitlines()[0]}); "
+            "the same command tries it again"
+        ) from None
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for what MLflow takes for no model's name."""
+    if not name.strip() or set(name) & set("/:"):
+        raise ConfigError(f"--name {name!r}: a registered model's name is not empty, and has no / and no :")
+
+
+def _register(
+    client: MlflowClient, uri: str, run_id: str, bundle: Path, name: str, validation: float, judged_on: str
+) -> str:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     opened = runtime.Bundle(bundle)
@@ -313,13 +346,15 @@ def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, 
             )
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        champion = None
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        champion = None  # there is none yet
     line = f"registered as {name} version {made.version}"
     if champion is not None and champion.tags.get(_JUDGED_ON) != judged_on:
         return (
             f"{line}; version {champion.version} stays the {CHAMPION}: it was validated on other clips, so the two "
-            "cannot be compared"
+            f"cannot be compared; MLflow's page of the model can give this one the alias {CHAMPION}"
         )
     before = -1.0 if champion is None else float(champion.tags[_VALIDATION])
     if champion is not None and validation <= before:

@@ -27,6 +27,7 @@ from asc_ray.runtime import Bundle
 from asc_ray.training import quantization
 from asc_ray.training.export import write_bundle
 from asc_ray.training.loop import Recipe
+from asc_ray.training.onnx_model import export_onnx
 
 LABELS = [f"scene {number}" for number in range(10)]
 
@@ -53,11 +54,11 @@ def forms(
         fake(example)
     int8 = quantization.convert(fake)
     quantization.save(int8, folder / "model.pt2", {})
-    quantization.export_onnx(int8, folder / "model.onnx")
+    export_onnx(int8, folder / "model.onnx")
     plain = folded(network.eval())
     free = ({0: torch.export.Dim("batch")},)
     graph = torch.export.export(plain, (example[:2],), dynamic_shapes=free).module()
-    quantization.export_onnx(graph, folder / "float.onnx")
+    export_onnx(graph, folder / "float.onnx")
     bundle_folder = folder / "bundle"
     bundle_folder.mkdir()
     write_bundle(bundle_folder, folder, LABELS, recipe.frontend)

@@ -29,6 +29,7 @@ import torch
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.sweep import run_sweep
+from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
 from asc_ray.training.dataset import PartitionConfig, Source
 from asc_ray.training.search import SweepConfig
@@ -73,7 +74,7 @@ def search(clips: Path, trials: int, epochs: int, slots: int) -> tuple[float, fl
     with tempfile.TemporaryDirectory() as folder:
         artifact = Artifact(Path(folder), "sweep", "sweep", "0", {}, {})
         source = Source(clips, PartitionConfig())
-        results = run_sweep(artifact, source, {"none": None}, STUDENT, sweep, Resources(), 0, on_event)
+        results = run_sweep(artifact, source, {"none": None}, STUDENT, sweep, Limits(), Resources(), 0, on_event)
     assert all(result.state == "complete" for result in results), results
     return time.perf_counter() - start, sum(seconds), first[0]
 

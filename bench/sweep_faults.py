@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.sweep import run_sweep
+from asc_ray.models.complexity import Limits
 from asc_ray.training.dataset import PartitionConfig, Source
 from asc_ray.training.search import SweepConfig, TrialResult
 from asc_ray.training.systems import StudentConfig
@@ -49,7 +50,7 @@ def search(clips: Path, trials: int, nodes: int, lose_one: bool) -> tuple[list[T
     with tempfile.TemporaryDirectory() as folder:
         artifact = Artifact(Path(folder), "sweep", "sweep", "0", {}, {})
         source = Source(clips, PartitionConfig())
-        results = run_sweep(artifact, source, {"none": None}, STUDENT, sweep, Resources(), 3, on_event)
+        results = run_sweep(artifact, source, {"none": None}, STUDENT, sweep, Limits(), Resources(), 3, on_event)
     ray.shutdown()
     cluster.shutdown()
     return results, ended

@@ -60,19 +60,20 @@ def test_the_mean_over_seeds_is_the_mean_and_the_deviation_the_sample_s():
 
 
 def test_a_table_has_ours_and_the_paper_s_in_one_order(tmp_path):
-    one, three = compared(0, paper={"a": 71.34, "all": 60.1, "macs": 3.88}), compared(1, 2, 3)
+    one, three = compared(0, paper={"a": 71.34, "all": 60.1, "macs": 3.88, "int8 kB": 13.5}), compared(1, 2, 3)
     three = ComparedRow(**{**vars(three), "int8": three.scores})
     table.write(comparison(one, three), tmp_path)
     head, _, *rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
-    assert head == "|  | parameters, K | MACs, M | a | b | s4 | s5 | seen | unseen | all | all, int8 | log loss |"
+    sizes = "parameters, K | MACs, M | float32 kB | int8 kB"
+    assert head == f"|  | {sizes} | a | b | s4 | s5 | seen | unseen | all | all, int8 | log loss |"
     assert len(rows) == 3
     first, paper, second = ([text.strip() for text in row.replace("\\|", "/").split("|")[1:-1]] for row in rows)
-    assert first[:3] == ["row / 0", "12.35", "6.79"]
-    assert first[9:11] == [f"{100 * made_up(0).accuracy:.1f}", ""]
-    assert paper == ["the paper, TAU22", "", "3.88", "71.34", "", "", "", "", "", "60.10", "", ""]
+    assert first[:5] == ["row / 0", "12.35", "6.79", "49.38", "12.35"]
+    assert first[11:13] == [f"{100 * made_up(0).accuracy:.1f}", ""]
+    assert paper == ["the paper, TAU22", "", "3.88", "", "13.50", "71.34", "", "", "", "", "", "60.10", "", ""]
     mean, deviation = three.scores
-    assert second[9] == second[10] == f"{100 * mean.accuracy:.1f} ± {100 * deviation.accuracy:.1f}"
-    assert second[11] == f"{mean.log_loss:.3f} ± {deviation.log_loss:.3f}"
+    assert second[11] == second[12] == f"{100 * mean.accuracy:.1f} ± {100 * deviation.accuracy:.1f}"
+    assert second[13] == f"{mean.log_loss:.3f} ± {deviation.log_loss:.3f}"
     read = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
     assert [(line["row"], line["source"], line["seeds"]) for line in read] == [
         ("row | 0", "ours", "1"), ("row | 0", "paper", ""), ("row | 1", "ours", "3"),

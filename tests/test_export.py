@@ -11,10 +11,12 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import TINY, command, environment
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from asc_ray.artifacts import read_manifest
 from asc_ray.data.clips import ClipStore
+from asc_ray.errors import UserError
 from asc_ray.runtime import Bundle
 from asc_ray.tracking import default_uri, register
 from asc_ray.training.ensemble import read_evaluation
@@ -136,6 +138,44 @@ def test_the_better_one_becomes_champion(exported, storage):
     assert champion() == 3
 
 
+def test_a_server_that_refuses_leaves_the_bundle_and_the_run(exported, storage, tmp_path, monkeypatch):
+    """And the same command registers what is there."""
+    out, _ = exported
+    (int8,) = (storage / "int8").iterdir()
+    uri = default_uri(storage)
+    client = MlflowClient(uri)
+    run_id = client.get_model_version_by_alias("asc-ray", "champion").run_id
+
+    def refuse(*_, **__):
+        raise MlflowException("the disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mlflow, "register_model", refuse)
+        with pytest.raises(UserError, match=r"is whole, but MLflow .* did not register it .*the disk is full"):
+            register(uri, run_id, out, "unlucky", 0.5, "clips")
+    with monkeypatch.context() as broken:  # it is not known whether there is a champion
+        broken.setattr(MlflowClient, "get_model_version_by_alias", refuse)
+        with pytest.raises(UserError, match="the disk is full"):
+            register(uri, run_id, out, "unlucky", 0.5, "clips")
+    assert client.get_run(run_id).info.status == "FINISHED"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = run("export", int8, out, "--name", "lucky")
+    assert done.returncode == 0, done.stderr
+    assert "registered as lucky version 1, the champion" in done.stdout
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(out.parent.glob(".*partial"))
+
+
+def test_a_link_or_a_path_with_dots_is_followed(exported, storage, tmp_path):
+    (int8,) = (storage / "int8").iterdir()
+    (tmp_path / "latest").symlink_to(int8)
+    done = subprocess.run(
+        command("export", tmp_path / "latest" / ".." / int8.name, tmp_path / "out"),
+        capture_output=True, text=True, env=environment(), check=False, cwd=int8,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_may_be_named_by_its_id(exported, storage, tmp_path):
     """Of the int8 training, and of the pipeline."""
     out, _ = exported
@@ -161,7 +201,10 @@ def test_what_cannot_be_exported_is_refused(exported, storage, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("all of it")
-    refused(int8, full, message="full: exists and is not empty")
+    refused(int8, full, message="full: exists, and is not this bundle")
+    refused(int8, full / "thesis.txt" / "out", message="cannot be made (Not a directory)")
+    refused(int8, tmp_path / "out", "--name", "a/b", message="a registered model's name", code=2)
+    refused("/", tmp_path / "out", message="no manifest.json")
     assert (full / "thesis.txt").exists()
     refused(student, tmp_path / "out", message="of the stage students, and not an int8 student")
     refused("no-such-run", tmp_path / "out", "--set", f"storage={storage}", message="no-such-run: no folder, and not")

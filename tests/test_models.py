@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from asc_ray.config import PRESETS, network_preset
 from asc_ray.models.bsconv import BSConvConfig
-from asc_ray.models.complexity import Limits, complexity
+from asc_ray.models.complexity import Limits, complexity, peak_activations
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
@@ -131,8 +131,17 @@ def test_complexity_of_a_network_counted_by_hand():
     ]
     assert (counted.parameters, counted.macs) == (36 + 8 + 45, 36 * 24 + 8 + 45 * 12)
     assert model.training
-    most = 2 * 4 * 3 * 8  # into the batch norm and out of it
-    assert counted.peak_activations == {"float32": 4 * most, "int8": most}
+    most = 6 * 16 + 4 * 3 * 8  # into the convolution and out of it; the batch norm works in place
+    assert peak_activations(model, (1, 1, 6, 16)) == {"float32": 4 * most, "int8": most}
+
+
+def test_what_a_shortcut_keeps_is_in_the_peak_of_activations():
+    """Of sm4 in its second block: 24,576 for the sum, twice as many into and out of the depthwise convolution."""
+    model = build(DSFlexiNetConfig(size="sm4"), 10)
+    assert peak_activations(model)["int8"] == 48 * 32 * 16 + 2 * 96 * 32 * 16
+    plan = Plan(stem=(2, 4), stages=(Stage(channels=4, blocks=1, expansion=1),))
+    small = build(DSFlexiNetConfig(size=None, plan=plan), 10)
+    assert peak_activations(small, (1, 1, 8, 8))["int8"] == 8 * 8 + 2 * 4 * 4  # into the first convolution, out of it
 
 
 SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {

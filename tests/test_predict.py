@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -129,21 +130,31 @@ def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):  # noqa: 
     sf.write(recordings / "nan.wav", np.full(32_000, np.nan), 32_000, subtype="FLOAT")
     (recordings / "phone.m4a").write_bytes(b"....ftypM4A ")
     (recordings / "notes.txt").write_text("left out")
+    sf.write(recordings / "half.mp3", noise(1, 8 * 32_000)[0], 32_000)  # whose header tells of eight seconds
+    whole = (recordings / "half.mp3").read_bytes()
+    (recordings / "half.mp3").write_bytes(whole[: len(whole) // 2])
+    (recordings / "sampler.xi").write_bytes(bytes(500))
+    (recordings / "gone.wav").symlink_to(recordings / "nowhere.wav")
+    (recordings / "headless.raw").write_bytes(bytes(64_000))
+    os.rename(recordings / "plain.wav", os.fsencode(recordings) + b"/\xe9.wav")  # in no encoding
     done = run(bundle, recordings)
     assert done.returncode == 1
     assert [line.split()[-1] for line in done.stdout.decode().splitlines()] == [
-        "deep/three.ogg", "float.wav", "plain.wav", "two.flac",
+        "deep/three.ogg", "float.wav", "two.flac", "\\udce9.wav",
     ]  # fmt: skip
     errors = done.stderr.decode()
-    assert "4 of 8 files without an answer" in errors
+    assert "7 of 11 files without an answer" in errors
     for line in (
         "empty.wav: no samples",
         "nan.wav: 32000 samples are not finite",
         "broken.wav: unreadable",
-        "phone.m4a",
+        "half.mp3: cut short: ",
+        "sampler.xi: unreadable",
+        "gone.wav: unreadable",
+        "phone.m4a: unreadable",
     ):
         assert line in errors
-    assert "left out, no sound by their suffix: 1 .txt" in errors
+    assert "left out, no sound by their suffix: 1 .raw, 1 .txt" in errors
     assert "Traceback" not in errors
 
 
@@ -167,19 +178,36 @@ def test_wrong_commands(bundle, arguments, code, message):  # noqa: F811
     assert "Traceback" not in errors
 
 
-def test_a_stream_is_answered_while_it_lasts(bundle):  # noqa: F811
-    pcm = np.round(32768 * noise(3)).astype("<i2")
-    expected = Bundle(bundle).probabilities(pcm).argmax(1)
-    process = subprocess.Popen(command("predict", bundle, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+@pytest.mark.parametrize("rate", [32_000, 44_100])
+def test_a_stream_is_answered_while_it_lasts(bundle, rate):  # noqa: F811
+    """A twentieth of a second later at most, where it has to be resampled."""
+    later = 0 if rate == 32_000 else rate // 20
+    pcm = np.round(32768 * noise(1, 3 * rate + later)[0]).astype("<i2")
+    process = subprocess.Popen(
+        command("predict", bundle, "-", "--rate", rate), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    lines, sent = [], 0
     with process:
-        for second, wave in enumerate(pcm):
-            process.stdin.write(wave.tobytes())
+        for second in range(1, 4):
+            process.stdin.write(pcm[sent : second * rate + later].tobytes())
             process.stdin.flush()
-            line = process.stdout.readline().decode().split()  # before the next second is sent
-            assert line[:3] == [str(second), "s", LABELS[expected[second]]]
+            sent = second * rate + later
+            lines.append(process.stdout.readline().decode().split())  # before the next second is sent
         process.stdin.close()
         assert process.stdout.read() == b""
     assert process.returncode == 0
+    assert [line[:2] for line in lines] == [["0", "s"], ["1", "s"], ["2", "s"]]
+    if not later:
+        expected = Bundle(bundle).probabilities(pcm.reshape(3, rate)).argmax(1)
+        assert [line[2] for line in lines] == [LABELS[k] for k in expected]
+
+
+def test_files_of_two_folders_have_their_folders_names(bundle, recordings):  # noqa: F811
+    done = run(bundle, recordings / "deep", recordings, "--format", "csv")
+    names = [line.split("\t")[0] for line in done.stdout.decode().splitlines()[1:]]
+    assert names == [str(recordings / "deep" / "three.ogg")] + [
+        str(recordings / name) for name in ("deep/three.ogg", "float.wav", "plain.wav", "two.flac")
+    ]
 
 
 def test_a_stream_of_two_channels_at_another_rate(bundle):  # noqa: F811

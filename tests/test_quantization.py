@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asc_ray.errors import UserError
+from asc_ray.models.bsconv import BSConvConfig
 from asc_ray.models.cp_mobile import CPMobileConfig
+from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig, Plan, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.registry import build
 from asc_ray.training import quantization
+from asc_ray.training.onnx_model import OnnxModel, export_onnx
 
 # Copying an exported graph, torch uses what it deprecated itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -295,10 +298,12 @@ def test_the_given_model_is_left_alone(trained):
         ),
         DSFlexiNetConfig(size="sm4", normalization=NormalizationConfig(kind="none")),
         CPMobileConfig(width=16),
+        CPResNetConfig(width=8),
+        BSConvConfig(channels=(8, 16)),
     ],
     ids=lambda config: getattr(config, "size", config.name),
 )
-def test_networks_convert_to_what_they_trained(config):
+def test_networks_convert_to_what_they_trained(config, tmp_path):
     fake = quantization.prepare(build(config, CLASSES), torch.zeros(2, *SHAPE))
     quantization.set_training(fake, True)
     train(fake, range(3), size=8)
@@ -307,6 +312,8 @@ def test_networks_convert_to_what_they_trained(config):
     x, _ = labelled(7, 64)
     expected = fake(x).detach()
     assert (int8(x) - expected).abs().mean() < 0.05 * expected.std()
+    export_onnx(int8, tmp_path / "model.onnx")
+    assert (OnnxModel(tmp_path / "model.onnx")(x) - int8(x)).abs().mean() < 0.002 * expected.std()
 
 
 def test_a_batch_norm_that_cannot_be_folded_is_refused():
@@ -319,14 +326,14 @@ def test_a_batch_norm_that_cannot_be_folded_is_refused():
 
 def test_onnxruntime_agrees(trained, tmp_path):
     """In 8-bit kernels: after the engine's own optimization no convolution in float is left."""
-    quantization.export_onnx(trained.int8, tmp_path / "model.onnx")
+    export_onnx(trained.int8, tmp_path / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
-    assert {"QLinearConv", "QLinearAdd"} <= kinds
-    assert not {"Conv", "FusedConv"} & kinds
+    assert {"QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool", "InstanceNormalization"} <= kinds
+    assert not {"Conv", "FusedConv", "Gemm", "ReduceMean", "GlobalAveragePool", "Slice"} & kinds
     x, _ = labelled(8, 256)
     for size in (1, 256):
         found = torch.from_numpy(session.run(["logits"], {"mel": x[:size].numpy()})[0])

@@ -2,11 +2,14 @@
 
 import hashlib
 import importlib.util
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from asc_ray.runtime import Bundle
 from asc_ray.runtime.frontend import Frontend, LogMel
 from asc_ray.training import quantization
 from asc_ray.training.export import seal, verify_bundle, write_bundle
+from asc_ray.training.onnx_model import export_onnx
 
 REFERENCE = ROOT.parent / "shared" / "reference"
 LABELS = ("airport", "bus", "metro", "park")
@@ -52,7 +56,7 @@ def int8(tmp_path_factory):
         fake(torch.randn(8, *shape))
     model = quantization.convert(fake)
     quantization.save(model, folder / "model.pt2", {})
-    quantization.export_onnx(model, folder / "model.onnx")
+    export_onnx(model, folder / "model.onnx")
     return folder
 
 
@@ -61,6 +65,8 @@ def bundle(int8, tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
     write_bundle(folder, int8, LABELS, CONFIG)
+    (folder / "card.md").write_text("# Of a test")
+    seal(folder)
     return folder
 
 
@@ -75,7 +81,8 @@ def test_the_front_end_is_trainings(config, sound):
     wave = {
         "noise": noise(2),
         "silence": np.zeros((1, 32_000), np.float32),
-        "tone": 0.5 * np.sin(2 * np.pi * 1000 * time)[None],
+        # With the noise of a recording: far from a pure tone there is nothing but the transforms' own rounding.
+        "tone": 0.5 * np.sin(2 * np.pi * 1000 * time)[None] + 1e-2 * noise(1),
         "full scale": np.sign(noise(1)),
     }[sound]
     expected = TorchLogMel(config)(torch.from_numpy(wave)).numpy()
@@ -135,6 +142,8 @@ def test_a_bundle_computes_what_torch_does(bundle, int8):
         (np.zeros(32_000, np.float32), r"waves of shape \(32000,\)"),
         (np.zeros((1, 16_000), np.float32), "one row a clip, at 32000 Hz"),
         (np.full((2, 32_000), np.nan, np.float32), "64000 samples are not finite"),
+        (np.full((1, 32_000), 1e33), "32000 samples are not finite, or not below"),
+        (np.zeros((1, 32_000), np.int32), "waves of type int32: expected int16, or floating point"),
     ],
 )
 def test_waves_that_are_none_are_refused(bundle, waves, message):
@@ -162,6 +171,17 @@ def foreign(folder):
     seal(folder)
 
 
+def renamed(folder):
+    """An ONNX file that says that it is ours, with other inputs and without labels."""
+    model = onnx.load(folder / "model.onnx")
+    for node in model.graph.node:
+        node.input[:] = ["features" if name == "mel" else name for name in node.input]
+    model.graph.input[0].name = "features"
+    onnx.helper.set_model_props(model, {"producer": "asc-ray"})
+    onnx.save(model, folder / "model.onnx")
+    seal(folder)
+
+
 def relabelled(folder):
     model = onnx.load(folder / "model.onnx")
     for entry in model.metadata_props:
@@ -178,14 +198,14 @@ DAMAGES = {
     "no checksums": (lambda f: (f / "SHA256SUMS").unlink(), "no SHA256SUMS, so this is no bundle"),
     "no checksums in the file": (lambda f: (f / "SHA256SUMS").write_text("nothing"), "not a list of checksums"),
     "an empty list": (lambda f: (f / "SHA256SUMS").write_text(""), "model.onnx: not in SHA256SUMS"),
-    "another label count": (relabelled, "model.onnx has 4 outputs, but labels.json has 5 labels"),
+    "another label count": (relabelled, r"model.onnx gives {'logits': \[4\]}, but labels.json has 5 labels"),
     "another label": (
         lambda f: rewritten(f, "labels.json", lambda labels: [*labels[:3], "tram"]),
         "labels.json is not what model.onnx was exported with",
     ),
     "another front end": (
         lambda f: rewritten(f, "frontend.json", lambda own: own | {"mels": 128}),
-        r"takes mels of shape \[1, 64, 32\], but frontend.json makes \[1, 128, 32\]",
+        r"takes {'mel': \[1, 64, 32\]}, but frontend.json makes mel: \[1, 128, 32\]",
     ),
     "another front end of this shape": (
         lambda f: rewritten(f, "frontend.json", lambda own: own | {"fmin": 50.0}),
@@ -195,6 +215,18 @@ DAMAGES = {
         lambda f: rewritten(f, "frontend.json", lambda own: own | {"gain": 1}),
         "frontend.json: keys fmax, fmin, gain",
     ),
+    "no front end": (lambda f: rewritten(f, "frontend.json", lambda own: own | {"hop": 0}), "whole numbers above 0"),
+    "lengths in words": (
+        lambda f: rewritten(f, "frontend.json", lambda own: own | {"hop": "a"}),
+        "whole numbers above",
+    ),
+    "frequencies in words": (
+        lambda f: rewritten(f, "frontend.json", lambda own: own | {"fmax": "a"}),
+        "frontend.json: ",
+    ),
+    "a range of nothing": (lambda f: rewritten(f, "frontend.json", lambda own: own | {"fmax": -5.0}), r"fmax -5\.0"),
+    "a file in its place": (lambda f: (shutil.rmtree(f), f.write_text("")), "no SHA256SUMS, so this is no bundle"),
+    "another's model under our name": (renamed, "takes {'features': "),
     "another's model": (foreign, "not a model of `asc-ray export`"),
     "no model": (
         lambda f: ((f / "model.onnx").write_bytes(b"no model"), seal(f)),
@@ -225,6 +257,80 @@ def test_another_students_model_beside_ours_is_noticed(bundle, int8, tmp_path):
         seal(bundle)
         with pytest.raises(UserError, match=message):
             verify_bundle(bundle)
+
+
+def with_code(bundle, part, change):
+    """A part of model.pt2 rewritten, and the bundle sealed again."""
+    file = bundle / "model.pt2"
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in parts if name.endswith(part))
+    parts[name] = change(parts[name])
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    seal(bundle)
+
+
+class Shout:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def pickled(what):
+    stream = io.BytesIO()
+    torch.save(what, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("sample_inputs/model.pt", lambda bytes_, file: pickled(Shout(file)), "no readable int8 model"),
+        (
+            "model_weights_config.json",
+            lambda bytes_, file: bytes_.replace(b'"use_pickle":false', b'"use_pickle":true').replace(
+                b'"use_pickle": false', b'"use_pickle": true'
+            ),
+            "is no plain tensor",
+        ),
+        (
+            "models/model.json",
+            lambda bytes_, file: bytes_.replace(b"torch.ops.aten.relu.default", b"torch.hub.os.system"),
+            "target 'torch.hub.os.system' is none",
+        ),
+        (
+            "models/model.json",
+            lambda bytes_, file: bytes_.replace(b"Symbol('", b"__import__('os').getpid() or Symbol('"),
+            "is none that a network of asc-ray has",
+        ),
+    ],
+    ids=["sample", "weights", "operator", "expression"],
+)
+def test_code_in_a_model_is_not_run(bundle, tmp_path, part, change, message):
+    said = tmp_path / "said"
+    with_code(bundle, part, lambda content: content)
+    verify_bundle(bundle)
+    with_code(bundle, part, lambda content: change(content, said))
+    with pytest.raises(UserError, match=re.escape(message)):
+        verify_bundle(bundle)
+    assert not said.exists()
+
+
+def test_verify_knows_every_file_of_a_bundle(bundle):
+    (bundle / "notes.txt").write_text("not its own")
+    with pytest.raises(UserError, match=r"notes\.txt: not in SHA256SUMS"):
+        verify_bundle(bundle)
+    (bundle / "notes.txt").unlink()
+    (bundle / "card.md").unlink()
+    seal(bundle)
+    with pytest.raises(UserError, match=r"card\.md: missing"):
+        verify_bundle(bundle)
 
 
 def test_checksums_are_those_of_sha256sum(bundle):
@@ -272,4 +378,4 @@ def test_the_bundle_is_small(bundle):
     model = json.loads((bundle / "frontend.json").read_text())
     assert model["samples"] == 32_000
     assert (bundle / "model.onnx").stat().st_size < 128_000
-    assert Path(bundle / "SHA256SUMS").read_text().count("\n") == 4
+    assert Path(bundle / "SHA256SUMS").read_text().count("\n") == 5

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from asc_ray.errors import UserError
+from asc_ray.models.complexity import Limits
 from asc_ray.training.distillation import LearnedWeight, ScheduledWeight
 from asc_ray.training.population import PopulationConfig, explored
 from asc_ray.training.search import (
@@ -31,7 +32,7 @@ from asc_ray.training.search import (
     within_budget,
 )
 from asc_ray.training.space import Parameter, grid, values_of
-from asc_ray.training.systems import StudentConfig
+from asc_ray.training.systems import StudentConfig, student_cost
 
 SPACE = {
     "distillation.label_weight": {"uniform": [0.0, 1.0]},
@@ -229,11 +230,12 @@ def test_costs_are_those_of_complexity():
     for what, expected in (("bytes", 30_628), ("macs", None), (None, None)):
         sweep = SWEEP.model_copy(update={"cost": what})
         student = StudentConfig.model_validate({"model": {"name": "ds_flexinet", "size": "sm2"}})
-        cost = cost_of(sweep, student, 10)
+        cost = cost_of(sweep, student_cost(student, Limits(), 10))
         if expected:
             assert cost == expected
         assert (cost is None) == (what is None)
-    assert 8.2e6 < cost_of(SWEEP.model_copy(update={"cost": "macs"}), student, 10) < 8.4e6
+    counted = student_cost(student, Limits(), 10)
+    assert 8.2e6 < cost_of(SWEEP.model_copy(update={"cost": "macs"}), counted) < 8.4e6
 
 
 # --- populations --------------------------------------------------------------------------------------------------

@@ -12,21 +12,32 @@ import yaml
 from conftest import TINY, command, environment, processes
 from mlflow.tracking import MlflowClient
 
+from asc_ray.cluster.sweep import _Course
 from asc_ray.config import load_config
+from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
 from asc_ray.pipeline import source_of
 from asc_ray.plan import Plan
-from asc_ray.training.search import TrialResult, best, pareto, trial_config
-from asc_ray.training.systems import fit_student
+from asc_ray.training.search import SweepConfig, TrialResult, best, pareto, propose, trial_config
+from asc_ray.training.systems import StudentConfig, fit_student
 
 LABELS_ALONE = ["student.distillation.soft_target=none", "sweep.seeds=1"]
 RATE = "optimizer.learning_rate: {loguniform: [0.0003, 0.03]}"
+SWEEP_OF_SIX = SweepConfig.model_validate(
+    {
+        "trials": 6,
+        "epochs": 1,
+        "lookback": 5,
+        "budget": {"minutes": 1},
+        "space": {"optimizer.learning_rate": {"loguniform": [0.001, 0.01]}},
+    }
+)
 
 
 @pytest.fixture
 def storage(finished, tmp_path):
-    """With nothing but the clips in it: labels alone need no more."""
-    for part in ("corpus", "clips"):
+    """All that a search needs, and nothing behind it."""
+    for part in ("corpus", "clips", "teachers", "logits", "fusion"):
         shutil.copytree(finished.storage / part, tmp_path / "storage" / part)
     return tmp_path / "storage"
 
@@ -112,19 +123,85 @@ def test_a_search_for_accuracy_and_size_within_a_budget(storage):
 
 
 def test_trials_that_fail_are_told_and_the_search_goes_on(storage):
-    """Each value is allowed by itself; together they are not, which only the trial's worker finds."""
-    pairs = "{choice: [1, 3]}"
-    space = f"sweep.space={{optimizer.average_epochs: {pairs}, select: {{choice: [last, best]}}}}"
-    overrides = [space, "sweep.sampler=grid", "sweep.trials=4", "sweep.epochs=3", "sweep.scheduler=none"]
-    given, words = arguments(storage, *overrides, "cluster.retries=1")
+    """A grid of what works, what diverges and what crashes its worker, which is told only in a training's forward."""
+    space = "{distillation.temperature: {choice: [2.0, 1.0e-40]}, model.patchout: {choice: [0, 1000]}}"
+    passt = [
+        "student.model={name: passt, width: 16, depth: 1, heads: 1, patchout_freq: 0}",
+        "student.frontend={n_fft: 1024, window: 800, hop: 320, mels: 128}",
+        "student.distillation.soft_target=fused",
+    ]
+    overrides = [f"sweep.space={space}", *passt, "sweep.sampler=grid", "sweep.trials=4", "sweep.epochs=2"]
+    given, words = arguments(storage, *overrides, "sweep.scheduler=none", "cluster.retries=1")
     done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    trials = results(Plan(load_config(TINY, given)))
-    failed = [t for t in trials if t.state == "failed"]
-    assert [t.parameters for t in failed] == [{"optimizer.average_epochs": 3, "select": "best"}]
-    assert "choose one of them" in failed[0].error
-    assert f"trial {failed[0].number} failed: " in done.stdout
-    assert "4 trials: 3 complete, 1 failed" in done.stdout
+    plan = Plan(load_config(TINY, given))
+    trials = results(plan)
+    states = {tuple(t.parameters.values()): t.state for t in trials}
+    assert states == {(2.0, 0): "complete", (2.0, 1000): "failed", (1e-40, 0): "diverged", (1e-40, 1000): "failed"}
+    for trial in trials:
+        expected = {
+            "complete": "",
+            "failed": "patchout = 1000 leaves none",
+            "diverged": "the loss became nan in epoch 1",
+        }
+        assert expected[trial.state] in trial.error
+        assert (f"trial {trial.number} {trial.state}: {trial.error}" in done.stdout) == (trial.state != "complete")
+    assert "4 trials: 1 complete, 1 diverged, 2 failed" in done.stdout
+    assert "Traceback" not in done.stderr
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = {run.info.run_name: run for run in client.search_runs(["1"], "tags.`asc_ray.state` != ''")}
+    assert {n: (r.data.tags["asc_ray.state"], r.info.status) for n, r in runs.items()} == {
+        f"trial-{t.number:03d}": (t.state, "FINISHED" if t.state == "complete" else "FAILED") for t in trials
+    }
+    curve = client.get_metric_history(runs["trial-000"].info.run_id, "objective")
+    assert [metric.value for metric in sorted(curve, key=lambda metric: metric.step)] == list(trials[0].curve)
+
+
+def test_a_trial_without_a_network_fails_before_it_starts(tmp_path):
+    """Each value is allowed by itself; together they are over the limits, or no student at all."""
+    space = {
+        "model.multiplier": {"choice": [2.3, 4.0]},
+        "model.width": {"choice": [8, 32]},
+        "augment.freq_mask": {"choice": [0, 48]},
+        "frontend.mels": {"choice": [32, 256]},
+    }
+    sweep = SweepConfig.model_validate(
+        {"trials": 16, "epochs": 2, "sampler": "grid", "lookback": 20, "cost": "bytes", "space": space}
+    )
+    student = StudentConfig.model_validate({"model": {"name": "cp_mobile"}})
+    events = []
+    course = _Course(sweep, student, Limits(), 10, tmp_path, [], lambda name, event: events.append((name, event)))
+    started = []
+    while (trial := course.start()) is not None:
+        started.append(trial["parameters"])
+    failed = {tuple(result.parameters.values()): result.error for result in course.ended}
+    assert len(failed) + len(started) == 16
+    assert [events[n][1].get("state") for n in range(len(events)) if "finished" in events[n][1]] == ["failed"] * len(
+        failed
+    )
+    for parameters, error in failed.items():
+        freq_mask, mels, multiplier, width = parameters
+        if mels < freq_mask:
+            assert "augment.freq_mask is 48, but the front end's log-mel has 32 mel bins" in error
+        else:
+            assert (multiplier, width) == (4.0, 32)
+            assert "cp_mobile is too large for the device (limits.bytes: " in error
+    assert len(failed) == 4 + 3  # of the twelve that are students, those of the largest network
+
+
+def test_a_search_out_of_time_still_ends_what_it_had_begun(tmp_path):
+    """A driver was killed with trials 2 and 3 under way, and the minutes are used up: they go on, no other starts."""
+    sweep = SWEEP_OF_SIX
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "clock.json").write_text('{"seconds": 90.0, "closed": null}')
+    ended = [TrialResult(number=n, parameters=propose(sweep, n, []), curve=(0.5,), state="complete") for n in range(2)]
+    for number in (2, 3):
+        (tmp_path / "trials" / f"{number:04d}.checkpoints").mkdir()
+    student = StudentConfig.model_validate({"model": {"name": "ds_flexinet", "size": "sm1"}})
+    course = _Course(sweep, student, Limits(), 10, tmp_path / "trials", ended, lambda name, event: None)
+    assert [course.start()["number"] for _ in range(2)] == [2, 3]
+    assert course.start() is None
+    assert course.left() == [2, 3]
 
 
 def test_a_trial_whose_worker_dies_too_often_is_left_for_the_next_command(storage):

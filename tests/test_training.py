@@ -1,5 +1,6 @@
 """Schedules, objective, checkpoints and the loop against closed forms, and resuming against not having stopped."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -12,23 +13,25 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from asc_ray.artifacts import Artifact
 from asc_ray.audio.augment import Augment
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
-from asc_ray.data.batches import DataConfig, step_generator
+from asc_ray.data.batches import DataConfig, epoch_batches, step_generator
 from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.logits import write_logits
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import FusionConfig
 from asc_ray.models.registry import build
-from asc_ray.training import loop, parallel
+from asc_ray.training import loop, parallel, systems
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
 from asc_ray.training.dataset import IMPULSE_RESPONSES, PartitionConfig, Source, save_bank
 from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
-from asc_ray.training.systems import student_clips
+from asc_ray.training.systems import QATConfig, StudentConfig, student_clips, train_int8, train_student
 
 
 def test_schedule_is_the_closed_form():
@@ -98,6 +101,67 @@ def test_lambda_by_schedule_and_learned_within_its_bounds():
         learner(logits, target, soft)["total"].sum().backward()
         optimizer.step()
     assert 0.89 < float(learner.label_weight(0.0).detach()) <= 0.9
+    # An unsure teacher is no reason to leave it: a student that is as unsure has nothing left to learn from it.
+    learner = Objective(DistillationConfig(label_weight=LearnedWeight(start=0.3, low=0.1, high=0.9)))
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
+    same = torch.tensor([[0.4, 0.0]])
+    for _ in range(200):
+        optimizer.zero_grad()
+        losses = learner(same, target, same)
+        losses["total"].sum().backward()
+        optimizer.step()
+    assert 0.1 <= float(learner.label_weight(0.0).detach()) < 0.15
+    weight = learner.label_weight(0.0)
+    losses = learner(same, target, same)
+    torch.testing.assert_close(losses["total"], weight * losses["label"] + (1 - weight) * losses["distillation"])
+
+
+def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tmp_path, monkeypatch):
+    """What the objective is given in the first step, against the step's own draw."""
+    given = []
+
+    def note(self, logits, target, soft_logits, progress=0.0):
+        given.append((target, torch.softmax(soft_logits / self.config.temperature, 1)))
+        return real(self, logits, target, soft_logits, progress)
+
+    real = Objective.forward
+    monkeypatch.setattr(Objective, "forward", note)
+    soft = 4 * torch.randn(len(data.store), 10, generator=torch.Generator().manual_seed(0))
+    distillation = DistillationConfig(label_weight=0.3, temperature=1.7)
+    train("cp_resnet", data, tmp_path, soft=soft.numpy(), distillation=distillation, epochs=1)
+    config, rows = recipe("cp_resnet"), data.parts["train"]
+    clips = rows[epoch_batches(len(rows), 16, seed=0, epoch=0)[0]]
+    augment = Augment(config.augment, config.frontend, data.bank, data.mean_energy)
+    energies, devices = torch.from_numpy(data.store.energy[clips]), data.store.device[clips].tolist()
+    draw = augment.draw(energies, devices, step_generator(0, 0, 0))
+    scenes = torch.nn.functional.one_hot(torch.from_numpy(data.store.scene[clips]).long(), 10).float()
+    softened = torch.softmax(soft[clips] / 1.7, 1)
+    lam = draw.lam[:, None]
+    for found, own in zip(given[0], (scenes, softened), strict=True):
+        torch.testing.assert_close(found, lam * own + (1 - lam) * own[draw.partner])
+
+
+def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clips, data, tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr(systems, "fit", lambda *a, **given: shares.append(given["shares"]) or fit(*a, **given))
+    raw = {**recipe("cp_resnet", epochs=2).model_dump(), "balance": 1.0}
+    raw["distillation"] = {"label_weight": {"start": 0.9, "end": 0.2}}
+    config = StudentConfig.model_validate(raw)
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    rows = np.flatnonzero(data.store.split == "train")
+    about = {"system": "fused", "labels": json.dumps(data.store.labels), "corpus": data.store.corpus}
+    write_logits(targets / "train-0.arrow", data.store.ids[rows], np.zeros((len(rows), 10), np.float32), about)
+    student, int8 = (Artifact(tmp_path, stage, "x", "0", {}, {}) for stage in ("students", "int8"))
+    source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
+    train_student(student, source, targets, config)
+    train_int8(int8, source, targets, student.path, config, QATConfig(epochs=2, frozen_epochs=1))
+    assert [epoch["label_weight"] for epoch in student.facts()["history"]] == pytest.approx([0.9, 0.2])
+    assert [epoch["label_weight"] for epoch in int8.facts()["history"]] == pytest.approx([0.2, 0.2])
+    devices = data.store.device[student_clips(data)]
+    for share in shares:  # as much of every device
+        assert [share[devices == d].sum() for d in np.unique(devices)] == pytest.approx([1 / 6] * 6)
+    assert len(shares) == 2
 
 
 def test_a_learned_lambda_is_resumed_with_the_network(data, tmp_path):
@@ -490,7 +554,7 @@ def test_two_workers_train_as_one(clips, data, tmp_path):
     In float64 gradients agree to rounding. In float32 Adam's first steps are of equal size however small a gradient
     is, so rounding grows: the learning rate is one at which it stays below what is compared.
     """
-    recipes = {"cp_resnet": {"learning_rate": 2e-4}, "passt": {"accumulate": 2}}
+    recipes = {"cp_resnet": {"learning_rate": 5e-5}, "passt": {"accumulate": 2}}
     torch.multiprocessing.spawn(train_on_rank, (clips, tmp_path, recipes), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
     for name, expected in gradients(slice(None), perturbed()).items():

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,23 +13,24 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from asc_ray.artifacts import Artifact, write_atomically
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, settle, slots
-from asc_ray.errors import UserError
+from asc_ray.errors import ConfigError, UserError
+from asc_ray.models.complexity import Complexity, Limits
 from asc_ray.models.registry import build
 from asc_ray.training import search
 from asc_ray.training.dataset import Source
 from asc_ray.training.loop import Diverged, Metrics
 from asc_ray.training.search import SweepConfig, TrialResult
-from asc_ray.training.systems import StudentConfig, fit_student, soft_targets
+from asc_ray.training.systems import StudentConfig, fit_student, soft_targets, student_cost
 
 TRIALS = "trials"
 CLOCK = "clock.json"
+_OF_A_WORKER = ("parameters", "seed", "parent")  # what it needs to know of a trial beside its number
 # How Tune is to behave, read when it starts.
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they would write every trial's curve three more times
@@ -39,7 +39,7 @@ SETTINGS = {
 }
 # It would print a traceback for each attempt; how trials ended is told at the end.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-SCRATCH = ("trials/*.checkpoints", "trials/*.tmp", CLOCK)
+SCRATCH = ("trials/*.checkpoints", "trials/*.error", "trials/*.tmp", CLOCK)
 
 
 def run_sweep(
@@ -48,25 +48,28 @@ def run_sweep(
     targets: Mapping[str, Path | None],
     student: StudentConfig,
     sweep: SweepConfig,
+    limits: Limits,
     resources: Resources,
     retries: int,
     on_event: OnEvent,
 ) -> list[TrialResult]:
     """Run the trials that have not ended yet; returns all, by number. `targets`: folders of soft targets, by name.
 
-    A trial's result is a file of the artifact, its checkpoints lie beside it, and its proposal follows from the
-    results before it: nothing of Tune's own state is needed to go on after the driver died.
+    A trial whose network is over the `limits`, or works on no clip, fails without a training; one that raises an error
+    is tried again `retries` times, and has then failed with it. A trial's result is a file of the artifact, its
+    checkpoints lie beside it, and its proposal follows from the results before it: nothing of Tune's own state is
+    needed to go on after the driver died.
     """
     source = replace(source, strangers=sweep.validation.devices)
     data = source.open()
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
-    ended = [TrialResult.model_validate_json(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    course = _Course(sweep, student, len(data.store.labels), folder, ended, on_event)
+    scratch = artifact.storage / ".ray-tune"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+    course = _Course(sweep, student, limits, len(data.store.labels), folder, ended_trials(artifact), on_event)
     if course.left():
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        scratch = artifact.storage / ".ray-tune" / uuid.uuid4().hex
         trainable = tune.with_resources(
             tune.with_parameters(
                 _trial,
@@ -112,6 +115,14 @@ def run_sweep(
     return sorted(course.ended, key=lambda result: result.number)
 
 
+def ended_trials(artifact: Artifact) -> list[TrialResult]:
+    """Of a search under way, those that have ended."""
+    return [
+        TrialResult.model_validate_json(file.read_text())
+        for file in sorted((artifact.partial / TRIALS).glob("[0-9]*.json"))
+    ]
+
+
 def concurrent(sweep: SweepConfig, resources: Resources) -> int:
     """How many trials run at once: as many as there are slots, but no more than the search can propose."""
     return min(sweep.trials if sweep.scheduler == "pbt" else sweep.lookback, slots(resources))
@@ -153,16 +164,18 @@ class _Course:
         self,
         sweep: SweepConfig,
         student: StudentConfig,
+        limits: Limits,
         classes: int,
         folder: Path,
         ended: list[TrialResult],
         on_event: OnEvent,
     ) -> None:
-        self._whole, self._student, self._classes = sweep, student, classes
+        self._whole, self._student, self._limits, self._classes = sweep, student, limits, classes
         self._folder, self.ended, self._on_event = folder, ended, on_event
         self._clock = _Clock(folder.parent / CLOCK)
         self._running: dict[int, _Running] = {}
         self._lost: set[int] = set()
+        self._costs: dict[str, Complexity] = {}
 
     @property
     def sweep(self) -> SweepConfig:
@@ -182,38 +195,57 @@ class _Course:
 
     def start(self) -> dict[str, Any] | None:
         """What the worker of the next trial needs; None while that has to wait for others."""
-        waiting = [number for number in self.left() if number not in self._running]
-        if not waiting or not search.may_start(self.sweep, waiting[0], self.ended):
-            return None
-        number, sweep, minutes = waiting[0], self.sweep, self._whole.budget.minutes
-        newest = max((result.number for result in self.ended), default=-1)
-        if minutes and newest < number < sweep.searched and number and self._clock.seconds() > 60 * minutes:
-            self._clock.closed = number
-            self._clock.save()
-            return self.start()
+        while True:
+            waiting = [number for number in self.left() if number not in self._running]
+            if not waiting or not search.may_start(self.sweep, waiting[0], self.ended):
+                return None
+            number = waiting[0]
+            if self._out_of_time(number):
+                self._clock.closed = number
+                self._clock.save()
+            elif self._begun(number):
+                return {"number": number, **{key: getattr(self._running[number], key) for key in _OF_A_WORKER}}
+
+    def _out_of_time(self, number: int) -> bool:
+        """Whether a trial of the search may not start any more; what a killed driver had under way goes on."""
+        minutes = self._whole.budget.minutes
+        if not minutes or number == 0 or number >= self.sweep.searched:
+            return False
+        begun = {result.number for result in self.ended} | {int(f.stem) for f in self._folder.glob("*.checkpoints")}
+        return number > max(begun, default=-1) and self._clock.seconds() > 60 * minutes
+
+    def _begun(self, number: int) -> bool:
+        """Propose the trial and note that it runs; False where it has failed already, for there is no such network."""
+        sweep = self.sweep
         parameters = search.propose(sweep, number, self.ended)
         repeats, seed = search.repeated(sweep, number, self.ended)
         parent = search.parent(sweep, number, self.ended) if sweep.scheduler == "pbt" else None
         trial = self._running[number] = _Running(parameters, repeats, seed, parent, cost=None)
         self._on_event(search.trial_name(number), {"started": True, **vars(trial)})
         try:
-            trial.cost = search.cost_of(sweep, search.trial_config(self._student, sweep, parameters), self._classes)
+            trial.cost = search.cost_of(sweep, self._counted(search.trial_config(self._student, sweep, parameters)))
         except ValidationError as error:  # values that are right each for itself
-            trial.error = "; ".join(finding["msg"] for finding in error.errors())
+            trial.error = "; ".join(finding["msg"].removeprefix("Value error, ") for finding in error.errors())
+        except ConfigError as error:
+            trial.error = str(error)
+        if trial.error:
             self.close(number, failed=True)
-            return self.start()
+            return False
         for old in range(number // sweep.trials * sweep.trials - sweep.trials):  # nobody goes on from these any more
             shutil.rmtree(self._folder / _checkpoints(old), ignore_errors=True)
-        return {"number": number, "parameters": parameters, "seed": seed, "parent": parent}
+        return True
+
+    def _counted(self, student: StudentConfig) -> Complexity:
+        """Of most searches, once for all trials."""
+        network = student.model_dump_json(include={"model", "frontend"})
+        if network not in self._costs:
+            self._costs[network] = student_cost(student, self._limits, self._classes)
+        return self._costs[network]
 
     @property
     def stuck(self) -> bool:
         """Whether nothing runs, and nothing can start before the same command is given again."""
         return self._running.keys() <= {result.number for result in self.ended} | self._lost
-
-    def lose(self, number: int) -> None:
-        """A trial whose worker died too often says nothing of its parameters: it is left for another time."""
-        self._lost.add(number)
 
     def hear(self, number: int, metrics: Mapping[str, Any]) -> bool:
         """Note an epoch of a trial; returns whether the trial is to stop."""
@@ -231,12 +263,14 @@ class _Course:
             return True
         return False
 
-    def fail(self, number: int, error: str) -> None:
-        self._running[number].error = error
-
-    def said_why(self, number: int) -> bool:
-        """Whether its last attempt ended with an error of its own, and not with its worker."""
-        return bool(self._running[number].error)
+    def give_up(self, number: int) -> None:
+        """Of a trial whose last attempt failed, with an error of its own or with its worker."""
+        error = self._folder / _error(number)
+        if error.is_file():
+            self._running[number].error = error.read_text()
+            self.close(number, failed=True)
+        else:  # says nothing of its parameters: it is left for another time
+            self._lost.add(number)
 
     def close(self, number: int, failed: bool) -> None:
         trial, sweep = self._running[number], self.sweep
@@ -270,10 +304,10 @@ class _Proposals(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
-        if error and not self._course.said_why(number):
-            self._course.lose(number)
+        if error:
+            self._course.give_up(number)
         else:
-            self._course.close(number, failed=error)
+            self._course.close(number, failed=False)
 
     def get_state(self) -> dict:
         return {}
@@ -296,18 +330,23 @@ class _Halving(FIFOScheduler):
         stop = self._course.hear(trial.config["number"], result)
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() if isinstance(error, RayTaskError) else []
-        self._course.fail(trial.config["number"], lines[-1] if lines else "")
-
 
 class _SpanEnds(Exception):
     """A trial has trained the epochs that are its own."""
 
 
 def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
-    """One trial on a worker."""
+    """One trial on a worker. What it raises is also left in a file: Tune does not tell it from a worker's death."""
+    note = work["folder"] / _error(config["number"])
+    note.unlink(missing_ok=True)
+    try:
+        _train(config, work)
+    except Exception as error:
+        write_atomically(note, " ".join(f"{type(error).__name__}: {error}".split()))
+        raise
+
+
+def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
     torch.set_num_threads(work["threads"])
     sweep, number = work["sweep"], config["number"]
     student = search.trial_config(work["student"], sweep, config["parameters"])
@@ -338,6 +377,10 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
 
 def _checkpoints(number: int) -> str:
     return f"{number:04d}.checkpoints"
+
+
+def _error(number: int) -> str:
+    return f"{number:04d}.error"
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

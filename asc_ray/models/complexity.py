@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import torch
 import torchinfo
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import nn
 from torchinfo.layer_info import LayerInfo
 
@@ -13,11 +15,22 @@ from asc_ray.section import Section
 BYTES_EACH = {"float32": 4, "int8": 1}
 
 
+def _number(value: Any) -> Any:
+    """30e6 and "30e6", which YAML takes for a text, are numbers, too."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_number)]
+
+
 class Limits(Section):
     """What a device has for a student; DCASE's are the defaults."""
 
-    bytes: int = Field(128_000, ge=1, description="of the parameters as int8")
-    macs: int = Field(30_000_000, ge=1, description="multiply-accumulates of a clip")
+    bytes: Count = Field(128_000, ge=1, description="of the parameters as int8")
+    macs: Count = Field(30_000_000, ge=1, description="multiply-accumulates of a clip")
 
     def exceeded(self, cost: "Complexity") -> list[str]:
         """In words, what is over; empty where all is within."""
@@ -36,20 +49,15 @@ class Layer:
     output_shape: tuple[int, ...]
     parameters: int
     macs: int
-    activations: int  # elements of its input and its output, which are in memory together
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """`macs` are for the whole input batch. `bytes` are of the parameters alone, as Table II has them.
-
-    `peak_activations`: bytes of the largest input and output of one layer, without what a shortcut keeps meanwhile.
-    """
+    """`macs` are for the whole input batch. `bytes` are of the parameters alone, as Table II has them."""
 
     parameters: int
     macs: int
     bytes: dict[str, int]
-    peak_activations: dict[str, int]
     layers: list[Layer]
 
 
@@ -67,7 +75,6 @@ def complexity(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64))
             tuple(layer.output_size),
             max(layer.num_params, 0),
             _macs(layer),
-            math.prod(layer.input_size) + math.prod(layer.output_size),
         )
         for layer in info.summary_list
         if layer.is_leaf_layer and layer.executed
@@ -77,11 +84,39 @@ def complexity(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64))
         parameters=parameters,
         macs=sum(layer.macs for layer in layers),
         bytes={dtype: size * parameters for dtype, size in BYTES_EACH.items()},
-        peak_activations={
-            dtype: size * max((layer.activations for layer in layers), default=0) for dtype, size in BYTES_EACH.items()
-        },
         layers=layers,
     )
+
+
+def peak_activations(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64)) -> dict[str, int]:
+    """Bytes by dtype of all activations that are in memory together, at most, for an input of `input_shape`.
+
+    In the order in which the network computes; an activation is kept until its last use, as that of a shortcut until
+    the sum. Batch norms and ReLUs work in place, views take nothing. The model is left in evaluation form.
+    """
+    graph = torch.export.export(model.eval(), (torch.zeros(input_shape),)).module().graph
+    nodes = [node for node in graph.nodes if node.op in ("call_function", "placeholder")]
+    nodes = [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    holder: dict[torch.fx.Node, torch.fx.Node] = {}  # whose memory a node's output lies in
+    for node in nodes:
+        taken = [source for source in node.all_input_nodes if source in holder]
+        in_place = node.target in IN_PLACE and len(taken[0].users) == 1
+        viewed = getattr(node.target, "is_view", False)
+        holder[node] = holder[taken[0]] if taken and (in_place or viewed) else node
+    last = {
+        holder[source]: place for place, node in enumerate(nodes) for source in node.all_input_nodes if source in holder
+    }
+    most = 0
+    for place, _ in enumerate(nodes):
+        live = {holder[node] for node in nodes[: place + 1] if last.get(holder[node], len(nodes)) >= place}
+        most = max(most, sum(node.meta["val"].numel() for node in live))
+    return {dtype: size * most for dtype, size in BYTES_EACH.items()}
+
+
+IN_PLACE = {
+    torch.ops.aten.batch_norm.default, torch.ops.aten.relu.default, torch.ops.aten.relu_.default,
+    torch.ops.aten.gelu.default, torch.ops.aten.dropout.default,
+}  # fmt: skip
 
 
 def _macs(layer: LayerInfo) -> int:

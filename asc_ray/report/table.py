@@ -2,10 +2,11 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asc_ray.models.complexity import BYTES_EACH
 from asc_ray.report.page import environment
 from asc_ray.training.evaluation import OverSeeds
 
@@ -14,7 +15,8 @@ PAPER = "the paper, TAU22"
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRow:
-    """`paper`: its figures by column: `parameters` in K, `macs` in M, devices' names, `all`, `int8`, those in %."""
+    """`paper`: its figures by column: `parameters` in K, `macs` in M, `float32 kB`, `int8 kB`; in % devices' names,
+    `all`, `int8`."""
 
     name: str
     parameters: int
@@ -60,9 +62,10 @@ def columns(comparison: Comparison) -> list[str]:
     devices = {name for row in comparison.rows for name in row.scores[0].per_device}
     unseen = comparison.unseen_devices
     groups = [group for group in ("seen", "unseen") if all(group in row.scores[0].groups for row in comparison.rows)]
-    int8 = ["int8"] if any(row.int8 for row in comparison.rows) else []
+    int8 = any(row.int8 for row in comparison.rows)
     ordered = sorted(devices, key=lambda name: (name in unseen, name))
-    return ["parameters", "macs", *ordered, *groups, "all", *int8, "log loss"]
+    sizes = ["parameters", "macs", *(BYTES if int8 else ())]
+    return [*sizes, *ordered, *groups, "all", *(["int8"] if int8 else []), "log loss"]
 
 
 def lines(comparison: Comparison) -> Iterator[Line]:
@@ -75,8 +78,8 @@ def lines(comparison: Comparison) -> Iterator[Line]:
 
 
 def _ours(row: ComparedRow, column: str) -> tuple[float | None, float | None]:
-    if column in ("parameters", "macs"):
-        return (row.parameters / 1e3 if column == "parameters" else row.macs / 1e6), None
+    if column in SIZES:
+        return SIZES[column](row), None
     scores = row.int8 if column == "int8" else row.scores
     if scores is None:
         return None, None
@@ -89,6 +92,12 @@ def _ours(row: ComparedRow, column: str) -> tuple[float | None, float | None]:
     return 100 * share, 100 * deviation.accuracies()[column] if deviation else None
 
 
+# Of the parameters alone, as the paper counts; an exported model has scales, biases and a graph beside them.
+BYTES: dict[str, Callable[[ComparedRow], float]] = {
+    f"{dtype} kB": lambda row, each=each: each * row.parameters / 1e3  # type: ignore[misc]
+    for dtype, each in BYTES_EACH.items()
+}
+SIZES = {"parameters": lambda row: row.parameters / 1e3, "macs": lambda row: row.macs / 1e6, **BYTES}
 TITLES = {"parameters": "parameters, K", "macs": "MACs, M", "int8": "all, int8"}
 
 
@@ -96,7 +105,7 @@ def cell(column: str, value: float | None, deviation: float | None, paper: bool)
     """As people read it; the paper's with the decimals that it prints."""
     if value is None:
         return ""
-    digits = 3 if column == "log loss" else 2 if paper or column in ("parameters", "macs") else 1
+    digits = 3 if column == "log loss" else 2 if paper or column in SIZES else 1
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 

@@ -22,6 +22,10 @@ MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json
 PRODUCER = "asc-ray"  # in the ONNX file's metadata, beside the same labels and front end as in the JSON files
 
 
+# Whatever the scale: what the front end makes of its squares is a number still.
+_TOO_LOUD = 1e12
+
+
 class Bundle:
     """An exported model. Every file is compared with its checksum, and the files with each other.
 
@@ -50,17 +54,19 @@ class Bundle:
     def logits(self, waves: np.ndarray) -> np.ndarray:
         """(N, samples) float in +-1, or int16, at `frontend.sample_rate` -> (N, labels) float32.
 
-        Raises UserError for another shape, for no wave and for values that are not finite.
+        Raises UserError for another type or shape, for no wave, and for values that are not finite or no sound's.
         """
         waves = np.asarray(waves)
+        if waves.dtype != np.int16 and waves.dtype.kind != "f":
+            raise UserError(f"waves of type {waves.dtype}: expected int16, or floating point in +-1")
         waves = waves / np.float32(32768) if waves.dtype == np.int16 else waves.astype(np.float32, copy=False)
         if waves.ndim != 2 or not len(waves) or waves.shape[1] != self.frontend.samples:
             raise UserError(
                 f"waves of shape {waves.shape}: expected (N, {self.frontend.samples}), one row a clip, at "
                 f"{self.frontend.sample_rate} Hz"
             )
-        if broken := int((~np.isfinite(waves)).sum()):
-            raise UserError(f"waves: {broken} samples are not finite")
+        if broken := int((~(abs(waves) < _TOO_LOUD)).sum()):
+            raise UserError(f"waves: {broken} samples are not finite, or not below {_TOO_LOUD:g}")
         return self._session.run(["logits"], {"mel": self._log_mel(waves)})[0]
 
     def probabilities(self, waves: np.ndarray) -> np.ndarray:
@@ -74,18 +80,21 @@ class Bundle:
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("producer") != PRODUCER:
             raise UserError(f"{folder / MODEL}: not a model of `asc-ray export`; export it again")
-        taken, given = self._session.get_inputs()[0].shape[1:], self._session.get_outputs()[0].shape[1]
+        taken, given = (
+            {value.name: value.shape[1:] for value in values}
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
         made = [1, self.frontend.mels, self.frontend.frames]
-        if taken != made:
+        if taken != {"mel": made}:
             raise UserError(
-                f"{folder}: {MODEL} takes mels of shape {taken}, but {FRONTEND} makes {made}; export the bundle again"
+                f"{folder}: {MODEL} takes {taken}, but {FRONTEND} makes mel: {made}; export the bundle again"
             )
-        if given != len(self.labels):
+        if given != {"logits": [len(self.labels)]}:
             raise UserError(
-                f"{folder}: {MODEL} has {given} outputs, but {LABELS} has {len(self.labels)} labels; export it again"
+                f"{folder}: {MODEL} gives {given}, but {LABELS} has {len(self.labels)} labels; export the bundle again"
             )
         for file in (FRONTEND, LABELS):
-            if json.loads(metadata[file]) != json.loads((folder / file).read_text()):
+            if json.loads(metadata.get(file, "null")) != json.loads((folder / file).read_text()):
                 raise UserError(f"{folder}: {file} is not what {MODEL} was exported with; export the bundle again")
 
 
@@ -94,7 +103,7 @@ def damaged_files(folder: Path) -> list[str]:
     try:
         lines = (folder / CHECKSUMS).read_text().splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except FileNotFoundError:
+    except OSError:
         raise UserError(f"{folder}: no {CHECKSUMS}, so this is no bundle of `asc-ray export`") from None
     except ValueError:
         raise UserError(f"{folder / CHECKSUMS}: not a list of checksums; export the bundle again") from None
@@ -125,4 +134,7 @@ def _frontend(file: Path) -> Frontend:
         raise UserError(
             f"{file}: keys {', '.join(sorted(found))}; expected {', '.join(sorted(expected))}; export the bundle again"
         )
-    return Frontend(**found)
+    try:
+        return Frontend(**found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}; export the bundle again") from None

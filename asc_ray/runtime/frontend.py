@@ -24,6 +24,16 @@ class Frontend:
     fmin: float
     fmax: float
 
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for settings that are no front end."""
+        lengths = (self.sample_rate, self.samples, self.n_fft, self.window, self.hop, self.mels)
+        if not all(isinstance(value, int) and value > 0 for value in lengths):
+            raise ValueError("sample_rate, samples, n_fft, window, hop and mels must be whole numbers above 0")
+        if self.window > self.n_fft or self.n_fft % 2:
+            raise ValueError(f"window {self.window} must not exceed n_fft {self.n_fft}, an even number")
+        if not 0 <= self.fmin < self.fmax <= self.sample_rate / 2:
+            raise ValueError(f"0 <= fmin {self.fmin} < fmax {self.fmax} <= half of sample_rate must hold")
+
     @property
     def frames(self) -> int:
         """Of a clip; pre-emphasis takes one sample."""

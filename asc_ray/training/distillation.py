@@ -66,7 +66,9 @@ class Objective(nn.Module):
     """Eq. 5 as named losses (`total`, `label`, and `distillation` when there are soft targets), one value a clip.
 
     Both sides of the distillation loss are divided by the temperature tau, and it is multiplied by tau^2 (Hinton et
-    al., 2015), so its gradient keeps its size as tau changes. A learned lambda is low + (high - low) sigmoid(`raw`).
+    al., 2015), so its gradient keeps its size as tau changes. A learned lambda is low + (high - low) sigmoid(`raw`). It
+    weighs the label loss against the divergence from the soft target, and so goes where the student is better: towards
+    `high` where labels are learned faster than soft targets are.
     """
 
     def __init__(self, config: DistillationConfig | None) -> None:
@@ -87,6 +89,12 @@ class Objective(nn.Module):
             return weight.start + (weight.end - weight.start) * share
         return weight
 
+    def mixed(self, soft_logits: Tensor, lam: Tensor, partner: Tensor | None) -> Tensor:
+        """Logits (B, K) whose softened probabilities are lam (B, 1) of a clip's own and 1 - lam of its partner's."""
+        assert self.config is not None
+        own = torch.softmax(soft_logits / self.config.temperature, dim=1)
+        return torch.log(torch.lerp(own[partner], own, lam)) * self.config.temperature
+
     def forward(
         self, logits: Tensor, target: Tensor, soft_logits: Tensor | None, progress: float = 0.0
     ) -> dict[str, Tensor]:
@@ -98,8 +106,8 @@ class Objective(nn.Module):
         tau, weight = self.config.temperature, self.label_weight(progress)
         soft_target = torch.softmax(soft_logits / tau, dim=1)
         distillation = -(soft_target * F.log_softmax(logits / tau, dim=1)).sum(dim=1) * tau**2
-        return {
-            "total": weight * label + (1.0 - weight) * distillation,
-            "label": label,
-            "distillation": distillation,
-        }
+        total = weight * label + (1.0 - weight) * distillation
+        if isinstance(weight, Tensor):  # no student is below the soft target's own entropy: lambda is not to flee it
+            entropy = torch.special.entr(soft_target).sum(dim=1) * tau**2
+            total = total + (weight - weight.detach()) * entropy
+        return {"total": total, "label": label, "distillation": distillation}

@@ -158,7 +158,7 @@ def evaluate_student(artifact: Artifact, source: Source, student: Path, config: 
     facts = _figures(scores)
     if int8:
         # What was trained is what computes: the same clips with fake quantization, and in onnxruntime's 8-bit kernels.
-        from asc_ray.training.quantization import OnnxModel
+        from asc_ray.training.onnx_model import OnnxModel
 
         fake = load_fake_quantized(student, config, len(store.labels))
         for name, other in {"fake_quantization": fake, "onnxruntime": OnnxModel(student / ONNX_MODEL)}.items():

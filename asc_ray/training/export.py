@@ -75,6 +75,12 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     Raises UserError naming what is wrong; returns what was found.
     """
     bundle = Bundle(folder)
+    listed = {line.split("  ", 1)[1] for line in (folder / CHECKSUMS).read_text().splitlines()}
+    found = {file.name for file in folder.iterdir()} - {CHECKSUMS}
+    if found != listed or not {INT8_MODEL, CARD} <= found:
+        missing, added = sorted({INT8_MODEL, CARD} - found), sorted(found - listed)
+        what = [*(f"{name}: missing" for name in missing), *(f"{name}: not in {CHECKSUMS}" for name in added)]
+        raise UserError(f"{folder}: {'; '.join(what)}. Export the bundle again, or take away what is not its own")
     model = load_int8(folder)
     noise = 0.1 * np.random.default_rng(0).standard_normal((8, bundle.frontend.samples), dtype=np.float32)
     logits = bundle.logits(noise)

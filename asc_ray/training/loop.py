@@ -358,7 +358,7 @@ class _Trainer:
             if draw.lam is not None:
                 lam, partner = draw.lam[:, None], draw.partner
                 target = lam * target + (1 - lam) * target[partner]
-                teacher = None if teacher is None else lam * teacher + (1 - lam) * teacher[partner]
+                teacher = None if teacher is None else self.objective.mixed(teacher, lam, partner)
         self.optimizer.zero_grad(set_to_none=True)
         result = torch.zeros(3, device=device)
         parts = min(self.accumulate, len(clips) // self.world)

@@ -10,14 +10,15 @@ import copy
 import io
 import json
 import logging
+import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -154,7 +155,7 @@ def _end_of_block(node: Node) -> Node:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # torch copies its own deprecated tree specs.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*isinstance\\(treespec, LeafSpec\\)")
@@ -168,7 +169,7 @@ def prepare(model: nn.Module, example: Tensor) -> nn.Module:
     graphs lack. The ranges of the activations start with the first batch in training, and an evaluation before that is
     meaningless. Its state dict loads into another module prepared from the same configuration.
     """
-    with _quiet():
+    with quiet():
         graph = _export(copy.deepcopy(model).train(), example)
         _drop_batch_counts(graph)
         return prepare_qat_pt2e(graph, FbgemmQuantizer())
@@ -192,10 +193,23 @@ def _follow(model: nn.Module, ranges: bool) -> None:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Have the ranges follow what runs through the model in evaluation form: calibration after training."""
+    """Calibration after training: ranges become the means of all batches' that run through, in evaluation form."""
     set_training(model, False)
     _follow(model, True)
+    averages: list[Any] = [module for module in model.modules() if hasattr(module, "averaging_constant")]
+    constant, batches = averages[0].averaging_constant, 0
+
+    def weigh(*_: object) -> None:
+        nonlocal batches
+        batches += 1
+        for module in averages:
+            module.averaging_constant = 1 / batches
+
+    hook = model.register_forward_pre_hook(weigh)
     yield
+    hook.remove()
+    for module in averages:
+        module.averaging_constant = constant
     _follow(model, False)
 
 
@@ -234,7 +248,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises RuntimeError if a batch norm was not folded or a convolution or linear layer has weights other than int8.
     """
-    with _quiet():
+    with quiet():
         folded = copy.deepcopy(model).cpu()
         assert isinstance(folded, GraphModule)
         set_training(folded, False)
@@ -281,8 +295,11 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 def save(model: nn.Module, file: Path, metadata: Mapping[str, Any]) -> None:
     """Write a converted model to `file` (.pt2), with `metadata` as JSON inside, under another name and renamed."""
     stream = io.BytesIO()
-    with _quiet():
-        program = torch.export.export(model, (_example(model),), dynamic_shapes=_FREE_BATCH)
+    with quiet():
+        program = torch.export.export(model, (example_of(model),), dynamic_shapes=FREE_BATCH)
+        for node in program.graph.nodes:  # but for shapes: it says where on this machine the code of a network lies
+            node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+        program._example_inputs = None  # zeros
         torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(metadata)})
     write_atomically(file, stream.getvalue())
 
@@ -290,47 +307,58 @@ def save(model: nn.Module, file: Path, metadata: Mapping[str, Any]) -> None:
 def load(file: Path) -> nn.Module:
     """What `save` wrote: (B, 1, F, T) float32 to logits (B, classes), equal to the bit. Raises UserError."""
     try:
-        with _quiet():
+        _refuse_code(file)
+        with quiet():
             return torch.export.load(file).module()
     except Exception as error:  # of many kinds: files of another version, cut short, of another format
         raise UserError(f"{file} is no readable int8 model ({error}); run the stage qat again") from error
 
 
-def export_onnx(model: nn.Module, file: Path) -> None:
-    """Write a converted model as ONNX with QuantizeLinear and DequantizeLinear: input `mel`, output `logits`."""
-    with _quiet():
-        program = torch.onnx.export(
-            model, (_example(model),), dynamo=True, verbose=False, dynamic_shapes=_FREE_BATCH,
-            input_names=["mel"], output_names=["logits"],
-        )  # fmt: skip
-    assert program is not None
-    model = program.model_proto
-    for notes in (model, model.graph, *model.graph.node):  # where in PyTorch each comes from, nine tenths of the file
-        notes.ClearField("metadata_props")
-    model.graph.ClearField("value_info")
-    write_atomically(file, model.SerializeToString())
+_TENSOR = re.compile(r"(weight|tensor)_\d+")
+_SYMBOL = re.compile(r"Symbol\('\w+', positive=True, integer=True\)|\d+")
+_OPERATOR = re.compile(r"torch\.ops\.(aten|quantized_decomposed)\.\w+\.\w+|_operator\.\w+")
 
 
-class OnnxModel(nn.Module):
-    """An ONNX file of `export_onnx` under onnxruntime, whose integer kernels compute what torch only emulates."""
+def _refuse_code(file: Path) -> None:
+    """Raises ValueError where a .pt2 has more in it than `save` writes: torch.export.load would unpickle objects, call
+    any function of torch by its name and evaluate expressions, and a model may be from anywhere."""
+    with zipfile.ZipFile(file) as archive:
+        if len(set(archive.namelist())) < len(archive.namelist()):
+            raise ValueError("a part of it occurs twice")
+        for name in archive.namelist():
+            if name.endswith(".pt") and (pickled := archive.read(name)):
+                torch.load(io.BytesIO(pickled), weights_only=True)
+            elif name.endswith("_config.json"):
+                for entry in json.loads(archive.read(name))["config"].values():
+                    if entry["use_pickle"] or not _TENSOR.fullmatch(entry["path_name"]):
+                        raise ValueError(f"{name}: {entry['path_name']} is no plain tensor")
+            elif name.endswith(".json") and "/models/" in name:
+                for key, text in _texts(json.loads(archive.read(name))):
+                    allowed = {"target": _OPERATOR, "expr_str": _SYMBOL}.get(key)
+                    if allowed and not allowed.fullmatch(text):
+                        raise ValueError(f"{name}: {key} {text[:80]!r} is none that a network of asc-ray has")
 
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
-    def forward(self, mel: Tensor) -> Tensor:
-        (logits,) = self._session.run(["logits"], {"mel": mel.contiguous().numpy()})
-        return torch.from_numpy(logits)
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in a JSON value, with the key that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, own in value.items():
+            yield from _texts(own, name)
+    elif isinstance(value, list):
+        for own in value:
+            yield from _texts(own, key)
 
 
-_FREE_BATCH = ({0: torch.export.Dim("batch")},)
+FREE_BATCH = ({0: torch.export.Dim("batch")},)
 
 
 def _export(model: nn.Module, example: Tensor) -> GraphModule:
-    return torch.export.export(model, (example,), dynamic_shapes=_FREE_BATCH).module()
+    return torch.export.export(model, (example,), dynamic_shapes=FREE_BATCH).module()
 
 
-def _example(model: nn.Module) -> Tensor:
+def example_of(model: nn.Module) -> Tensor:
     """Zeros of the shape that the model was exported with, two clips of them."""
     taken = next(node for node in _graph(model).nodes if node.op == "placeholder")
     return torch.zeros(2, *taken.meta["val"].shape[1:])

@@ -16,13 +16,12 @@ import optuna
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from asc_ray.errors import UserError
-from asc_ray.models.complexity import complexity
-from asc_ray.models.registry import build
+from asc_ray.models.complexity import Complexity
 from asc_ray.section import Section
 from asc_ray.training.explain import explain
 from asc_ray.training.population import PopulationConfig, ancestor, explored
 from asc_ray.training.space import KINDS, Parameter, Space, distributions, grid, suggested, values_of
-from asc_ray.training.systems import StudentConfig, input_shape
+from asc_ray.training.systems import StudentConfig
 
 METRIC = "objective"
 ENDED_WELL = ("complete", "stopped")
@@ -39,6 +38,14 @@ CHANGES_WHILE_TRAINING = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
 )
+# Of the student: what trials cannot tell the worth of, and why.
+NOT_JUDGED = {
+    "checkpoint": "with it nothing is trained",
+    "optimizer.epochs": "trials train for sweep.epochs",
+    "seed": "a good seed is luck",
+    "seeds": "a trial has one",
+    "select": "a trial's value is that of its last epoch",
+}
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study tells a user nothing
 
 
@@ -111,6 +118,8 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.finalists > 1 and self.seeds == 1 and self.scheduler != "pbt":
+            raise ValueError(f"finalists: {self.finalists}, each with one seed, which they had; give seeds: 2 or more")
         if self.scheduler != "pbt":
             return self
         for key, found, allowed in (
@@ -149,6 +158,8 @@ class SweepConfig(Section):
         if self.sampler == "grid" and self.trials > (points := len(grid(self.space))):
             raise ValueError(f"sweep.trials: {self.trials}, but the grid of sweep.space has {points} points")
         for key, parameter in self.space.items():
+            if key in NOT_JUDGED:
+                raise ValueError(f"sweep.space.{key}: is not searched, for {NOT_JUDGED[key]}; give it in student.{key}")
             for value in parameter.ends():
                 try:
                     changed(student, {key: value})
@@ -204,11 +215,10 @@ def trial_config(student: StudentConfig, sweep: SweepConfig, parameters: Mapping
     return changed(student, values_of(sweep.space, parameters))
 
 
-def cost_of(config: SweepConfig, student: StudentConfig, classes: int) -> float | None:
+def cost_of(config: SweepConfig, counted: Complexity) -> float | None:
     """What a trial's network costs, where the search minds."""
     if config.cost is None:
         return None
-    counted = complexity(build(student.model, classes), input_shape(student))
     return float(counted.macs if config.cost == "macs" else counted.bytes["int8"])
 
 
@@ -365,8 +375,8 @@ def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
 
 
 def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
-    """The last values of a trial and of its repetitions with other seeds."""
-    return [r.value for r in ended if number in (r.number, r.repeats)]
+    """The last values of a trial and of its repetitions with other seeds; one that crashed says nothing."""
+    return [r.value for r in ended if number in (r.number, r.repeats) and r.state != "failed"]
 
 
 def importances(space: Space, ended: Sequence[TrialResult]) -> dict[str, float]:

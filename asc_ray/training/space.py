@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from optuna.trial import FixedTrial
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from asc_ray.section import Section
 
@@ -53,7 +53,7 @@ class Parameter(Section):
     @classmethod
     def _parsed(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("one_of"), dict):
-            return raw | {"one_of": {name: _parsed(value) for name, value in sorted(raw["one_of"].items())}}
+            return raw | {"one_of": {name: _parsed(value, name) for name, value in sorted(raw["one_of"].items())}}
         if not isinstance(raw, dict | Parameter):
             raise ValueError(f"expected a mapping with one of {', '.join(KINDS)}, as in {{uniform: [0.1, 0.5]}}")
         return raw
@@ -124,13 +124,17 @@ def grid(space: Space) -> list[dict[str, Any]]:
     return [{name: value for point in whole for name, value in point.items()} for whole in itertools.product(*each)]
 
 
-def _parsed(raw: Any) -> Any:
-    """Parameters inside an alternative: mappings with the name of a kind as their only key."""
+def _parsed(raw: Any, path: str) -> Any:
+    """Parameters inside the alternative at `path`: mappings with the name of a kind as their only key."""
     if not isinstance(raw, dict):
         return raw
     if len(raw) == 1 and next(iter(raw)) in KINDS:
-        return Parameter.model_validate(raw)
-    return {name: _parsed(value) for name, value in sorted(raw.items())}
+        try:
+            return Parameter.model_validate(raw)
+        except ValidationError as error:
+            found = "; ".join(finding["msg"].removeprefix("Value error, ") for finding in error.errors())
+            raise ValueError(f"one_of.{path}: {found}") from None
+    return {name: _parsed(value, f"{path}.{name}") for name, value in sorted(raw.items())}
 
 
 def _suggest(value: Any, trial: Suggests, name: str) -> Any:

@@ -21,8 +21,8 @@ from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_atomic
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
-from asc_ray.errors import UserError
-from asc_ray.models.complexity import complexity
+from asc_ray.errors import ConfigError, UserError
+from asc_ray.models.complexity import Complexity, Limits, complexity
 from asc_ray.models.normalization import ResidualNorm
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.pretrained import load_published, start_from
@@ -73,6 +73,30 @@ class QATConfig(Section):
         if 0 < self.epochs <= self.frozen_epochs:
             raise ValueError(f"frozen_epochs: {self.frozen_epochs} of {self.epochs} epochs leaves none to observe in")
         return self
+
+
+def network_cost(recipe: Recipe, classes: int) -> Complexity:
+    """What the recipe's network costs on its front end. Raises ConfigError where it does not work."""
+    shape = input_shape(recipe)
+    try:
+        return complexity(build(recipe.model, classes), shape)
+    except (RuntimeError, ValueError):
+        mels, frames = shape[2:]
+        raise ConfigError(
+            f"{recipe.model.name} does not work on the {mels} mels x {frames} frames of a clip; change the network, "
+            "frontend.mels or frontend.hop"
+        ) from None
+
+
+def student_cost(student: Recipe, limits: Limits, classes: int) -> Complexity:
+    """`network_cost` of a student. Raises ConfigError also where it is over the device's limits."""
+    cost = network_cost(student, classes)
+    if over := limits.exceeded(cost):
+        raise ConfigError(
+            f"{student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller one, or raise the "
+            "limits"
+        )
+    return cost
 
 
 def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
@@ -174,6 +198,7 @@ def train_int8(
 ) -> None:
     """Quantization-aware training of the finished `student`, or post-training quantization, and the int8 model."""
     from asc_ray.training import quantization  # torchao takes seconds to import, and only this needs it
+    from asc_ray.training.onnx_model import export_onnx
 
     folder = artifact.open_partial()
     data = source.open()
@@ -185,12 +210,12 @@ def train_int8(
         clips = student_clips(data)
         some = np.random.default_rng(config.seed).choice(clips, min(qat.calibration_clips, len(clips)), replace=False)
         with quantization.observing(prepared):
-            predict(prepared, LogMel(config.frontend), data.store, np.sort(some), torch.device("cpu"))
+            predict(prepared, LogMel(config.frontend), data.store, some, torch.device("cpu"))
     quantization.round_biases(prepared.cpu())
     int8 = quantization.convert(prepared)
     _save_weights(prepared, folder, FAKE_QUANTIZED)
     quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
-    quantization.export_onnx(int8, folder / ONNX_MODEL)
+    export_onnx(int8, folder / ONNX_MODEL)
     artifact.finish(
         {
             "history": history,
