@@ -67,6 +67,10 @@ def run_table(
             configs[row.name] = load_config(config, given)
         except ConfigError as error:
             raise ConfigError(f"row {row.name}: {error}") from None
+        for key in sorted({text.partition("=")[0] for text in overrides} & row.set.keys()):
+            progress.note(
+                f"row {row.name}: sets {key} itself, to {json.dumps(row.set[key])}; --set does not change that"
+            )
     plans = _plans(configs)
     for name_of_row, plan in plans.items():
         try:

@@ -241,12 +241,15 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
     """Model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
     raw = preset("network", name, ("students", "teachers"), beside)
+    raw = raw.get("student", raw)  # of a whole configuration, as a search's best
     return {key: raw[key] for key in _NETWORK if key in raw}
 
 
 def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = None) -> dict[str, Any]:
     """The mapping of a YAML file, or of the one with this name in a folder `beside` or among the packaged presets."""
-    if Path(name).suffix and Path(name).is_file():
+    if Path(name).suffix:
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such file")
         return _compose(Path(name).resolve())
     places = [parent / folder for parent in (beside, PRESETS) if parent is not None for folder in folders]
     known = {file.stem: file for place in reversed(places) for file in place.glob("*.yaml")}

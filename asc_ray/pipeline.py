@@ -227,6 +227,8 @@ def _build_clips(work: Work) -> None:
         retries=config.cluster.retries,
         on_event=work.progress.event,
     )
+    if config.sweep:  # of a corpus that was not there before
+        replace(work.source, strangers=config.sweep.validation.devices).open()
     facts = plan.clips.facts()
     for line in ingest_summary(facts):
         work.progress.note(line)

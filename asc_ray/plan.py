@@ -21,6 +21,7 @@ from asc_ray.training.dataset import check_strangers
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
+from asc_ray.training.search import changed
 from asc_ray.training.systems import StudentConfig
 
 BEST_STUDENT = "best.yaml"
@@ -210,11 +211,14 @@ class Plan:
 
     def _check_corpus(self, corpus: Corpus) -> None:
         """Refuse, before any work, what this corpus cannot give. Raises ConfigError or CorpusError."""
-        recipes = {f"teachers.recipes.{name}": recipe for name, recipe in self.config.teachers.recipes.items()}
-        for key, recipe in {**recipes, "student": self.config.student}.items():
-            dir_ = recipe.augment.dir
-            unknown = [] if dir_.apply_to == "all" else sorted(set(dir_.apply_to) - set(corpus.devices))
-            if dir_.p > 0 and unknown:
+        config = self.config
+        trained = [(f"teachers.recipes.{name}", recipe.augment.dir) for name, recipe in config.teachers.recipes.items()]
+        asked = [(key, dir_) for key, dir_ in [*trained, ("student", config.student.augment.dir)] if dir_.p > 0]
+        for key, parameter in config.sweep.space.items() if config.sweep else ():
+            if key in ("augment", "augment.dir", "augment.dir.apply_to"):
+                asked += [("sweep.space", changed(config.student, {key: end}).augment.dir) for end in parameter.ends()]
+        for key, dir_ in asked:
+            if dir_.apply_to != "all" and (unknown := sorted(set(dir_.apply_to) - set(corpus.devices))):
                 raise ConfigError(
                     f"{key}.augment.dir.apply_to: the corpus has no device {unknown[0]!r}; "
                     f"allowed: all, or some of {', '.join(corpus.devices)}"

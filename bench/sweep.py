@@ -7,12 +7,14 @@ CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). Trials are
 time:   so many trials of about so many seconds, none stopped early, in slots of one CPU each. Training seconds are
         those of the epochs, as the loop counts them, with augmentation and validation; the rest of slots x wall time is
         what the search costs: Tune, proposals, networks, opening clips, checkpoints, waiting.
-memory: 1 and 8 trials at once; proportional set sizes (shared pages divided among their users) of the processes.
+memory: 1 and 8 trials at once; proportional set sizes (shared pages divided among their users) of the processes, those
+        of the mapped clips and of Ray's shared memory, where the soft targets are, apart from the rest.
 shared: two trials as two processes of one thread, as two threads of one process, and one after the other in a process
         of two threads.
 """
 
 import argparse
+import json
 import logging
 import re
 import tempfile
@@ -23,15 +25,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.sweep import run_sweep
+from asc_ray.data.clips import ClipStore
+from asc_ray.data.logits import write_logits
 from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
 from asc_ray.training.dataset import PartitionConfig, Source
+from asc_ray.training.distillation import DistillationConfig
 from asc_ray.training.search import SweepConfig
 from asc_ray.training.systems import StudentConfig, fit_student
 
@@ -57,11 +63,15 @@ def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
     return min(metrics["seconds"] for metrics in history)
 
 
-def search(clips: Path, trials: int, epochs: int, slots: int) -> tuple[float, float, float]:
+def search(
+    clips: Path, trials: int, epochs: int, slots: int, soft_targets: Path | None = None
+) -> tuple[float, float, float]:
     """Wall time, the sum of all trials' training seconds, and the seconds until the first trial had an epoch."""
     sweep = SweepConfig.model_validate(
         {"trials": trials, "epochs": epochs, "scheduler": "none", "lookback": slots + 2, "space": SPACE}
     )
+    target = "none" if soft_targets is None else "fused"
+    student = STUDENT.model_copy(update={"distillation": DistillationConfig(soft_target=target)})
     seconds: list[float] = []
     first: list[float] = []
     start = time.perf_counter()
@@ -74,7 +84,9 @@ def search(clips: Path, trials: int, epochs: int, slots: int) -> tuple[float, fl
     with tempfile.TemporaryDirectory() as folder:
         artifact = Artifact(Path(folder), "sweep", "sweep", "0", {}, {})
         source = Source(clips, PartitionConfig())
-        results = run_sweep(artifact, source, {"none": None}, STUDENT, sweep, Limits(), Resources(), 0, on_event)
+        results = run_sweep(
+            artifact, source, {target: soft_targets}, student, sweep, Limits(), Resources(), 0, on_event
+        )
     assert all(result.state == "complete" for result in results), results
     return time.perf_counter() - start, sum(seconds), first[0]
 
@@ -91,43 +103,56 @@ def bench_time(clips: Path, trials: int, wanted: float, slots: int) -> None:
     print(f"  beside training: {beside / trials:.2f} s a trial, with the start ({first:.1f} s to the first epoch)")
 
 
-def pss() -> dict[int, int]:
-    """Proportional set sizes of the processes that run trials, in bytes, by process id."""
-    found = {}
+def memory() -> dict[str, int]:
+    """Proportional set sizes of the processes that run trials, in bytes: mapped clips, Ray's shared memory, the rest."""
+    sizes = {"clips": 0, "shared": 0, "own": 0}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ImplicitFunc" in (folder / "cmdline").read_bytes():
-                size = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-                found[int(folder.name)] = 1024 * int(size[1]) if size else 0
+            if b"ImplicitFunc" not in (folder / "cmdline").read_bytes():
+                continue
+            mapped = "own"
+            for line in (folder / "smaps").read_text().splitlines():
+                if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                    mapped = "clips" if line.endswith(".arrow") else "shared" if "plasma" in line else "own"
+                elif line.startswith("Pss:"):
+                    sizes[mapped] += 1024 * int(line.split()[1])
         except OSError:  # it has ended
             continue
-    return found
+    return sizes
 
 
 def bench_memory(clips: Path) -> None:
+    """8 trials against the clip store, the soft targets, and 8 times what one trial has beside them."""
     store = sum(file.stat().st_size for file in clips.glob("*.arrow"))
-    print(f"clip store: {store / 1e6:.0f} MB")
-    peaks = {}
-    for trials in (1, 8):
-        ray.init(address="local", num_cpus=trials, logging_level=logging.ERROR, log_to_driver=False)
-        largest, stop = [0], threading.Event()
+    opened = ClipStore(clips)
+    rows, classes = np.flatnonzero(opened.split == "train"), len(opened.labels)
+    about = {"system": "fused", "labels": json.dumps(opened.labels), "corpus": opened.corpus}
+    soft = len(opened) * classes * 4
+    print(f"clip store: {store / 1e6:.0f} MB, soft targets: {soft / 1e6:.2f} MB")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "train-0.arrow"
+        write_logits(file, opened.ids[rows], np.zeros((len(rows), classes), np.float32), about)
+        for trials in (1, 8):
+            ray.init(address="local", num_cpus=trials, logging_level=logging.ERROR, log_to_driver=False)
+            seen, stop = [memory()], threading.Event()
 
-        def watch(largest: list[int] = largest, stop: threading.Event = stop) -> None:
-            while not stop.wait(0.5):
-                largest[0] = max(largest[0], sum(pss().values()))
+            def watch(seen: list[dict[str, int]] = seen, stop: threading.Event = stop) -> None:
+                while not stop.wait(0.5):
+                    seen.append(memory())
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        search(clips, trials, 2, trials)
-        stop.set()
-        watcher.join()
-        ray.shutdown()
-        peaks[trials] = largest[0]
-        print(f"{trials} at once: {largest[0] / 1e6:.0f} MB in all processes")
-    bound = store + 8 * peaks[1]
-    print(
-        f"8 at once: {peaks[8] / peaks[1]:.2f} times one, {100 * peaks[8] / bound:.0f} % of the store and 8 times one"
-    )
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            search(clips, trials, 2, trials, Path(folder))
+            stop.set()
+            watcher.join()
+            ray.shutdown()
+            found[trials] = max(seen, key=lambda sizes: sum(sizes.values()))
+            shown = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found[trials].items())
+            print(f"{trials} at once: {shown}", flush=True)
+    bound = store + soft + 8 * found[1]["own"]
+    share = sum(found[8].values()) / bound
+    print(f"8 at once: {100 * share:.0f} % of the store, the soft targets and 8 times one trial's own")
 
 
 def bench_shared(clips: Path, wanted: float) -> None:

@@ -8,8 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+
+from asc_ray.data.arrow import map_batch, write_batch
 
 # Worker processes of pytest-xdist ignore Ctrl-C, and the pipelines they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +50,16 @@ def processes(title):
         found |= {pid for pid in below if title in titles[pid]}
         waiting += below
     return found
+
+
+def relabel_test_clips(storage):
+    """Give all clips of the test split the first scene: who looks at them comes to other results."""
+    for file in storage.glob("clips/*/shard-*.arrow"):
+        batch = map_batch(file)
+        test = batch["split"].dictionary_decode().to_numpy(zero_copy_only=False) == "test"
+        scene = np.where(test, 0, batch["scene"].indices.to_numpy()).astype(np.int32)
+        scenes = pa.DictionaryArray.from_arrays(pa.array(scene), batch["scene"].dictionary)
+        write_batch(batch.set_column(1, "scene", scenes).replace_schema_metadata(batch.schema.metadata), file)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import TINY, command, environment, processes
+from conftest import TINY, command, environment, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from asc_ray.artifacts import Artifact, damaged_files, read_manifest
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config import load_config
-from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.errors import ConfigError
@@ -271,12 +270,7 @@ def test_the_fusion_cannot_reach_the_test_split(finished, plan, tmp_path):
     shutil.copytree(finished.storage, storage)
     for file in storage.glob("logits/*/test-*.arrow"):
         file.unlink()
-    for file in storage.glob("clips/*/shard-*.arrow"):
-        batch = map_batch(file)
-        test = batch["split"].dictionary_decode().to_numpy(zero_copy_only=False) == "test"
-        scene = np.where(test, 0, batch["scene"].indices.to_numpy()).astype(np.int32)
-        scenes = pa.DictionaryArray.from_arrays(pa.array(scene), batch["scene"].dictionary)
-        write_batch(batch.set_column(1, "scene", scenes).replace_schema_metadata(batch.schema.metadata), file)
+    relabel_test_clips(storage)
     assert set(ClipStore(storage / plan.clips.path.relative_to(finished.storage)).scene) == set(range(10))
     ours = storage / plan.fusion.path.relative_to(finished.storage)
     shutil.rmtree(ours)

@@ -1,6 +1,7 @@
 """The search as it runs: populations, budgets, costs, killed and started again."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import yaml
-from conftest import TINY, command, environment, processes
+from conftest import TINY, command, environment, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 
 from asc_ray.cluster.sweep import _Course
@@ -90,6 +91,48 @@ def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trial-000: 1/" not in done.stdout
     assert results(Plan(load_config(TINY, given))) == trials
+
+
+def test_a_search_killed_among_its_finalists_goes_on_from_checkpoints(storage, tmp_path):
+    """With devices left out. Of the test split it knows nothing: in one of the two storages its labels are wrong."""
+    overrides = [
+        f"sweep.space={{{RATE}}}", "sweep.trials=3", "sweep.epochs=3", "sweep.grace_epochs=1", "sweep.reduction=2",
+        "sweep.finalists=2", "sweep.seeds=2", "sweep.validation={devices: [a], weight: 0.7}",
+    ]  # fmt: skip
+    shutil.copytree(storage, tmp_path / "broken")
+    relabel_test_clips(tmp_path / "broken")
+    given, words = arguments(storage, *overrides)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = results(Plan(load_config(TINY, given)))
+    last = len(whole) - 1
+    assert whole[last].repeats is not None
+
+    given, words = arguments(tmp_path / "broken", *overrides)
+    driver = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, env=environment())
+    checkpoint = f"sweep/*.partial/trials/{last:04d}.checkpoints/epoch-00001/meta.json"
+    while driver.poll() is None and not (found := list((tmp_path / "broken").glob(checkpoint))):
+        time.sleep(0.01)
+    assert driver.poll() is None
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    while processes("ImplicitFunc"):
+        time.sleep(0.1)
+    meta = json.loads(found[0].read_text())
+    meta["history"][0] |= {"validation_seen": 5.0, "validation_unseen": 5.0}  # what no training gives
+    found[0].write_text(json.dumps(meta))
+    for later in found[0].parents[1].glob("epoch-0000[23]"):
+        shutil.rmtree(later)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = results(Plan(load_config(TINY, given)))
+    assert resumed[last].curve == (pytest.approx(5.0), *whole[last].curve[1:])
+    assert resumed[:last] == whole[:last]
+    client = MlflowClient(f"sqlite:///{tmp_path}/broken/mlflow.db")
+    for run in client.search_runs(["1"], "tags.`asc_ray.state` != ''"):
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch")]
+        assert steps == sorted(set(steps)), "no epoch twice"
+        assert len(steps) == len(whole[int(run.info.run_name.removeprefix("trial-"))].curve)
 
 
 def test_a_search_for_accuracy_and_size_within_a_budget(storage):

@@ -24,7 +24,7 @@ class ScheduledWeight(Section):
 class LearnedWeight(Section):
     """Trained with the network, by the same objective, between `low` and `high`."""
 
-    start: Share = 0.5
+    start: Share
     low: Share = 0.0
     high: Share = 1.0
 
@@ -39,7 +39,7 @@ def _kind(value: Any) -> str:
     """Which of the forms of a weight is meant."""
     if not isinstance(value, dict | Section):
         return "(number)"
-    return "(schedule)" if "end" in dict(value) else "(learned)"
+    return "(schedule)" if {"end", "shape"} & dict(value).keys() else "(learned)"
 
 
 LabelWeight = Annotated[

@@ -13,12 +13,17 @@ from asc_ray.section import Section
 def explain(error: ValidationError, root: type[Section]) -> str:
     """Every finding on one line: the key's path below `root`, what was found, what is allowed."""
     lines = []
+    found_at = [finding["loc"] for finding in error.errors()]
     for finding in error.errors():
+        own = finding["loc"]
+        # A list without its wrong items may be too short, which nobody wrote.
+        if finding["type"] == "too_short" and any(own == other[: len(own)] for other in found_at if other != own):
+            continue
         path = ".".join(str(part) for part in finding["loc"] if not _is_union_tag(part))
         message = finding["msg"].removeprefix("Value error, ")
         found = finding["input"]
         if finding["type"] == "extra_forbidden":
-            allowed = _allowed_keys(finding["loc"][:-1], root)
+            allowed = [name for name in _allowed_keys(own[:-1], root) if name != own[-1]]
             close = difflib.get_close_matches(str(finding["loc"][-1]), allowed, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             lines.append(f"{path}: unknown key; allowed here: {', '.join(allowed)}{hint}")
