@@ -104,7 +104,7 @@ def bench_time(clips: Path, trials: int, wanted: float, slots: int) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Proportional set sizes of the processes that run trials, in bytes: mapped clips, Ray's shared memory, the rest."""
+    """Proportional set sizes of the processes that run trials, bytes: mapped clips, Ray's shared memory, the rest."""
     sizes = {"clips": 0, "shared": 0, "own": 0}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

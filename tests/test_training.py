@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -142,8 +143,18 @@ def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tm
 
 
 def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clips, data, tmp_path, monkeypatch):
-    shares = []
-    monkeypatch.setattr(systems, "fit", lambda *a, **given: shares.append(given["shares"]) or fit(*a, **given))
+    """And in the last epochs the ranges and the batch norms' statistics, while the weights go on learning."""
+    shares, states = [], []
+
+    def noted(model, *arguments, on_epoch, **given):
+        def note(metrics):
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+            on_epoch(metrics)
+
+        shares.append(given["shares"])
+        return fit(model, *arguments, on_epoch=note, **given)
+
+    monkeypatch.setattr(systems, "fit", noted)
     raw = {**recipe("cp_resnet", epochs=2).model_dump(), "balance": 1.0}
     raw["distillation"] = {"label_weight": {"start": 0.9, "end": 0.2}}
     config = StudentConfig.model_validate(raw)
@@ -155,9 +166,20 @@ def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clip
     student, int8 = (Artifact(tmp_path, stage, "x", "0", {}, {}) for stage in ("students", "int8"))
     source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
     train_student(student, source, targets, config)
-    train_int8(int8, source, targets, student.path, config, QATConfig(epochs=2, frozen_epochs=1))
+    states.clear()
+    train_int8(int8, source, targets, student.path, config, QATConfig(epochs=3, frozen_epochs=1))
     assert [epoch["label_weight"] for epoch in student.facts()["history"]] == pytest.approx([0.9, 0.2])
-    assert [epoch["label_weight"] for epoch in int8.facts()["history"]] == pytest.approx([0.2, 0.2])
+    assert [epoch["label_weight"] for epoch in int8.facts()["history"]] == pytest.approx([0.2] * 3)
+    for kinds, still in (
+        (("running_mean", "running_var"), True),
+        (("activation_post_process",), True),
+        (("weight",), False),
+    ):
+        own = [
+            name for name in states[0] if any(kind in name for kind in kinds) and states[0][name].is_floating_point()
+        ]
+        moved = [any(not torch.equal(before[name], after[name]) for name in own) for before, after in pairwise(states)]
+        assert moved == [True, not still], kinds
     devices = data.store.device[student_clips(data)]
     for share in shares:  # as much of every device
         assert [share[devices == d].sum() for d in np.unique(devices)] == pytest.approx([1 / 6] * 6)
