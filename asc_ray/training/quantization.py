@@ -2,8 +2,9 @@
 
 The scheme: weights int8, symmetric, one scale a channel; activations uint8, affine, one scale a tensor, ranges by
 moving averages of minimum and maximum, which fall on 0..127 (reduced range: of values within it, the sum of two u8 x s8
-products fits 16 bits, as processors without VNNI add them; what is beyond goes on to 255). Every convolution with its folded batch norm and ReLU, every residual sum, pool and linear layer computes from
-8-bit values. The normalization between the stages is computed in float, and the logits are float.
+products fits 16 bits, as processors without VNNI add them; what is beyond goes on to 255). Every convolution with its
+folded batch norm and ReLU, every residual sum, pool and linear layer computes from 8-bit values. The normalization
+between the stages is computed in float, and the logits are float.
 """
 
 import copy
