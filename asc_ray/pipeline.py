@@ -428,10 +428,10 @@ def _build_sweep(work: Work) -> None:
 
     with work.tracked(trials) as on_event:
         for result in ended:  # the driver may have been killed between a trial's end and MLflow's hearing of it
-            if not work.tracker.has_tag(result_name := trial_name(result.number), trials[result_name].key, STATE_TAG):
-                told = vars(result) | {"value": result.value}
-                listener(result_name, {"started": True, **told})
-                listener(result_name, {"finished": True, **told})
+            name, told = trial_name(result.number), vars(result) | {"value": result.value}
+            if not work.tracker.ended_with(STATE_TAG, name, trials[name].key):
+                listener(name, {"started": True, **told})
+                listener(name, {"finished": True, **told})
         results = run_sweep(
             plan.sweep,
             work.source,

@@ -168,10 +168,10 @@ class Tracker:
             self._client.set_tag(run.info.run_id, tag, value)
 
     @_undisturbed()
-    def has_tag(self, name: str, key: str, tag: str) -> bool:
-        """Whether the run of the thing with this key has the tag."""
+    def ended_with(self, tag: str, name: str, key: str) -> bool:
+        """Whether the run of the thing with this key has the tag, and an end that no interrupt made."""
         run = self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: key})
-        return run is not None and tag in run.data.tags
+        return run is not None and tag in run.data.tags and run.info.status in ("FINISHED", "FAILED")
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         """Final figures on the parent run, where runs are compared."""
