@@ -31,7 +31,7 @@ SHAPE = (1, 32, 16)
 CLASSES = 4
 STAGES = (
     Stage(channels=16, blocks=2),
-    Stage(channels=24, blocks=1, stride=(2, 2)),
+    Stage(channels=24, blocks=1, pool=(2, 2)),
 )  # a sum with, one without projection
 PLAN = Plan(stem=(8, 16), stages=STAGES)
 TINY = DSFlexiNetConfig(size=None, plan=PLAN)

@@ -3,7 +3,6 @@
 torch's own translation is left in nothing but form: what is rewritten here computes the same values, sums in float in
 another order excepted.
 
-* A 1x1 convolution of every other position has a stride again; in torch it takes a slice (models/ds_flexinet.py).
 * Instance normalization is one operator, a mean over the plane is a global pool, and biases are int32 on the grid of
   their products, where `round_biases` put them.
 * The two 3x3 convolutions of stride 2 that begin a network are 5x5 of stride 4, for blocks of 2 x 2 positions at once,
@@ -37,7 +36,6 @@ def export_onnx(model: nn.Module, file: Path) -> None:
         )  # fmt: skip
     assert program is not None
     graph = program.model.graph
-    _stride_where_sliced(graph)
     _join_instance_norms(graph)
     _pool_where_averaged(graph)
     _block_the_stem(graph)
@@ -110,22 +108,6 @@ def _replace(old: ir.Node, kind: str, inputs: list[ir.Value | None], **attribute
         setattr(new.outputs[0], name, getattr(old.outputs[0], name))
     old.outputs[0].name = f"{new.outputs[0].name}_before"
     return new
-
-
-def _stride_where_sliced(graph: ir.Graph) -> None:
-    for conv in _nodes(graph, "Conv"):
-        strides, source = [1, 1], None
-        # Between the slices values are on one grid: to quantize them again changes nothing.
-        for node in _above(conv.inputs[0], ("Slice", "QuantizeLinear", "DequantizeLinear")):
-            if node.op_type == "Slice":
-                start, axis, step = (int(np.ravel(_constant(node.inputs[i]))[0]) for i in (1, 3, 4))
-                if start or axis not in PLANE:
-                    break
-                strides[axis - PLANE[0]] *= step
-                source = node.inputs[0]
-        if source is not None and _get(conv, "kernel_shape") == [1, 1] and _get(conv, "strides") == [1, 1]:
-            conv.replace_input_with(0, source)
-            _set(conv, strides=strides)
 
 
 def _mean_over_the_plane(value: ir.Value | None) -> ir.Value | None:

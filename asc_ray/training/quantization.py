@@ -63,7 +63,7 @@ LAYERS = (CONVOLUTION, aten.linear.default)
 SUMS = (aten.add.Tensor, aten.add_.Tensor)
 RELUS = (aten.relu.default, aten.relu_.default)
 POOLS = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
-SLICE = aten.slice.Tensor  # of a shortcut: the 8-bit values as they are, on the same grid
+MAX_POOL = aten.max_pool2d.default  # chooses among 8-bit values: its output is on the same grid
 BATCH_NORM = aten.batch_norm.default
 DEQUANTIZE = (
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,
@@ -121,7 +121,7 @@ class FbgemmQuantizer(Quantizer):
                 inputs = {node.args[0]: ACTIVATION, node.args[1]: WEIGHT}
             elif node.target in POOLS:
                 inputs = {node.args[0]: ACTIVATION}
-            elif node.target is SLICE:
+            elif node.target is MAX_POOL:
                 source = node.all_input_nodes[0]
                 _annotate(node, {source: ACTIVATION}, SharedQuantizationSpec((source, node)))
                 continue
@@ -277,7 +277,7 @@ def operators(model: nn.Module) -> list[tuple[str, str, str]]:
     for node in _graph(model).nodes:
         if node.op != "call_function" or node.target in (*QUANTIZE, *DEQUANTIZE):
             continue
-        has_kernel = node.target in (*LAYERS, *SUMS, *RELUS, *POOLS, SLICE, aten.flatten.using_ints)
+        has_kernel = node.target in (*LAYERS, *SUMS, *RELUS, *POOLS, MAX_POOL, aten.flatten.using_ints)
         computed = [source for source in node.all_input_nodes if source.op != "get_attr"]
         if has_kernel and all(source.target in DEQUANTIZE or source in int8 for source in computed):
             int8.add(node)
