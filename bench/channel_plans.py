@@ -27,7 +27,6 @@ import torch
 
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config import PRESETS, preset
-from asc_ray.data.corpus import unseen_devices
 from asc_ray.models.complexity import complexity
 from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig, Plan, Stage
 from asc_ray.models.registry import build
@@ -120,8 +119,7 @@ def worth(clips: Path, plan: Plan, epochs: int, seed: int) -> tuple[float, float
     with tempfile.TemporaryDirectory() as folder:
         fit_student(model, recipe, data, None, Path(folder), lambda metrics: None)
     scores = score(store, test, predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy())
-    unseen = [scores.per_device[device] for device in unseen_devices(store.clips)]
-    return scores.log_loss, 100 * scores.accuracy, 100 * float(np.mean(unseen))
+    return scores.log_loss, 100 * scores.accuracy, 100 * scores.accuracies()["unseen"]
 
 
 def rank(stores: list[Path], plans: dict[str, Plan], epochs: int, seeds: int) -> None:
