@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.data.batches import Waves, epoch_batches, eval_batches, step_generator
+from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, step_generator
 from asc_ray.data.clips import (
     ClipStore,
     plan_shards,
@@ -23,7 +23,6 @@ from asc_ray.data.clips import (
 from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.training.systems import device_shares
 
 LABELS, DEVICES = ("metro", "park"), ("a", "s1")
 

@@ -144,15 +144,15 @@ def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tm
 
 def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clips, data, tmp_path, monkeypatch):
     """And in the last epochs the ranges and the batch norms' statistics, while the weights go on learning."""
-    shares, states = [], []
+    recipes, states = [], []
 
-    def noted(model, *arguments, on_epoch, **given):
+    def noted(model, recipe, *arguments, on_epoch, **given):
         def note(metrics):
             states.append({name: value.clone() for name, value in model.state_dict().items()})
             on_epoch(metrics)
 
-        shares.append(given["shares"])
-        return fit(model, *arguments, on_epoch=note, **given)
+        recipes.append(recipe)
+        return fit(model, recipe, *arguments, on_epoch=note, **given)
 
     monkeypatch.setattr(systems, "fit", noted)
     raw = {**recipe("cp_resnet", epochs=2).model_dump(), "balance": 1.0}
@@ -180,10 +180,29 @@ def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clip
         ]
         moved = [any(not torch.equal(before[name], after[name]) for name in own) for before, after in pairwise(states)]
         assert moved == [True, not still], kinds
-    devices = data.store.device[student_clips(data)]
-    for share in shares:  # as much of every device
-        assert [share[devices == d].sum() for d in np.unique(devices)] == pytest.approx([1 / 6] * 6)
-    assert len(shares) == 2
+    assert [recipe.balance for recipe in recipes] == [1.0, 1.0]
+
+
+def test_a_balanced_epoch_has_as_many_clips_of_every_device(data, tmp_path, monkeypatch):
+    trained, counts = [], {}
+
+    def note(self, energies, devices, generator):
+        trained.extend(devices)
+        return real(self, energies, devices, generator)
+
+    real = Augment.draw
+    monkeypatch.setattr(Augment, "draw", note)
+    for balance in (0.0, 1.0):
+        trained.clear()
+        config = recipe("cp_resnet", epochs=1).model_copy(update={"balance": balance})
+        fit(build(config.model, 10, seed=1), config, data, data.parts["train"], tmp_path / str(balance))
+        counts[balance] = np.unique(trained, return_counts=True)[1]
+    there = np.unique(data.store.device[data.parts["train"]], return_counts=True)[1]
+    assert counts[0.0].tolist() == there.tolist()
+    assert there.max() > 3 * there.min()
+    # Each clip as often as its share says, but for rounding: a device's clips together, too.
+    assert abs(counts[1.0] - there.sum() / len(there)).max() < there.max()
+    assert counts[1.0].max() < 3 * counts[1.0].min()
 
 
 def test_a_learned_lambda_is_resumed_with_the_network(data, tmp_path):

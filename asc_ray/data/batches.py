@@ -76,6 +76,15 @@ def epoch_batches(
     return np.split(order, starts[1:])
 
 
+def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
+    """Of each clip in an epoch, by its device's name: proportional to the device's count to the power -balance."""
+    if balance == 0:
+        return None
+    _, of, counts = np.unique(device, return_inverse=True, return_counts=True)
+    shares = counts[of] ** -balance
+    return shares / shares.sum()
+
+
 def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
     """The indices 0..count-1 in order, in batches."""
     return np.split(np.arange(count), range(batch_size, count, batch_size))

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from asc_ray.audio.augment import Augment, AugmentConfig, check_masks
 from asc_ray.audio.frontend import FrontendConfig, LogMel
-from asc_ray.data.batches import Waves, epoch_batches, eval_batches, moved, step_generator
+from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, moved, step_generator
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.errors import ConfigError, UserError
@@ -78,6 +78,9 @@ class Recipe(Section):
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    balance: float = Field(
+        0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: as many clips of every device"
+    )
     compile: bool = Field(False, description="torch.compile the network; where that fails, it trains without")
     select: Literal["last", "best"] = Field(
         "last", description="which weights are the result: the last epoch's, or those best on the validation part"
@@ -130,11 +133,8 @@ def fit(
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
     mixed_precision: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    shares: np.ndarray | None = None,
 ) -> list[Metrics]:
     """Train `model` in place on the store's clips `train`; returns the metrics of every epoch.
-
-    `shares` (clips of `train`,), of sum 1: how much of an epoch each of them is; None for every clip once.
 
     `folder` takes a checkpoint an epoch, and within an epoch one every `checkpoint_seconds`; training goes on from the
     newest intact one, and ends with the weights that an uninterrupted run has. `on_epoch` hears of restored epochs too,
@@ -174,6 +174,7 @@ def fit(
         set_training(model, True)
         trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
     waves = data.waves(train, device)
+    shares = device_shares(data.store.device[train], recipe.balance)
 
     for epoch in range(len(history), settings.epochs):
         start = saved = time.perf_counter()

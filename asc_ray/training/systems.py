@@ -48,9 +48,6 @@ class StudentConfig(Recipe):
     checkpoint: Path | None = Field(None, description="a published checkpoint of the model, taken instead of training")
     seeds: int = Field(1, ge=1, le=100, description="so many students are trained, with `seed` and those after it")
     distillation: DistillationConfig = DistillationConfig()
-    balance: float = Field(
-        0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: as many clips of every device"
-    )
 
     @model_validator(mode="after")
     def _one_checkpoint(self) -> Self:
@@ -173,17 +170,15 @@ def fit_student(
     on_epoch: OnEpoch,
 ) -> list[Metrics]:
     """`fit` with the student's clips and what `soft_targets` gave; a search trial is this and no more."""
-    clips = student_clips(data)
     return fit(
         model,
         config,
         data,
-        clips,
+        student_clips(data),
         checkpoints,
         distillation=None if soft is None else config.distillation,
         soft_logits=soft,
         on_epoch=on_epoch,
-        shares=device_shares(data.store.device[clips], config.balance),
     )
 
 
@@ -248,7 +243,6 @@ def _fit_int8(
         if epoch >= qat.epochs - qat.frozen_epochs:
             quantization.freeze(module)
 
-    train = student_clips(data)
     distillation = None if soft is None else config.distillation
     trained = read_manifest(student)["facts"]["history"]
     if distillation and trained:  # lambda stays what it was in the student's last epoch
@@ -257,14 +251,13 @@ def _fit_int8(
         prepared,
         recipe,
         data,
-        train,
+        student_clips(data),
         folder / "checkpoints",
         distillation=distillation,
         soft_logits=soft,
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
         before_epoch=freeze_at_the_end,
-        shares=device_shares(data.store.device[train], config.balance),
         mixed_precision=False,  # the steps of fake quantization are finer than those of bf16
     )
 
@@ -368,15 +361,6 @@ def soft_targets(data: Dataset, targets: Path | None) -> np.ndarray | None:
         first = ", ".join(str(name) for name in data.store.ids[clips[missing]][:5])
         raise UserError(f"{targets}: {missing.sum()} training clips have no soft target, first {first}; fuse again")
     return soft
-
-
-def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
-    """Of each clip in an epoch, by its device's name: proportional to the device's count to the power -balance."""
-    if balance == 0:
-        return None
-    _, of, counts = np.unique(device, return_inverse=True, return_counts=True)
-    shares = counts[of] ** -balance
-    return shares / shares.sum()
 
 
 def _save_weights(model: nn.Module, folder: Path, name: str = WEIGHTS) -> None:
