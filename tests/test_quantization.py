@@ -314,6 +314,10 @@ def test_networks_convert_to_what_they_trained(config, tmp_path):
     assert (int8(x) - expected).abs().mean() < 0.05 * expected.std()
     export_onnx(int8, tmp_path / "model.onnx")
     assert (OnnxModel(tmp_path / "model.onnx")(x) - int8(x)).abs().mean() < 0.002 * expected.std()
+    written = onnx.load(tmp_path / "model.onnx").graph.node
+    groups = {onnx.helper.get_node_attr_value(node, "group") for node in written if node.op_type == "Conv"}
+    if config.name == "ds_flexinet":
+        assert all(group == 1 or group % 16 == 0 for group in groups)  # sm3's are 64, 80 and 136
 
 
 def test_a_batch_norm_that_cannot_be_folded_is_refused():
@@ -334,6 +338,10 @@ def test_onnxruntime_agrees(trained, tmp_path):
     kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert {"QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool", "InstanceNormalization"} <= kinds
     assert not {"Conv", "FusedConv", "Gemm", "ReduceMean", "GlobalAveragePool", "Slice"} & kinds
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    made_by = {name: node for node in optimized.node for name in node.output}
+    for pool in [node for node in optimized.node if node.op_type == "MaxPool"]:
+        assert made_by[pool.input[0]].op_type in {"Add", "ReorderInput"}  # a normalization's output, not yet rounded
     x, _ = labelled(8, 256)
     for size in (1, 256):
         found = torch.from_numpy(session.run(["logits"], {"mel": x[:size].numpy()})[0])
