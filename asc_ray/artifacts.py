@@ -22,7 +22,7 @@ from asc_ray.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
-FORMAT = 3
+FORMAT = 4
 
 
 def content_key(**parts: Any) -> str:

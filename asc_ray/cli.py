@@ -268,7 +268,7 @@ def _limits(given: list[str]) -> Any:
 @app.command("table")
 def make_table(
     number: Annotated[
-        str, typer.Argument(help="2, 3, 4 or 5 of the paper, or a YAML file in the form of configs/tables/.")
+        str, typer.Argument(help="2, 3, 4 or 5 of the paper, mark, or a YAML file in the form of configs/tables/.")
     ],
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -18,6 +19,7 @@ from asc_ray.errors import UserError
 from asc_ray.models.bsconv import BSConvConfig
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
+from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig, Plan, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.registry import build
@@ -300,6 +302,7 @@ def test_the_given_model_is_left_alone(trained):
         CPMobileConfig(width=16),
         CPResNetConfig(width=8),
         BSConvConfig(channels=(8, 16)),
+        DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind="bn", eps=0.01, places=("input", "stem"))),
     ],
     ids=lambda config: getattr(config, "size", config.name),
 )
@@ -320,8 +323,46 @@ def test_networks_convert_to_what_they_trained(config, tmp_path):
         assert all(group == 1 or group % 16 == 0 for group in groups)  # sm3's are 64, 80 and 136
 
 
+def test_a_convolution_with_a_bias_folds_its_batch_norm():
+    torch.manual_seed(0)
+    model = build(DCASE22BaselineConfig(), CLASSES)
+    for name, bias in model.named_parameters():
+        if name.startswith("features") and name.endswith("bias"):
+            nn.init.uniform_(bias, -1, 1)
+    x = torch.randn(16, 1, 40, 51)
+    fake = quantization.prepare(model, x[:2])
+    quantization.set_training(fake, True)
+    for _ in range(3):
+        fake(x)
+    int8 = quantization.convert(fake)
+    quantization.set_training(fake, False)
+    quantization.round_biases(fake)
+    expected = fake(x).detach()
+    assert (int8(x) - expected).abs().mean() < 0.002 * expected.std()
+
+
+def test_biases_fit_into_int32(trained, tmp_path):
+    """Behind a layer that died, whose zeros have the least step there is, the others' biases are all that is left."""
+    fake = copy.deepcopy(trained.fresh)
+    for name, value in fake.named_parameters():
+        if name in ("features.stem.1.weight", "features.stem.1.bias"):
+            value.data[:] = 0.01 if name.endswith("weight") else -1.0
+        elif name == "features.stem.4.bias":
+            value.data[:] = torch.linspace(1, 3, len(value))
+    quantization.set_training(fake, True)
+    x, _ = labelled(9, 64)
+    for _ in range(3):
+        fake(x)
+    int8 = quantization.convert(fake)
+    expected = int8(x)
+    export_onnx(int8, tmp_path / "model.onnx")
+    assert (OnnxModel(tmp_path / "model.onnx")(x) - expected).abs().mean() < 0.002 * expected.std()
+    biases = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    assert max(abs(b.astype(np.int64)).max() for b in biases if b.dtype == np.int32) > 2**29
+
+
 def test_a_batch_norm_that_cannot_be_folded_is_refused():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=True), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.BatchNorm2d(4))
     fake = quantization.prepare(model, torch.zeros(2, *SHAPE))
     fake(torch.randn(4, *SHAPE))
     with pytest.raises(RuntimeError, match="no rule folds the batch norm"):

@@ -65,6 +65,7 @@ RELUS = (aten.relu.default, aten.relu_.default)
 POOLS = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
 MAX_POOL = aten.max_pool2d.default  # chooses among 8-bit values: its output is on the same grid
 BATCH_NORM = aten.batch_norm.default
+MOST_STEPS = 2**30  # of a bias on its grid, within int32
 DEQUANTIZE = (
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,
     torch.ops.quantized_decomposed.dequantize_per_channel.default,
@@ -227,21 +228,37 @@ def round_biases(model: nn.Module) -> None:
     from layer to layer they become more: without this an engine's logits differ by some hundredths from torch's.
     """
     assert isinstance(model, GraphModule)
+    modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
+    norms: dict[Any, tuple[Any, Any]] = {}
+    for norm in model.graph.nodes:
+        if norm.target is BATCH_NORM and (found := _normalized(norm)):
+            norms[found[0]] = norm, found[1]
     for node in model.graph.nodes:
         if node.target not in LAYERS:
             continue
-        x, weight = (_attribute(model, f"{argument.target}.scale").double() for argument in node.args[:2])
-        step = x * weight
-        user = next(iter(node.users))
-        norm = next(iter(user.users), None)
-        # torchao's form of a batch norm in training, see _fold_batch_norms
-        if user.target is aten.div.Tensor and norm is not None and norm.target is BATCH_NORM:
-            gamma, beta, mean, variance = (_attribute(model, own.target) for own in norm.args[1:5])
-            moved = (mean * gamma / torch.sqrt(variance + norm.args[7])).double()
-            beta.copy_(torch.round((beta - moved) / step) * step + moved)
+        moved = torch.zeros(())
+        if node in norms:
+            norm, own = norms[node]
+            gamma, bias, mean, variance = (_attribute(model, source.target) for source in norm.args[1:5])
+            moved = (mean - _bias(model, own)) * gamma / torch.sqrt(variance + norm.args[7])
         elif len(node.args) > 2 and node.args[2] is not None and node.args[2].op == "get_attr":
             bias = _attribute(model, node.args[2].target)
-            bias.copy_(torch.round(bias / step) * step)
+        else:
+            continue
+        x, weight = modules[node.args[0].target], modules[node.args[1].target]
+        folded, grid = (bias - moved).double(), x.scale.double()
+        _widen(weight, folded.abs() / grid / MOST_STEPS)
+        step = grid * weight.scale.double()
+        bias.copy_(torch.round(folded / step) * step + moved)
+
+
+def _widen(weight: Any, least: Tensor) -> None:
+    """No step of a channel's grid is below `least`: one whose weights are nothing beside its bias would need a bias
+    that int32 cannot hold."""
+    narrow = weight.scale < least
+    if narrow.any():
+        weight.scale[narrow] = least[narrow].float()
+        weight.activation_post_process.max_val[narrow] = weight.scale[narrow] * (WEIGHT.quant_max + 0.5)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -403,15 +420,16 @@ def _fold_batch_norms(model: GraphModule) -> None:
         x, *sources = node.args[:5]
         gamma, beta, mean, variance = (_attribute(model, source.target) for source in sources)
         scale = gamma / torch.sqrt(variance + node.args[7])
-        beta.sub_(mean * scale)
-        if x.target is aten.div.Tensor and x.args[0].target is CONVOLUTION:
-            result = x.args[0]
+        found = _normalized(node)
+        beta.sub_((mean - _bias(model, found[1])) * scale if found else mean * scale)
+        if found:
+            result = found[0]
             rounded = result.args[1]
             weight = rounded.args[0].args[0]
             _attribute(model, weight.target).mul_(scale.reshape(-1, 1, 1, 1))
             rounded.update_arg(0, weight)
             result.args = (*result.args[:2], sources[1], *result.args[3:])
-        elif x.op == "call_module":  # what another block left, rounded
+        elif x.op in ("call_module", "placeholder"):  # what another block left, rounded, or the mels
             gamma.data = scale.reshape(-1, 1, 1)
             beta.data = beta.reshape(-1, 1, 1)
             with graph.inserting_before(node):
@@ -423,6 +441,18 @@ def _fold_batch_norms(model: GraphModule) -> None:
         graph.erase_node(node)
     graph.lint()
     model.recompile()
+
+
+def _normalized(norm: Any) -> tuple[Any, Any] | None:
+    """The convolution whose output this is the batch norm of, in torchao's form for training, and its bias."""
+    x, bias = norm.args[0], None
+    if x.target is aten.add.Tensor and x.args[1].target is aten.reshape.default:
+        x, bias = x.args[0], x.args[1].args[0]
+    return (x.args[0], bias) if x.target is aten.div.Tensor and x.args[0].target is CONVOLUTION else None
+
+
+def _bias(model: GraphModule, node: Any) -> Tensor:
+    return torch.zeros(()) if node is None else _attribute(model, node.target)
 
 
 def _attribute(model: GraphModule, name: str) -> Tensor:
