@@ -1,7 +1,7 @@
 """One frozen configuration from YAML files and dotted overrides.
 
-A file may begin with `base: other.yaml` (relative to itself), or several in a list: it is merged over them, mapping by
-mapping.
+A file may begin with `base: other.yaml` (relative to itself, or a preset's name), or several in a list: it is merged
+over them, mapping by mapping.
 `student.preset: NAME` takes a network and its front end from `students/NAME.yaml`, `student.recipe: NAME` augmentation,
 optimizer and distillation from `recipes/NAME.yaml`, in place of what was below but for the soft target; what else is
 given changes them. So does `sweep.preset: NAME` with the space of the search, from `sweep/NAME.yaml`.
@@ -171,15 +171,13 @@ def checked(section: type[S], raw: Any, name: str) -> S:
         raise ConfigError(f"{name}: {explain(error, section)}") from None
 
 
-def _find(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path.resolve()
-    preset = PRESETS / f"{source}.yaml"
-    if path.suffix == "" and preset.is_file():
-        return preset
+def _find(source: str | Path, given: str = "--config", folder: Path = Path()) -> Path:
+    """A file, by its path from `folder`, or a preset, by its name."""
+    for path in (folder / source, PRESETS / f"{source}.yaml"):
+        if path.is_file():
+            return path.resolve()
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-    raise ConfigError(f"--config {source}: no such file; give a YAML file, or one of the presets {names}")
+    raise ConfigError(f"{given} {source}: no such file; give a YAML file, or one of the presets {names}")
 
 
 def _compose(path: Path) -> dict[str, Any]:
@@ -207,10 +205,7 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[s
     base = raw.pop("base", None)
     layers: list[tuple[Path, dict[str, Any]]] = []
     for name in base if isinstance(base, list) else [] if base is None else [base]:
-        base_path = (path.parent / str(name)).resolve()
-        if not base_path.is_file():
-            raise ConfigError(f"{path}: base: {name}: no such file")
-        layers += _layers(base_path, (*above, path))
+        layers += _layers(_find(str(name), f"{path}: base:", path.parent), (*above, path))
     return [*layers, (path, raw)]
 
 

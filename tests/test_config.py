@@ -59,6 +59,8 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
     assert config.student.optimizer.batch_size == 8
     assert config.student.optimizer.learning_rate == load_config("demo").student.optimizer.learning_rate
     assert config.storage == Path("/tmp/x")
+    (tmp_path / "above.yaml").write_text("base: [demo, below.yaml]\nname: above\n")  # a preset by its name, a file
+    assert load_config(tmp_path / "above.yaml").student == load_config(tmp_path / "below.yaml").student
 
 
 @pytest.mark.parametrize(

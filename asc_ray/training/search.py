@@ -402,7 +402,9 @@ def importances(space: Space, ended: Sequence[TrialResult]) -> dict[str, float]:
                     )
                 )
         if len({str(trial.params[name]) for trial in study.trials}) > 1:
-            own_share = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                own_share = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
             found[name] = own_share.get(name, 0.0)
     total = sum(found.values())
     return {name: value / total for name, value in found.items()} if total else {}
