@@ -319,8 +319,26 @@ def test_networks_convert_to_what_they_trained(config, tmp_path):
     assert (OnnxModel(tmp_path / "model.onnx")(x) - int8(x)).abs().mean() < 0.002 * expected.std()
     written = onnx.load(tmp_path / "model.onnx").graph.node
     groups = {onnx.helper.get_node_attr_value(node, "group") for node in written if node.op_type == "Conv"}
+    assert "AveragePool" not in {node.op_type for node in written}  # CP-Mobile's are convolutions
     if config.name == "ds_flexinet":
         assert all(group == 1 or group % 16 == 0 for group in groups)  # sm3's are 64, 80 and 136
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 0.5])
+def test_residual_normalization_of_any_lambda(trained, value, tmp_path):
+    """One operator, and of what lambda has multiplied unless that is next to nothing."""
+    fake = copy.deepcopy(trained.fake)
+    with torch.no_grad():
+        dict(fake.named_parameters())["features.norm1.lambda_"].fill_(value)
+    int8 = quantization.convert(fake)
+    export_onnx(int8, tmp_path / "model.onnx")
+    written = onnx.load(tmp_path / "model.onnx").graph.node
+    made_by = {name: node.op_type for node in written for name in node.output}
+    (norm,) = [node for node in written if node.op_type == "InstanceNormalization"]
+    assert made_by[norm.input[0]] == ("Mul" if value else "DequantizeLinear")
+    x, _ = labelled(10, 64)
+    expected = int8(x)
+    assert (OnnxModel(tmp_path / "model.onnx")(x) - expected).abs().mean() < 0.002 * expected.std()
 
 
 def test_a_convolution_with_a_bias_folds_its_batch_norm():

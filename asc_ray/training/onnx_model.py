@@ -182,16 +182,17 @@ def _pool_before_rounding(graph: ir.Graph) -> None:
         if [node.op_type for node in above] != ["DequantizeLinear", "QuantizeLinear"]:
             continue
         made = _maker(above[1].inputs[0])
-        if made.op_type != "Relu" and not all(_maker(x).op_type == "DequantizeLinear" for x in made.inputs[:2]):
-            pool.replace_input_with(0, above[1].inputs[0])
-            # Taken for no part of the rounding, the bound keeps onnxruntime from moving that above the pool again.
-            name = pool.outputs[0].name
-            least = _added(graph, f"{name}_least", np.array(np.finfo(np.float32).min, np.float32))
-            bounded = ir.node("Max", [pool.outputs[0], least])
-            bounded.outputs[0].name = f"{name}_bounded"
-            pool.append(bounded)
-            pool.outputs[0].replace_all_uses_with(bounded.outputs[0])
-            bounded.replace_input_with(0, pool.outputs[0])
+        if made.op_type == "Relu" or all(_maker(x).op_type == "DequantizeLinear" for x in made.inputs[:2]):
+            continue  # of an 8-bit kernel
+        pool.replace_input_with(0, above[1].inputs[0])
+        # Taken for no part of the rounding, the bound keeps onnxruntime from moving that above the pool again.
+        name = pool.outputs[0].name
+        least = _added(graph, f"{name}_least", np.array(np.finfo(np.float32).min, np.float32))
+        bounded = ir.node("Max", [pool.outputs[0], least])
+        bounded.outputs[0].name = f"{name}_bounded"
+        pool.append(bounded)
+        pool.outputs[0].replace_all_uses_with(bounded.outputs[0])
+        bounded.replace_input_with(0, pool.outputs[0])
 
 
 def _convolve_where_pooled(graph: ir.Graph) -> None:
@@ -223,6 +224,14 @@ def _alone_between(first: ir.Node, second: ir.Node) -> list[ir.Node]:
     return between if between and alone and between[-1].inputs[0] is first.outputs[0] else []
 
 
+def _pad(graph: ir.Graph, node: ir.Node, index: int, more: int, axis: int = 0, value: int = 0) -> None:
+    """`more` values behind what the node's input `index` has along the axis."""
+    array = _constant(node.inputs[index])
+    widths = [(0, more if dimension == axis else 0) for dimension in range(array.ndim)]
+    padded = np.pad(array, widths, constant_values=value)
+    node.replace_input_with(index, _added(graph, f"{node.outputs[0].name}_padded_{index}", padded))
+
+
 def _pad_depthwise(graph: ir.Graph) -> None:
     convs = _nodes(graph, "Conv")
     for first, depthwise, last in zip(convs, convs[1:], convs[2:], strict=False):
@@ -239,21 +248,12 @@ def _pad_depthwise(graph: ir.Graph) -> None:
             or any(_get(conv, "group") != 1 for conv in (first, last))
         ):
             continue
-
-        def pad(node: ir.Node, index: int, axis: int, name: str, value: int = 0, more: int = more) -> None:
-            array = _constant(node.inputs[index])
-            widths = [(0, more if dimension == axis else 0) for dimension in range(array.ndim)]
-            padded = np.pad(array, widths, constant_values=value)
-            node.replace_input_with(index, _added(graph, f"{name}_padded", padded))
-
         for conv, node in zip((first, depthwise), stored, strict=False):
-            name = conv.outputs[0].name
-            pad(node, 0, 0, f"{name}_weights")
-            pad(node, 1, 0, f"{name}_scale", 1)
-            pad(node, 2, 0, f"{name}_zero")
+            for index, fill in enumerate((0, 1, 0)):  # weights; their scales, of which none is 0; their zero points
+                _pad(graph, node, index, more, value=fill)
             if len(conv.inputs) > 2:
-                pad(conv, 2, 0, f"{name}_bias")
-        pad(stored[2], 0, 1, f"{last.outputs[0].name}_weights")
+                _pad(graph, conv, 2, more)
+        _pad(graph, stored[2], 0, more, axis=1)
         _set(depthwise, group=channels + more)
         for value in (first.outputs[0], depthwise.outputs[0], *(node.outputs[0] for path in between for node in path)):
             value.shape = None

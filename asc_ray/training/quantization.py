@@ -229,24 +229,21 @@ def round_biases(model: nn.Module) -> None:
     """
     assert isinstance(model, GraphModule)
     modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
-    norms: dict[Any, tuple[Any, Any]] = {}
-    for norm in model.graph.nodes:
-        if norm.target is BATCH_NORM and (found := _normalized(norm)):
-            norms[found[0]] = norm, found[1]
+    norms: dict[Any, tuple[Tensor, Tensor]] = {}  # of a convolution: its batch norm's shift, and what is taken from it
+    for norm in [node for node in model.graph.nodes if node.target is BATCH_NORM]:
+        convolution, _, moved = _evaluated(model, norm)
+        norms[convolution] = _attribute(model, norm.args[2].target), moved.double()
     for node in model.graph.nodes:
         if node.target not in LAYERS:
             continue
-        moved = torch.zeros(())
         if node in norms:
-            norm, own = norms[node]
-            gamma, bias, mean, variance = (_attribute(model, source.target) for source in norm.args[1:5])
-            moved = (mean - _bias(model, own)) * gamma / torch.sqrt(variance + norm.args[7])
+            bias, moved = norms[node]
         elif len(node.args) > 2 and node.args[2] is not None and node.args[2].op == "get_attr":
-            bias = _attribute(model, node.args[2].target)
+            bias, moved = _attribute(model, node.args[2].target), torch.zeros((), dtype=torch.float64)
         else:
             continue
         x, weight = modules[node.args[0].target], modules[node.args[1].target]
-        folded, grid = (bias - moved).double(), x.scale.double()
+        folded, grid = bias - moved, x.scale.double()
         _widen(weight, folded.abs() / grid / MOST_STEPS)
         step = grid * weight.scale.double()
         bias.copy_(torch.round(folded / step) * step + moved)
@@ -417,13 +414,11 @@ def _fold_batch_norms(model: GraphModule) -> None:
     """
     graph = model.graph
     for node in [node for node in graph.nodes if node.target is BATCH_NORM]:
-        x, *sources = node.args[:5]
-        gamma, beta, mean, variance = (_attribute(model, source.target) for source in sources)
-        scale = gamma / torch.sqrt(variance + node.args[7])
-        found = _normalized(node)
-        beta.sub_((mean - _bias(model, found[1])) * scale if found else mean * scale)
-        if found:
-            result = found[0]
+        x, *sources = node.args[:3]
+        gamma, beta = (_attribute(model, source.target) for source in sources)
+        result, scale, moved = _evaluated(model, node)
+        beta.sub_(moved)
+        if result is not None:
             rounded = result.args[1]
             weight = rounded.args[0].args[0]
             _attribute(model, weight.target).mul_(scale.reshape(-1, 1, 1, 1))
@@ -443,16 +438,21 @@ def _fold_batch_norms(model: GraphModule) -> None:
     model.recompile()
 
 
-def _normalized(norm: Any) -> tuple[Any, Any] | None:
-    """The convolution whose output this is the batch norm of, in torchao's form for training, and its bias."""
-    x, bias = norm.args[0], None
-    if x.target is aten.add.Tensor and x.args[1].target is aten.reshape.default:
-        x, bias = x.args[0], x.args[1].args[0]
-    return (x.args[0], bias) if x.target is aten.div.Tensor and x.args[0].target is CONVOLUTION else None
+def _evaluated(model: GraphModule, norm: Any) -> tuple[Any, Tensor, Tensor]:
+    """(convolution, scale, moved): in evaluation the batch norm is scale x + shift - moved.
 
-
-def _bias(model: GraphModule, node: Any) -> Tensor:
-    return torch.zeros(()) if node is None else _attribute(model, node.target)
+    x is what the convolution gives before its bias, in torchao's form for training; with another input there is None.
+    """
+    x, *sources = norm.args[:5]
+    gamma, _, mean, variance = (_attribute(model, source.target) for source in sources)
+    scale = gamma / torch.sqrt(variance + norm.args[7])
+    biased = x.target is aten.add.Tensor and x.args[1].target is aten.reshape.default
+    divided = x.args[0] if biased else x
+    if divided.target is not aten.div.Tensor or divided.args[0].target is not CONVOLUTION:
+        return None, scale, mean * scale
+    if biased:
+        mean = mean - _attribute(model, x.args[1].args[0].target)
+    return divided.args[0], scale, mean * scale
 
 
 def _attribute(model: GraphModule, name: str) -> Tensor:

@@ -390,22 +390,20 @@ def importances(space: Space, ended: Sequence[TrialResult]) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-    found = {}
-    for name in sorted({name for result in tried for name in result.parameters}):
-        study = optuna.create_study(direction="maximize")
-        for result in tried:
-            if name in result.parameters:
-                own = distributions(space, result.parameters)[name]
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params={name: result.parameters[name]}, distributions={name: own}, value=result.value
+        found = {}
+        for name in sorted({name for result in tried for name in result.parameters}):
+            study = optuna.create_study(direction="maximize")
+            for result in tried:
+                if name in result.parameters:
+                    own = distributions(space, result.parameters)[name]
+                    study.add_trial(
+                        optuna.trial.create_trial(
+                            params={name: result.parameters[name]}, distributions={name: own}, value=result.value
+                        )
                     )
-                )
-        if len({str(trial.params[name]) for trial in study.trials}) > 1:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if len({str(trial.params[name]) for trial in study.trials}) > 1:
                 own_share = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
-            found[name] = own_share.get(name, 0.0)
+                found[name] = own_share.get(name, 0.0)
     total = sum(found.values())
     return {name: value / total for name, value in found.items()} if total else {}
 

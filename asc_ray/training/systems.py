@@ -80,8 +80,8 @@ def network_cost(recipe: Recipe, classes: int) -> Complexity:
     except (RuntimeError, ValueError):
         mels, frames = shape[2:]
         raise ConfigError(
-            f"{recipe.model.name} does not work on the {mels} mels x {frames} frames of a clip; change the network "
-            "(model.plan, where it pools too much), frontend.mels or frontend.hop"
+            f"{recipe.model.name} does not work on the {mels} mels x {frames} frames of a clip; change the network, "
+            "frontend.mels or frontend.hop"
         ) from None
 
 
