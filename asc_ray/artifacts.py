@@ -4,6 +4,10 @@ An artifact's key is the hash of what it is made from: the stage, its part of th
 inputs. Equal key, equal content; so a complete artifact is never built again, and another configuration builds
 another folder. While it is being built the folder carries the suffix `.partial`; what a stage left there when it was
 killed is what it resumes from.
+
+Nothing is believed because it is there. A finished artifact's files are read through `stored_file` and `stored_files`,
+which compare them with the manifest; state that a killed run left is read through `read_record`, which tells what is
+whole from what is cut or changed.
 """
 
 import fcntl
@@ -11,10 +15,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,10 @@ from asc_ray.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
-FORMAT = 4
+FORMAT = 5
+# A file up to this size is compared with its checksum each time that it is handed out, a larger one once a node.
+SMALL_BYTES = 1 << 20
+_CHECKSUM = "checksum"  # of a record, in the record
 
 
 def content_key(**parts: Any) -> str:
@@ -46,6 +55,26 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with its own checksum in it, for `read_record`."""
+    document = json.loads(json.dumps(content, default=str))
+    write_atomically(path, json.dumps({**document, _CHECKSUM: _digest(document)}, indent=1))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote to `path`; None where the file is absent, cut, changed, or of another kind."""
+    try:
+        document = json.loads(path.read_bytes())
+        return document if document.pop(_CHECKSUM) == _digest(document) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _digest(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Artifact:
     """`storage/stage/name-key/`; `inputs` maps the role of each input artifact to its key."""
@@ -67,10 +96,17 @@ class Artifact:
 
     @property
     def complete(self) -> bool:
-        return (self.path / MANIFEST).is_file()
+        """Whether the artifact is there. Raises UserError where its manifest is damaged or another artifact's."""
+        return (self.path / MANIFEST).is_file() and bool(self.manifest())
 
     def manifest(self) -> dict[str, Any]:
-        return read_manifest(self.path)
+        manifest = read_manifest(self.path)
+        if manifest["key"] != self.key:
+            raise UserError(
+                f"{self.path / MANIFEST}: is that of {manifest['stage']}/{manifest['name']}-{manifest['key']}; delete "
+                f"the folder {self.path} and run the stage again"
+            )
+        return manifest
 
     def facts(self) -> dict[str, Any]:
         """What the stage noted about its result (counts, metrics)."""
@@ -107,7 +143,7 @@ class Artifact:
             "facts": dict(facts),
             "files": files,
         }
-        write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, default=str))
+        write_record(self.partial / MANIFEST, manifest)
         _flush(self.partial)
         os.rename(self.partial, self.path)
         _flush(self.path.parent)
@@ -123,30 +159,106 @@ def _flush(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished artifact. Raises UserError where there is none, or one that was cut or changed."""
     path = folder / MANIFEST
     try:
-        return json.loads(path.read_text())
+        status = path.stat()
     except OSError:
         raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished artifact") from None
-    except json.JSONDecodeError as error:
+    manifest = _manifest(path, status.st_mtime_ns, status.st_size)
+    if manifest is None:
         raise UserError(
-            f"{path}: not valid JSON ({error}); delete the folder {folder} and run the stage again"
-        ) from None
+            f"{path}: is not as it was written; delete the folder {folder} and run its stage again: it is made anew"
+        )
+    return manifest
 
 
-def damaged_files(folder: Path, pattern: str = "*") -> list[str]:
-    """Files of an artifact, of those that match, that are missing or differ from the manifest's checksums."""
-    return [
-        f"{name}: {'checksum differs' if (folder / name).is_file() else 'missing'}"
-        for name, entry in read_manifest(folder)["files"].items()
-        if fnmatch(name, pattern) and (not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"])
-    ]
+@lru_cache(maxsize=1024)
+def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
+    """Of the file as it is at that time: it is asked for often."""
+    return read_record(path)
 
 
-def refuse_damaged(folder: Path, pattern: str = "*") -> None:
-    """Raises UserError where files of an artifact, of those that match, are not as they were written."""
-    if damaged := damaged_files(folder, pattern):
+def stored_file(folder: Path, name: str) -> Path:
+    """The path of one file of a finished artifact. Raises UserError where the file is not as it was written."""
+    return stored_files(folder, name)[0]
+
+
+def stored_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """The paths of a finished artifact's files that match `pattern`, by name.
+
+    Each is compared with the manifest's checksum: a large one once a node, and again when its size or time changes.
+    Raises UserError where a file is missing or not as it was written, or where the artifact has none that matches.
+    """
+    entries = _entries(folder, pattern)
+    damaged = [] if entries else [f"{pattern}: missing"]
+    large = {name: entry for name, entry in entries.items() if entry["bytes"] > SMALL_BYTES}
+    damaged += _damage(folder, {name: entry for name, entry in entries.items() if name not in large})
+    if large:
+        with _node_memory(folder) as known:
+            unknown = {name: entry for name, entry in large.items() if known.get(name) != _stamp(folder / name, entry)}
+            found = _damage(folder, unknown)
+            if not found:
+                known |= {name: _stamp(folder / name, entry) for name, entry in unknown.items()}
+            damaged += found
+    if damaged:
         raise UserError(f"{folder}: {'; '.join(damaged)}. Delete the folder and run its stage again: it is made anew")
+    return [folder / name for name in sorted(entries)]
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Files of a finished artifact that are missing or differ from the manifest's checksums; all are read."""
+    return _damage(folder, _entries(folder, "*"))
+
+
+def _entries(folder: Path, pattern: str) -> dict[str, Any]:
+    return {name: entry for name, entry in read_manifest(folder)["files"].items() if fnmatch(name, pattern)}
+
+
+def _damage(folder: Path, entries: Mapping[str, Any]) -> list[str]:
+    damaged = []
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            damaged.append(f"{name}: missing")
+        elif file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            damaged.append(f"{name}: checksum differs")
+    return damaged
+
+
+def _stamp(file: Path, entry: Mapping[str, Any]) -> list[Any]:
+    """What tells that a file is the one that was compared with this checksum."""
+    try:
+        status = file.stat()
+    except OSError:
+        return []
+    return [entry["sha256"], status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+@contextmanager
+def _node_memory(folder: Path) -> Iterator[dict[str, Any]]:
+    """What processes of this node have compared of an artifact, to be added to; the others wait meanwhile.
+
+    It lies in a folder of this user's below the node's temporary folder. Where that cannot be, nothing is remembered.
+    """
+    memory = Path(tempfile.gettempdir()) / f"asc-ray-{os.getuid()}"
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    try:
+        memory.mkdir(mode=0o700, exist_ok=True)
+        if memory.is_symlink() or memory.stat().st_uid != os.getuid() or memory.stat().st_mode & 0o022:
+            raise PermissionError(memory)  # others could write into it
+        lock = open(memory / f"{name}.lock", "a")  # noqa: SIM115
+    except OSError:
+        yield {}
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = read_record(memory / f"{name}.json") or {}
+        known = dict(before)
+        yield known
+        if known != before:
+            with suppress(OSError):
+                write_record(memory / f"{name}.json", known)
 
 
 def mirrored(artifact: Path, cache: Path) -> Path:

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 
 from asc_ray import tracking
-from asc_ray.artifacts import Artifact, content_key, read_manifest, refuse_damaged, write_atomically
-from asc_ray.data.clips import ClipStore
+from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, write_atomically
+from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import UserError
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
@@ -46,7 +46,8 @@ class Origin:
         manifest = read_manifest(self.student)
         section = manifest["config"]["student"]
         if key := manifest["inputs"].get("sweep"):
-            best = yaml.safe_load((_artifact(self.storage, "sweep", key) / BEST_STUDENT).read_text())["student"]
+            found = stored_file(_artifact(self.storage, "sweep", key), BEST_STUDENT)
+            best = yaml.safe_load(found.read_text())["student"]
             section = {**best, "seed": section["seed"]}
         return StudentConfig.model_validate(section)
 
@@ -82,7 +83,6 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
         if "validation" not in manifest["facts"]:
             raise UserError(f"{folder}: made by an earlier version; run `asc-ray qat` again")
     best = max(found, key=lambda folder: read_manifest(folder)["facts"]["validation"]["validation_macro_accuracy"])
-    refuse_damaged(best)
     storage = best.parents[1]
     student = _artifact(storage, "students", read_manifest(best)["inputs"]["student"])
     clips = _artifact(storage, "clips", read_manifest(student)["inputs"]["clips"])
@@ -106,7 +106,7 @@ def export(run: str, out: Path, name: str, uri: str | None, default_storage: Pat
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
         raise taken
     origin, uri = find(run, uri, default_storage)
-    store, config = ClipStore(origin.clips), origin.config()
+    store, config = open_clips(origin.clips), origin.config()
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:

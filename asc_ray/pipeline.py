@@ -1,17 +1,15 @@
 """Running the stages of a plan: skipping, resuming, showing, tracking."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asc_ray.artifacts import Artifact, exclusive, refuse_damaged, write_atomically
+from asc_ray.artifacts import Artifact, exclusive, stored_file, stored_files, write_atomically, write_record
 from asc_ray.cluster.resources import Resources
 from asc_ray.config import Config
 from asc_ray.data.corpus import read_corpus
@@ -33,7 +31,7 @@ from asc_ray.training.search import (
     trials_table,
     values_over_seeds,
 )
-from asc_ray.training.systems import import_teacher, student_cost
+from asc_ray.training.systems import INT8_MODEL, import_teacher, student_cost
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -195,15 +193,6 @@ def source_of(plan: Plan) -> Source:
     return Source(plan.clips.path, config.partition, config.data, stream, config.fusion)
 
 
-def sound_targets(plan: Plan, target: str) -> Path | None:
-    """Soft targets of the plan. Raises UserError where they are not as they were written."""
-    targets = plan.soft_targets(target)
-    if targets is not None:
-        inside = targets.parent.name == "targets"
-        refuse_damaged(plan.fusion.path if inside else targets, "targets/*" if inside else "train-*")
-    return targets
-
-
 def _build_corpus(work: Work) -> None:
     artifact = work.plan.demo
     assert artifact is not None
@@ -217,6 +206,8 @@ def _build_clips(work: Work) -> None:
     from asc_ray.cluster.ingest import ingest
 
     plan, config = work.plan, work.plan.config
+    if plan.demo:
+        stored_files(plan.demo.path)
     corpus = plan.source or read_corpus(plan.corpus_root(), config.corpus.on_bad_clip)
     ingest(
         plan.clips,
@@ -269,7 +260,7 @@ def _build_teachers(work: Work) -> None:
     with work.tracked(todo) as on_event:
         errors = train_teachers(waiting, config.cluster.retries, on_event)
     for name, error in errors.items():
-        write_atomically(todo[name].open_partial() / FAILED, json.dumps({"error": error}))
+        write_record(todo[name].open_partial() / FAILED, {"error": error})
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
         raise UserError(
             f"{len(untried)} of {len(todo)} teachers were not finished ({', '.join(untried)}): no node had room for "
@@ -435,7 +426,7 @@ def _build_sweep(work: Work) -> None:
         results = run_sweep(
             plan.sweep,
             work.source,
-            {target: sound_targets(plan, target) for target in config.soft_targets},
+            {target: plan.soft_targets(target) for target in config.soft_targets},
             config.student,
             sweep,
             config.limits,
@@ -480,13 +471,11 @@ def _short(value: Any) -> str:
 
 
 def student_jobs(plan: Plan) -> dict[str, Job]:
-    """The trainings of the plan's students. Raises UserError where their soft targets are damaged."""
+    """The trainings of the plan's students."""
     from asc_ray.training.systems import train_student
 
     configs = plan.student_configs()
-    done = all(artifact.complete for artifact in plan.students.values())
-    target = next(iter(configs.values())).distillation.soft_target
-    targets = None if done else sound_targets(plan, target)
+    targets = plan.soft_targets(next(iter(configs.values())).distillation.soft_target)
     return {
         name: Job(artifact, train_student, (source_of(plan), targets, configs[name]), configs[name].optimizer.epochs)
         for name, artifact in plan.students.items()
@@ -497,7 +486,7 @@ def int8_jobs(plan: Plan) -> dict[str, Job]:
     from asc_ray.training.systems import train_int8
 
     configs = plan.student_configs()
-    targets = sound_targets(plan, next(iter(configs.values())).distillation.soft_target)
+    targets = plan.soft_targets(next(iter(configs.values())).distillation.soft_target)
     source, qat = source_of(plan), plan.config.qat
     students = [(artifact.path, configs[name]) for name, artifact in plan.students.items()]
     return {
@@ -574,7 +563,7 @@ def _build_report(work: Work) -> None:
     artifact.finish({})
     work.tracker.log_file("", artifact.path / REPORT)
     for name, int8 in plan.int8.items():
-        work.tracker.log_file("", int8.path / "model.pt2", name)
+        work.tracker.log_file("", stored_file(int8.path, INT8_MODEL), name)
 
 
 _BUILDERS: dict[str, Callable[[Work], None]] = {

@@ -4,20 +4,20 @@ With `student.seeds` there are several students, and int8 forms of them, under n
 not know how many there are, so a student of three is that of a configuration of one.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asc_ray.artifacts import Artifact, content_key, file_sha256
+from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
+from asc_ray.audio.impulse import response_files
 from asc_ray.config import Config
 from asc_ray.data.corpus import Corpus, partition, read_corpus
-from asc_ray.errors import ConfigError
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import check_prior
 from asc_ray.models.pretrained import published
-from asc_ray.training.dataset import check_strangers
+from asc_ray.training.dataset import SoftTargets, check_strangers
 from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
@@ -112,7 +112,8 @@ class Plan:
         self.evaluation = self._artifact("evaluation", "ensemble", {}, {**fused, "fusion": self.fusion.key})
         evaluated = {name: artifact.key for name, artifact in self.evaluations.items()}
         self.report = self._artifact("report", config.name, {}, {"ensemble": self.evaluation.key, **evaluated})
-        sections = {"precision": config.logits.precision, "sweep": config.sweep and dump(config.sweep)}
+        searched = config.sweep and {"sweep": dump(config.sweep), "limits": dump(config.limits)}
+        sections = {"precision": config.logits.precision, "sweep": searched}
         sections |= {name: dump(getattr(config, name)) for name in ("partition", "student", "qat")} | fusion
         # The configuration's own key, whichever systems are left out.
         inputs = {name: teacher.key for own in trainings.values() for name, teacher in own.items()}
@@ -133,7 +134,8 @@ class Plan:
             student["student"]["checkpoint"] = file_sha256(file)
         self.sweep: Artifact | None = None
         if config.sweep:
-            self.sweep = self._artifact("sweep", "sweep", {**student, "sweep": dump(config.sweep)}, learned)
+            search = {**student, "sweep": dump(config.sweep), "limits": dump(config.limits)}
+            self.sweep = self._artifact("sweep", "sweep", search, learned)
             learned = {**learned, "sweep": self.sweep.key}
         self.seeds = {_of_seed("student", seed, len(seeds)): seed for seed in seeds}
         self.students = {
@@ -185,17 +187,19 @@ class Plan:
         own = self.corpus_root() / "dirs"
         return own if own.is_dir() else None
 
-    def soft_targets(self, target: str) -> Path | None:
-        """The folder of the soft targets with this name; None for labels alone."""
+    def soft_targets(self, target: str) -> SoftTargets | None:
+        """Where the soft targets with this name are; None for labels alone."""
         if target == "none":
             return None
-        return self.logits[target].path if target in self.logits else self.fusion.path / "targets" / target
+        if target in self.logits:
+            return SoftTargets(self.logits[target].path, "train-*")
+        return SoftTargets(self.fusion.path, f"targets/{target}/*")
 
     def student_configs(self) -> dict[str, StudentConfig]:
         """The students' configurations: the sweep's best, where there is a sweep."""
         config = self.config.student
         if self.sweep is not None:
-            best = yaml.safe_load((self.sweep.path / BEST_STUDENT).read_text())
+            best = yaml.safe_load(stored_file(self.sweep.path, BEST_STUDENT).read_text())
             config = StudentConfig.model_validate(best["student"])
         return {name: config.model_copy(update={"seed": seed}) for name, seed in self.seeds.items()}
 
@@ -247,12 +251,13 @@ class Plan:
         section: dict[str, Any] = {"recipe": dump(recipe), "partition": self._division()}
         if fold is not None:
             section["fold"] = fold
-        if name in self.imported:
-            section = {"recipe": {"model": dump(recipe.model)}, "imported": file_sha256(self.imported[name])}
+        if name in self.imported:  # of the recipe, what its logits depend on
+            own = {"model": dump(recipe.model), "frontend": dump(recipe.frontend)}
+            section = {"recipe": own, "imported": file_sha256(self.imported[name])}
         elif start := getattr(recipe.model, "pretrained", None):
             if not start.is_file():
                 raise ConfigError(f"teachers.recipes.{name}.model.pretrained: {start}: no such file")
-            section["pretrained"] = file_sha256(start)
+            section["recipe"]["model"]["pretrained"] = file_sha256(start)
         return self._artifact("teachers", name if fold is None else f"{name}-fold{fold}", section, inputs)
 
     def _left_out(self, systems: Mapping[str, Mapping[str, Artifact]]) -> dict[str, str]:
@@ -273,12 +278,15 @@ class Plan:
         return failed
 
     def _impulse_responses_identity(self) -> Any:
-        if self.demo:
-            return str(self.config.corpus.impulse_responses or "the demo corpus' own")
+        if self.demo and not self.config.corpus.impulse_responses:
+            return "the demo corpus' own"
         folder = self.impulse_responses()
         if folder is None:
             return "built-in"
-        return sorted((file.name, file.stat().st_size) for file in folder.glob("*.wav"))
+        try:
+            return {file.name: file_sha256(file) for file in response_files(folder)}
+        except OSError as error:
+            raise UserError(f"impulse responses: {error.filename}: {error.strerror}; mend or remove it") from None
 
     def missing(self, stage: str) -> list[Artifact]:
         """The stage's artifacts that are not complete."""
@@ -300,8 +308,8 @@ def _int8(student: str) -> str:
 
 def failure(artifact: Artifact) -> str | None:
     """Why this system's training was given up, where it was."""
-    note = artifact.partial / FAILED
-    return json.loads(note.read_text())["error"] if note.is_file() else None
+    note = read_record(artifact.partial / FAILED)
+    return note["error"] if note else None
 
 
 def dump(section: Any) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The state of a configuration's artifacts as it is on disk, for people."""
 
-import json
 import time
 
-from asc_ray.artifacts import Artifact, is_locked
+from asc_ray.artifacts import Artifact, is_locked, read_record
 from asc_ray.plan import REPORT, Plan, failure, scores_over_seeds
+from asc_ray.training.systems import PROGRESS
 
 
 def state_of(artifact: Artifact) -> tuple[str, str]:
@@ -20,9 +20,8 @@ def state_of(artifact: Artifact) -> tuple[str, str]:
 
 
 def _progress(artifact: Artifact) -> str:
-    note = artifact.partial / "progress.json"
-    if note.is_file():
-        entry = json.loads(note.read_text())
+    note = artifact.partial / PROGRESS
+    if entry := read_record(note):
         text = f", epoch {entry['epoch']}/{entry['epochs']}, loss {entry['loss']:.3f}"
         text += f", validation {100 * entry['validation_accuracy']:.1f} %, {entry['clips_per_second']:.0f} clips/s"
         noted = note.stat().st_mtime

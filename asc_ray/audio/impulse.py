@@ -36,12 +36,18 @@ class ImpulseBank:
         return _synthetic(sample_rate) if folder is None else _read(Path(folder), sample_rate)
 
 
-def _read(folder: Path, sample_rate: int) -> ImpulseBank:
+def response_files(folder: Path) -> list[Path]:
+    """The files of `folder` that a bank is made of, by name. Raises UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"impulse responses: {folder} is not a folder; name a folder of *.wav files, or none at all")
     paths = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".wav"), key=lambda path: path.name)
     if not paths:
         raise UserError(f"impulse responses: {folder} holds no *.wav file; add some, or name no folder")
+    return paths
+
+
+def _read(folder: Path, sample_rate: int) -> ImpulseBank:
+    paths = response_files(folder)
     responses: list[Tensor] = []
     refused: list[str] = []
     for path in paths:

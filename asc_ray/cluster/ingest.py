@@ -1,6 +1,5 @@
-"""Ingest and inference as Ray tasks over shards; a shard that is done is never done again."""
+"""Ingest and inference as Ray tasks over parts of the clips; a part that is done is never done again."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from asc_ray.artifacts import Artifact, write_atomically
+from asc_ray.artifacts import Artifact
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
-from asc_ray.data.clips import SPLITS, plan_shards, shard_file, write_shard
+from asc_ray.data.clips import SHARD, SPLITS, ClipStore, write_shard
 from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
+from asc_ray.data.logits import read_logits
+from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_file
+from asc_ray.errors import UserError
 from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank
 from asc_ray.training.loop import Recipe
 from asc_ray.training.systems import Inference, Precision, infer
@@ -32,42 +34,40 @@ def ingest(
 ) -> None:
     """Decode the corpus into the clip store, one task a shard. Raises CorpusError listing every bad clip."""
     folder = artifact.open_partial()
-    shards = plan_shards(corpus, shard_clips)
-    reports: dict[int, dict[str, Any]] = {}
+    ids = [clip.clip_id for clip in corpus.clips]
+    reports = finished_parts(folder, SHARD, ids, accept=lambda report: skip_bad or not report["bad"])
     tasks = []
-    for index, clips in enumerate(shards):
-        done = _report_file(folder, index)
-        if done.is_file() and (skip_bad or not json.loads(done.read_text())["bad"]):
-            reports[index] = json.loads(done.read_text())
-        else:
-            arguments = (corpus.root, clips, corpus.labels, corpus.devices, folder, index, corpus.fingerprint)
-            tasks.append(Task(f"shard-{index:05d}", _ingest_shard, arguments, Resources()))
-    on_event("shards", {"done": len(reports), "total": len(shards)})
-    finished = run_tasks(
-        tasks, retries, on_event, lambda name, report: on_event("shards", {"advance": 1, "total": len(shards)})
-    )
-    reports |= {report["index"]: report for report in finished}
-    bad = [BadClip(**entry) for report in reports.values() for entry in report["bad"]]
+    for some in missing_parts(len(ids), reports, shard_clips):
+        arguments = (corpus.root, corpus.clips[some], corpus.labels, corpus.devices, corpus.fingerprint)
+        file = part_file(folder, SHARD, some.start)
+        tasks.append(Task(file.stem, _ingest_shard, (*arguments, file), Resources()))
+    total = len(reports) + len(tasks)
+    on_event("shards", {"done": len(reports), "total": total})
+    reports += run_tasks(tasks, retries, on_event, lambda name, _: on_event("shards", {"advance": 1, "total": total}))
+    bad = [BadClip(**entry) for report in reports for entry in report["bad"]]
     if bad and not skip_bad:
         refuse(corpus.root, list(map(str, bad)), skippable=True)
     refuse(corpus.root, _lost_scenes(corpus, {clip.clip_id for clip in bad}), skippable=False)
+    held = ClipStore(folder).ids.tolist()
+    if sorted([*held, *(clip.clip_id for clip in bad)]) != sorted(ids):
+        raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
     save_bank(ImpulseBank.load(impulse_responses), folder / IMPULSE_RESPONSES)
     notes: Counter[str] = Counter()
-    for report in reports.values():
+    for report in reports:
         notes.update(report["notes"])
     splits = Counter(clip.split for clip in corpus.clips)
     artifact.finish(
         {
             "corpus": artifact.name,
-            "clips": sum(report["rows"] for report in reports.values()),
+            "clips": len(held),
             "listed": dict(splits),
             "labels": corpus.labels,
             "devices": corpus.devices,
             "notes": dict(notes),
             "skipped": [asdict(clip) for clip in (*corpus.bad, *bad)],
         },
-        scratch=("shard-*.json",),
-        checksums={report["file"]: report["sha256"] for report in reports.values()},
+        scratch=(f"{SHARD}-*.json",),
+        checksums={report["file"]: report["sha256"] for report in reports},
     )
 
 
@@ -80,29 +80,20 @@ def _lost_scenes(corpus: Corpus, bad: set[str]) -> list[str]:
 
 def _ingest_shard(
     root: Path,
-    clips: list[Clip],
+    clips: tuple[Clip, ...],
     labels: tuple[str, ...],
     devices: tuple[str, ...],
-    folder: Path,
-    index: int,
     fingerprint: str,
+    file: Path,
 ) -> dict[str, Any]:
-    report = {
-        **asdict(write_shard(root, clips, labels, devices, shard_file(folder, index), fingerprint=fingerprint)),
-        "index": index,
-    }
-    write_atomically(_report_file(folder, index), json.dumps(report))
-    return report
-
-
-def _report_file(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index:05d}.json"
+    report = write_shard(root, clips, labels, devices, file, fingerprint=fingerprint)
+    return note_part(file, [clip.clip_id for clip in clips], asdict(report))
 
 
 def store_logits(
     systems: Mapping[str, tuple[Artifact, tuple[Path, ...], Recipe]],
     source: Source,
-    shard_clips: int,
+    part_clips: int,
     batch_size: int,
     precision: Precision,
     resources: Resources,
@@ -111,44 +102,46 @@ def store_logits(
 ) -> None:
     """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folders, recipe).
 
-    A task is a shard of clips of one split and all systems of one front end; a system's part that is there already is
-    left out.
+    A task is some clips of one split and all systems of one front end that lack their logits.
     """
     store = source.store()
-    shards = [
-        (split, index, rows[start : start + shard_clips])
-        for split in SPLITS
-        for rows in [np.flatnonzero(store.split == split)]
-        for index, start in enumerate(range(0, len(rows), shard_clips))
-    ]
-    families: dict[str, list[str]] = {}
-    for name, (_, _, recipe) in systems.items():
-        families.setdefault(recipe.frontend.model_dump_json(), []).append(name)
-    tasks, shares, total = [], {}, len(shards) * len(systems)
-    for names in families.values():
-        for split, index, shard in shards:
-            share = []
-            for name in names:
-                artifact, teachers, recipe = systems[name]
-                file = artifact.open_partial() / f"{split}-{index:05d}.arrow"
-                if not file.is_file():
-                    metadata = {"system": name, "config": artifact.key, "split": split}
-                    share.append(Inference(teachers, recipe, file, metadata))
-            if share:
-                title = f"{names[0]}-{split}-{index:05d}"
-                task = Task(title, infer, (share, source, shard, batch_size, precision), resources)
-                tasks.append(task)
-                shares[task.name] = len(share)
-    on_event("logits", {"done": total - sum(shares.values()), "total": total})
+    rows = {split: np.flatnonzero(store.split == split) for split in SPLITS}
+    reports: dict[str, list[dict[str, Any]]] = {}
+    shares: dict[tuple[str, str, int, int], list[Inference]] = {}  # by front end, split, first clip and the one behind
+    for name, (artifact, teachers, recipe) in systems.items():
+        folder, reports[name] = artifact.open_partial(), []
+        for split in SPLITS:
+            finished = finished_parts(folder, split, store.ids[rows[split]])
+            reports[name] += finished
+            metadata = {"system": name, "config": artifact.key, "split": split}
+            for some in missing_parts(len(rows[split]), finished, part_clips):
+                key = recipe.frontend.model_dump_json(), split, some.start, some.stop
+                file = part_file(folder, split, some.start)
+                shares.setdefault(key, []).append(Inference(name, teachers, recipe, file, metadata))
+    tasks = {}
+    for (_, split, first, end), share in shares.items():
+        title = f"{share[0].system}-{split}-{first:09d}"
+        tasks[title] = Task(title, infer, (share, source, rows[split][first:end], batch_size, precision), resources)
+    done = sum(map(len, reports.values()))
+    total = done + sum(map(len, shares.values()))
+    counts = {title: len(task.arguments[0]) for title, task in tasks.items()}
+    on_event("logits", {"done": done, "total": total})
     results = run_tasks(
-        tasks,
+        list(tasks.values()),
         retries,
         on_event,
-        lambda name, result: on_event("logits", {"advance": shares[name], "total": total}),
+        lambda name, _: on_event("logits", {"advance": counts[name], "total": total}),
     )
-    for artifact, _, _ in systems.values():
-        facts: dict[str, Any] = {"clips": len(store), "parts": len(shards)}
-        found = [worst for result in results for file, worst in result.items() if Path(file).parent == artifact.partial]
-        if found:
+    for result in results:
+        for name, report in result.items():
+            reports[name].append(report)
+    for name, (artifact, _, _) in systems.items():
+        for split in SPLITS:
+            held = read_logits(artifact.partial, split).ids
+            if not np.array_equal(held, store.ids[rows[split]]):
+                raise UserError(f"{artifact.partial}: not the {split} clips in order; delete the folder and try again")
+        facts: dict[str, Any] = {"clips": len(store), "parts": len(reports[name])}
+        if found := [report["bf16_difference"] for report in reports[name] if "bf16_difference" in report]:
             facts["bf16_difference"] = max(found)
-        artifact.finish(facts)
+        checksums = {report["file"]: report["sha256"] for report in reports[name]}
+        artifact.finish(facts, scratch=("*.json",), checksums=checksums)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from asc_ray.data.clips import ClipStore
+from asc_ray.data.clips import open_clips
 from asc_ray.data.decode import CLIP_SAMPLES
 
 READERS = 4
@@ -43,7 +43,7 @@ def stream(folder: Path, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
             wanted = len(next(waiting, ()))
 
 
-_open = lru_cache(maxsize=1)(ClipStore)  # a worker reads many batches
+_open = lru_cache(maxsize=1)(open_clips)  # a worker reads many batches
 
 
 def _read(folder: Path, batch: Any) -> dict[str, np.ndarray]:

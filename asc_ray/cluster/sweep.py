@@ -1,11 +1,11 @@
 """The search for the student's configuration on Ray Tune; training.search decides what to propose and stop."""
 
-import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +16,14 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from asc_ray.artifacts import Artifact, write_atomically
+from asc_ray.artifacts import Artifact, read_record, write_record
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, settle, slots
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.complexity import Complexity, Limits
 from asc_ray.models.registry import build
 from asc_ray.training import search
-from asc_ray.training.dataset import Source
+from asc_ray.training.dataset import SoftTargets, Source
 from asc_ray.training.loop import Diverged, Metrics
 from asc_ray.training.search import SweepConfig, TrialResult
 from asc_ray.training.systems import StudentConfig, fit_student, soft_targets, student_cost
@@ -45,7 +45,7 @@ SCRATCH = ("trials/*.checkpoints", "trials/*.error", "trials/*.tmp", CLOCK)
 def run_sweep(
     artifact: Artifact,
     source: Source,
-    targets: Mapping[str, Path | None],
+    targets: Mapping[str, SoftTargets | None],
     student: StudentConfig,
     sweep: SweepConfig,
     limits: Limits,
@@ -53,7 +53,7 @@ def run_sweep(
     retries: int,
     on_event: OnEvent,
 ) -> list[TrialResult]:
-    """Run the trials that have not ended yet; returns all, by number. `targets`: folders of soft targets, by name.
+    """Run the trials that have not ended yet; returns all, by number. `targets`: soft targets, by name.
 
     A trial whose network is over the `limits`, or works on no clip, fails without a training; one that raises an error
     is tried again `retries` times, and has then failed with it. A trial's result is a file of the artifact, its
@@ -116,11 +116,14 @@ def run_sweep(
 
 
 def ended_trials(artifact: Artifact) -> list[TrialResult]:
-    """Of a search under way, those that have ended."""
-    return [
-        TrialResult.model_validate_json(file.read_text())
-        for file in sorted((artifact.partial / TRIALS).glob("[0-9]*.json"))
-    ]
+    """Of a search under way, those that have ended; one whose result is not as it was written runs again."""
+    results = []
+    for file in sorted((artifact.partial / TRIALS).glob("[0-9]*.json")):
+        with suppress(ValidationError):
+            result = TrialResult.model_validate(read_record(file) or {})
+            if file.name == _result(result.number):
+                results.append(result)
+    return results
 
 
 def concurrent(sweep: SweepConfig, resources: Resources) -> int:
@@ -132,7 +135,7 @@ class _Clock:
     """How long a search has run, over all its drivers, and which trial its time did not last for: in a file."""
 
     def __init__(self, file: Path) -> None:
-        stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "closed": None}
+        stored = read_record(file) or {"seconds": 0.0, "closed": None}
         self.closed: int | None = stored["closed"]
         self._file, self._before, self._start = file, stored["seconds"], time.monotonic()
 
@@ -140,7 +143,7 @@ class _Clock:
         return self._before + time.monotonic() - self._start
 
     def save(self) -> None:
-        write_atomically(self._file, json.dumps({"seconds": self.seconds(), "closed": self.closed}))
+        write_record(self._file, {"seconds": self.seconds(), "closed": self.closed})
 
 
 @dataclass
@@ -265,9 +268,8 @@ class _Course:
 
     def give_up(self, number: int) -> None:
         """Of a trial whose last attempt failed, with an error of its own or with its worker."""
-        error = self._folder / _error(number)
-        if error.is_file():
-            self._running[number].error = error.read_text()
+        if note := read_record(self._folder / _error(number)):
+            self._running[number].error = note["error"]
             self.close(number, failed=True)
         else:  # says nothing of its parameters: it is left for another time
             self._lost.add(number)
@@ -280,7 +282,7 @@ class _Course:
         elif trial.state == "complete" and len(trial.curve) < end - start:
             trial.state, trial.error = "failed", f"it ended after {len(trial.curve)} of {end - start} epochs"
         result = TrialResult(number=number, **vars(trial))
-        write_atomically(self._folder / f"{number:04d}.json", result.model_dump_json())
+        write_record(self._folder / _result(number), result.model_dump(mode="json"))
         if sweep.scheduler != "pbt":
             shutil.rmtree(self._folder / _checkpoints(number), ignore_errors=True)
         self.ended.append(result)
@@ -342,7 +344,7 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     try:
         _train(config, work)
     except Exception as error:
-        write_atomically(note, " ".join(f"{type(error).__name__}: {error}".split()))
+        write_record(note, {"error": " ".join(f"{type(error).__name__}: {error}".split())})
         raise
 
 
@@ -377,6 +379,10 @@ def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
 
 def _checkpoints(number: int) -> str:
     return f"{number:04d}.checkpoints"
+
+
+def _result(number: int) -> str:
+    return f"{number:04d}.json"
 
 
 def _error(number: int) -> str:

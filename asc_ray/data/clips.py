@@ -10,32 +10,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from asc_ray.artifacts import file_sha256
+from asc_ray.artifacts import stored_files
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.corpus import BadClip, Clip, Corpus
+from asc_ray.data.corpus import BadClip, Clip
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
 from asc_ray.errors import UserError
 
+SHARD = "shard"  # the files' prefix
 SHARD_CLIPS = 4_096
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    file: str
-    rows: int
-    sha256: str
     notes: dict[str, int]  # how many clips were resampled, padded, ...
     bad: list[BadClip]  # left out
-
-
-def plan_shards(corpus: Corpus, shard_clips: int = SHARD_CLIPS) -> list[list[Clip]]:
-    """The corpus's clips, in order, in runs of at most `shard_clips`."""
-    return [list(corpus.clips[start : start + shard_clips]) for start in range(0, len(corpus.clips), shard_clips)]
-
-
-def shard_file(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index:05d}.arrow"
 
 
 def write_shard(
@@ -88,22 +77,28 @@ def write_shard(
         },
     )
     write_batch(batch, file)
-    return ShardReport(file.name, len(kept), file_sha256(file), dict(sorted(notes.items())), bad)
+    return ShardReport(dict(sorted(notes.items())), bad)
+
+
+def open_clips(folder: Path) -> "ClipStore":
+    """The clip store of a finished artifact. Raises UserError where one of its files is not as it was written."""
+    return ClipStore(folder, stored_files(folder, f"{SHARD}-*.arrow"))
 
 
 class ClipStore:
     """The shards of a folder as one table of N clips; PCM stays on disk, mapped into memory.
 
     ids, device, location, split: (N,) str; scene: (N,) int64 into `labels`; energy: (N,) float32; labels, devices:
-    tuples; corpus: the fingerprint. Pickling sends the folder only, and opens it again at the other end.
+    tuples; corpus: the fingerprint. Without `files` the shards are all that lie in the folder. Pickling sends the paths
+    only, and opens them again at the other end.
     Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
         self.folder = Path(folder)
-        files = sorted(self.folder.glob("shard-*.arrow"))
+        self._files = files = sorted(self.folder.glob(f"{SHARD}-*.arrow")) if files is None else list(files)
         if not files:
-            raise UserError(f"{self.folder}: no shard-*.arrow files; run the ingest stage first")
+            raise UserError(f"{self.folder}: no {SHARD}-*.arrow files; run the ingest stage first")
         batches = [map_batch(file) for file in files]
         metadata = batches[0].schema.metadata
         for file, batch in zip(files, batches, strict=True):
@@ -131,7 +126,7 @@ class ClipStore:
         return int(self._starts[-1])
 
     def __reduce__(self):
-        return ClipStore, (self.folder,)
+        return ClipStore, (self.folder, self._files)
 
     @cached_property
     def _row_of(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import yaml
 
-from asc_ray.artifacts import Artifact
+from asc_ray.artifacts import Artifact, stored_file
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.fusion import Fusion
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
@@ -49,7 +49,7 @@ def write_report(
     tested = read_scores(evaluation.path)
     train = store.split == "train"
     histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
-    best = "" if sweep is None else (sweep.path / "best.yaml").read_text()
+    best = "" if sweep is None else stored_file(sweep.path, "best.yaml").read_text()
     trials = [] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]]
     model = student_config.model
     size = getattr(model, "size", None)
@@ -87,7 +87,7 @@ def write_report(
             residual_lambda={name: artifact.facts()["residual_lambda"] for name, artifact in students.items()},
             lambda_start=model.normalization.lambda_start if isinstance(model, DSFlexiNetConfig) else 0.0,
             fusion=FusionSection(
-                fusion=Fusion.load(fusion.path / FUSION),
+                fusion=Fusion.load(stored_file(fusion.path, FUSION)),
                 data=fusion.facts()["data"],
                 objectives=fusion.facts()["objectives"],
                 held_out=read_scores(fusion.path),

@@ -1,6 +1,5 @@
 """Checkpoints: safetensors and a readable meta.json, written aside and renamed; the last few and the best are kept."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from asc_ray.artifacts import file_sha256, write_atomically
+from asc_ray.artifacts import file_sha256, read_record, write_record
 
 KEPT = 2
+TENSORS = ("model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def save_checkpoint(
     temporary.mkdir(parents=True, exist_ok=True)
     save_file(_plain(model.state_dict()), temporary / "model.safetensors")
     save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-    checksums = {name: file_sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
+    checksums = {name: file_sha256(temporary / name) for name in TENSORS}
     meta = {"epoch": epoch, "steps": list(steps), "history": history, "sha256": checksums}
-    write_atomically(temporary / "meta.json", json.dumps(meta))
+    write_record(temporary / "meta.json", meta)
     if final.exists():  # a damaged one that resuming passed over
         shutil.rmtree(final)
     os.rename(temporary, final)
@@ -98,10 +98,10 @@ def _name(epoch: int) -> str:
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
+    meta = read_record(folder / "meta.json")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        intact = all(file_sha256(folder / name) == digest for name, digest in meta["sha256"].items())
-    except (OSError, ValueError, KeyError):
+        intact = meta is not None and all(file_sha256(folder / name) == meta["sha256"].get(name) for name in TENSORS)
+    except OSError:
         return None
     return meta if intact else None
 

@@ -11,10 +11,10 @@ from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asc_ray.artifacts import mirrored
+from asc_ray.artifacts import mirrored, stored_file, stored_files
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
-from asc_ray.data.clips import ClipStore
+from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.corpus import partition
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.errors import ConfigError
@@ -47,6 +47,14 @@ class PartitionConfig(Section):
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """Where soft targets of the training split are: files of a finished artifact."""
+
+    artifact: Path
+    pattern: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a training's clips are, how they are divided into parts, and how they reach the device.
 
@@ -63,12 +71,12 @@ class Source:
     strangers: tuple[str, ...] = ()
 
     def store(self) -> ClipStore:
-        return ClipStore(self._local())
+        return open_clips(self._local())
 
     def open(self, test: bool = False) -> "Dataset":
         """The clips by part; the part `test` only where it is asked for, by what reports on it."""
         folder = self._local()
-        store = ClipStore(folder)
+        store = open_clips(folder)
         train = np.flatnonzero(store.split == "train")
         rows = store.clips
         divided = partition([rows[i] for i in train], self.parts.shares(self.fusion), self.parts.seed)
@@ -86,7 +94,7 @@ class Source:
             parts[part] = parts[part][~strange[parts[part]]]
         if test:
             parts["test"] = np.flatnonzero(store.split == "test")
-        bank = open_bank(folder / IMPULSE_RESPONSES)
+        bank = open_bank(stored_file(folder, IMPULSE_RESPONSES))
         return Dataset(store, parts, bank, self.delivery, self.stream, folds, self.strangers)
 
     def _local(self) -> Path:
@@ -128,9 +136,12 @@ class Dataset:
         """Mean energy of the training split: the `auto` threshold of ADIR (eq. 3)."""
         return float(self.store.energy[self.store.split == "train"].mean(dtype=np.float64))
 
-    def soft_logits(self, targets: Path) -> np.ndarray:
-        """Soft targets as (clips of the store, K) float32, joined by clip id; NaN where a clip has none."""
-        soft = read_logits(targets, "train")
+    def soft_logits(self, targets: SoftTargets) -> np.ndarray:
+        """Soft targets as (clips of the store, K) float32, joined by clip id; NaN where a clip has none.
+
+        Raises UserError where their files are not as they were written.
+        """
+        soft = read_logits(stored_files(targets.artifact, targets.pattern))
         rows = self.store.index_of(soft.ids)
         values = np.full((len(self.store), len(self.store.labels)), np.nan, dtype=np.float32)
         values[rows] = Ensemble([soft], soft.ids).read()[0]

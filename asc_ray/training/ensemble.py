@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asc_ray.artifacts import Artifact, refuse_damaged, write_atomically
+from asc_ray.artifacts import Artifact, stored_file, stored_files, write_atomically
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, Logits, read_logits, write_logits
@@ -37,9 +37,7 @@ def fuse_systems(
     folder = artifact.open_partial()
     data = source.open()
     store, learn, held_out = data.store, data.parts["fusion"], data.parts["validation"]
-    for path in logits.values():
-        refuse_damaged(path, "train-*")
-    systems = {name: read_logits(path, "train") for name, path in logits.items()}
+    systems = {name: read_logits(stored_files(path, "train-*")) for name, path in logits.items()}
 
     def learned(some: Mapping[str, Logits], ridge: Ridge) -> Fusion:
         return fit_shards(
@@ -133,12 +131,11 @@ def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, P
     Raises UserError for damaged files of logits.
     """
     folder = artifact.open_partial()
-    for path in logits.values():
-        refuse_damaged(path, "test-*")
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
-    values = Ensemble([read_logits(path, "test") for path in logits.values()], store.ids[test]).read()
-    scores = score_ensemble(store, test, values, tuple(logits), Fusion.load(fusion / FUSION))
+    systems = [read_logits(stored_files(path, "test-*")) for path in logits.values()]
+    values = Ensemble(systems, store.ids[test]).read()
+    scores = score_ensemble(store, test, values, tuple(logits), Fusion.load(stored_file(fusion, FUSION)))
     write_atomically(folder / EVALUATION, scores.model_dump_json())
     artifact.finish({name: _figures(e) for name, e in scores.systems.items()})
 
@@ -160,8 +157,11 @@ def evaluate_student(artifact: Artifact, source: Source, student: Path, config: 
         # What was trained is what computes: the same clips with fake quantization, and in onnxruntime's 8-bit kernels.
         from asc_ray.training.onnx_model import OnnxModel
 
-        fake = load_fake_quantized(student, config, len(store.labels))
-        for name, other in {"fake_quantization": fake, "onnxruntime": OnnxModel(student / ONNX_MODEL)}.items():
+        others = {
+            "fake_quantization": load_fake_quantized(student, config, len(store.labels)),
+            "onnxruntime": OnnxModel(stored_file(student, ONNX_MODEL)),
+        }
+        for name, other in others.items():
             own = predict(other, front_end, store, test, device)
             facts[f"agreement_with_{name}"] = float((own.argmax(1) == outputs.argmax(1)).float().mean())
             facts[f"difference_to_{name}"] = float((own - outputs).abs().max())
@@ -169,11 +169,11 @@ def evaluate_student(artifact: Artifact, source: Source, student: Path, config: 
 
 
 def read_scores(folder: Path) -> Scores:
-    return Scores.model_validate_json((folder / EVALUATION).read_text())
+    return Scores.model_validate_json(stored_file(folder, EVALUATION).read_text())
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    return Evaluation.model_validate_json((folder / EVALUATION).read_text())
+    return Evaluation.model_validate_json(stored_file(folder, EVALUATION).read_text())
 
 
 def _figures(e: Evaluation) -> dict[str, float]:

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from asc_ray.artifacts import file_sha256, write_atomically
+from asc_ray.artifacts import file_sha256, stored_file, write_atomically
 from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.decode import CLIP_SAMPLES
@@ -34,8 +34,8 @@ def write_bundle(folder: Path, int8: Path, labels: Sequence[str], config: Fronte
     about = {FRONTEND: asdict(Frontend(samples=CLIP_SAMPLES, **settings)), LABELS: list(labels)}
     for file, value in about.items():
         write_atomically(folder / file, json.dumps(value, indent=1) + "\n")
-    shutil.copyfile(int8 / INT8_MODEL, folder / INT8_MODEL)
-    model = onnx.load(int8 / ONNX_MODEL)
+    shutil.copyfile(stored_file(int8, INT8_MODEL), folder / INT8_MODEL)
+    model = onnx.load(stored_file(int8, ONNX_MODEL))
     onnx.helper.set_model_props(
         model, {"producer": PRODUCER, **{file: json.dumps(value) for file, value in about.items()}}
     )
@@ -59,7 +59,7 @@ def compare(folder: Path, store: ClipStore, rows: np.ndarray) -> tuple[np.ndarra
         [bundle.logits(store.pcm(rows[start : start + _BATCH])) for start in range(0, len(rows), _BATCH)]
     )
     front_end = LogMel(_config(bundle.frontend))
-    other = predict(load_int8(folder), front_end, store, rows, torch.device("cpu")).numpy()
+    other = predict(quantization.load(folder / INT8_MODEL), front_end, store, rows, torch.device("cpu")).numpy()
     differ = int((logits.argmax(1) != other.argmax(1)).sum())
     if differ > max(1, (1 - LEAST_AGREEMENT) * len(rows)):
         raise UserError(
@@ -81,7 +81,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         missing, added = sorted({INT8_MODEL, CARD} - found), sorted(found - listed)
         what = [*(f"{name}: missing" for name in missing), *(f"{name}: not in {CHECKSUMS}" for name in added)]
         raise UserError(f"{folder}: {'; '.join(what)}. Export the bundle again, or take away what is not its own")
-    model = load_int8(folder)
+    model = quantization.load(folder / INT8_MODEL)
     noise = 0.1 * np.random.default_rng(0).standard_normal((8, bundle.frontend.samples), dtype=np.float32)
     logits = bundle.logits(noise)
     other = _logits(model, noise, bundle.frontend)

@@ -17,10 +17,11 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_atomically
+from asc_ray.artifacts import Artifact, read_manifest, stored_file, write_record
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.decode import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
+from asc_ray.data.parts import note_part
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.complexity import Complexity, Limits, complexity
 from asc_ray.models.normalization import ResidualNorm
@@ -29,7 +30,7 @@ from asc_ray.models.pretrained import load_published, start_from
 from asc_ray.models.registry import build, folded
 from asc_ray.section import Section
 from asc_ray.training import parallel
-from asc_ray.training.dataset import Dataset, Source
+from asc_ray.training.dataset import Dataset, SoftTargets, Source
 from asc_ray.training.distillation import DistillationConfig
 from asc_ray.training.loop import Metrics, OnEpoch, Recipe, fit, predict, predict_all, training_device, validate
 
@@ -37,7 +38,8 @@ WEIGHTS = "model.safetensors"
 INT8_MODEL = "model.pt2"
 FAKE_QUANTIZED = "fake-quantized.safetensors"
 ONNX_MODEL = "model.onnx"
-SCRATCH = ("checkpoints", "progress.json")
+PROGRESS = "progress.json"
+SCRATCH = ("checkpoints", PROGRESS)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -127,11 +129,11 @@ def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, classes: int)
 def train_student(
     artifact: Artifact,
     source: Source,
-    targets: Path | None,
+    targets: SoftTargets | None,
     config: StudentConfig,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
-    """Train a student on all clips but the validation part, from the soft targets in the folder `targets`.
+    """Train a student on all clips but the validation part, from the soft `targets`.
 
     With `config.checkpoint` it has that file's weights instead. Raises UserError where they do not fit.
     """
@@ -185,7 +187,7 @@ def fit_student(
 def train_int8(
     artifact: Artifact,
     source: Source,
-    targets: Path | None,
+    targets: SoftTargets | None,
     student: Path,
     config: StudentConfig,
     qat: QATConfig,
@@ -211,11 +213,12 @@ def train_int8(
     _save_weights(prepared, folder, FAKE_QUANTIZED)
     quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
     export_onnx(int8, folder / ONNX_MODEL)
+    saved = quantization.load(folder / INT8_MODEL)
     artifact.finish(
         {
             "history": history,
             "bytes": quantization.bytes_by_dtype(int8),
-            "validation": validate(load_int8(folder), LogMel(config.frontend), data, torch.device("cpu")),
+            "validation": validate(saved, LogMel(config.frontend), data, torch.device("cpu")),
         },
         SCRATCH,
     )
@@ -269,6 +272,7 @@ class Inference:
     `teachers`: one, or with cross-fitting that of every fold.
     """
 
+    system: str
     teachers: tuple[Path, ...]
     recipe: Recipe
     file: Path
@@ -277,12 +281,13 @@ class Inference:
 
 def infer(
     systems: Sequence[Inference], source: Source, rows: np.ndarray, batch: int, precision: Precision
-) -> dict[str, float]:
+) -> dict[str, dict[str, Any]]:
     """Write the logits of finished teachers that share a front end for the store's clips `rows`, all splits alike.
 
     With cross-fitting a clip's logits are those of the teacher that did not see it, and the mean of all folds' teachers
     where none did. The clips are read and transformed once for all systems, and batch norms are folded into the
-    convolutions. For `bf16` returns, by file name, the largest difference to fp32 in a first batch.
+    convolutions. Returns the record of each system's part, for `bf16` with the largest difference to fp32 in a first
+    batch. Raises UserError for logits that are not finite.
     """
     store, fold = source.store(), np.full(len(rows), -1)
     if len(systems[0].teachers) > 1:
@@ -294,7 +299,7 @@ def infer(
     for model in chain(*models):
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits = torch.empty(len(systems), len(rows), len(store.labels))
-    differences: dict[str, float] = {}
+    differences = torch.zeros(len(systems))
     for number in np.unique(fold).tolist():
         here = np.flatnonzero(fold == number)
         asked = [own if number < 0 else own[number : number + 1] for own in models]
@@ -306,27 +311,29 @@ def infer(
         logits[:, here] = predicted(here, precision == "bf16")
         if precision == "bf16":
             first = here[:batch]
-            worst = (predicted(first, False) - logits[:, first]).abs().amax(dim=(1, 2)).tolist()
-            for system, difference in zip(systems, worst, strict=True):
-                differences[str(system.file)] = max(differences.get(str(system.file), 0.0), difference)
-    for system, values in zip(systems, logits, strict=True):
-        weights = [file_sha256(path / WEIGHTS) for path in system.teachers]
+            worst = (predicted(first, False) - logits[:, first]).abs().amax(dim=(1, 2))
+            differences = torch.maximum(differences, worst)
+    records = {}
+    for system, values, difference in zip(systems, logits, differences.tolist(), strict=True):
+        weights = [read_manifest(path)["files"][WEIGHTS]["sha256"] for path in system.teachers]
         metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": " ".join(weights)}
         write_logits(system.file, store.ids[rows], values.numpy(), {**system.metadata, **metadata})
-    return differences
+        facts = {"bf16_difference": difference} if precision == "bf16" else {}
+        records[system.system] = note_part(system.file, store.ids[rows], facts)
+    return records
 
 
 def load_model(folder: Path, recipe: Recipe, classes: int) -> nn.Module:
     """The recipe's network with the weights that a finished training left in `folder`, in evaluation form."""
     model = build(recipe.model, classes, recipe.seed)
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.load_state_dict(load_file(stored_file(folder, WEIGHTS)))
     return model.eval()
 
 
 def load_int8(folder: Path) -> nn.Module:
     from asc_ray.training import quantization
 
-    return quantization.load(folder / INT8_MODEL)
+    return quantization.load(stored_file(folder, INT8_MODEL))
 
 
 def load_fake_quantized(folder: Path, recipe: Recipe, classes: int) -> nn.Module:
@@ -334,7 +341,7 @@ def load_fake_quantized(folder: Path, recipe: Recipe, classes: int) -> nn.Module
     from asc_ray.training import quantization
 
     prepared = quantization.prepare(build(recipe.model, classes, recipe.seed), _example(recipe))
-    prepared.load_state_dict(load_file(folder / FAKE_QUANTIZED))
+    prepared.load_state_dict(load_file(stored_file(folder, FAKE_QUANTIZED)))
     quantization.set_training(prepared, False)
     return prepared
 
@@ -348,8 +355,8 @@ def student_clips(data: Dataset) -> np.ndarray:
     return np.union1d(data.parts["train"], data.parts["fusion"])
 
 
-def soft_targets(data: Dataset, targets: Path | None) -> np.ndarray | None:
-    """Logits (clips of the store, K) from the folder `targets`, one row at least for each of the student's clips.
+def soft_targets(data: Dataset, targets: SoftTargets | None) -> np.ndarray | None:
+    """Logits (clips of the store, K) from `targets`, one row at least for each of the student's clips.
 
     None for labels alone. Raises UserError where a clip has none.
     """
@@ -359,7 +366,9 @@ def soft_targets(data: Dataset, targets: Path | None) -> np.ndarray | None:
     missing = np.isnan(soft[clips]).any(axis=1)
     if missing.any():
         first = ", ".join(str(name) for name in data.store.ids[clips[missing]][:5])
-        raise UserError(f"{targets}: {missing.sum()} training clips have no soft target, first {first}; fuse again")
+        raise UserError(
+            f"{targets.artifact}: {missing.sum()} training clips have no soft target, first {first}; fuse again"
+        )
     return soft
 
 
@@ -372,8 +381,7 @@ def _noted(folder: Path, recipe: Recipe, on_epoch: OnEpoch) -> OnEpoch:
     """`on_epoch` that also leaves a note in the folder, for `asc-ray status` from another shell."""
 
     def note(metrics: Metrics) -> None:
-        progress: dict[str, Any] = {**metrics, "epochs": recipe.optimizer.epochs}
-        write_atomically(folder / "progress.json", json.dumps(progress))
+        write_record(folder / PROGRESS, {**metrics, "epochs": recipe.optimizer.epochs})
         on_epoch(metrics)
 
     return note

@@ -1,0 +1,82 @@
+"""Files of consecutive clips that a stage makes one by one: what a killed run finished, and what is left to do.
+
+A part is a file PREFIX-FIRST.arrow beside a record PREFIX-FIRST.json that says which clips the file covers and what its
+checksum is. What is left to do follows from these records alone and not from how an earlier run divided the clips, so
+another size of parts neither loses a clip nor makes one twice.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asc_ray.artifacts import file_sha256, read_record, write_record
+
+Record = Mapping[str, Any]
+Ids = Sequence[str] | np.ndarray
+
+
+def part_file(folder: Path, prefix: str, first: int) -> Path:
+    """The file of the part that begins with the clip at position `first`; names sort by position."""
+    return folder / f"{prefix}-{first:09d}.arrow"
+
+
+def note_part(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
+    """Write the record of a finished part that covers the clips `ids`, and return it."""
+    first = int(file.stem.rpartition("-")[2])
+    record = {**facts, "file": file.name, "first": first, "clips": len(ids), "ids": _digest(ids)}
+    record["sha256"] = file_sha256(file)
+    write_record(file.with_suffix(".json"), record)
+    return record
+
+
+def finished_parts(
+    folder: Path, prefix: str, ids: Ids, accept: Callable[[Record], bool] = lambda record: True
+) -> list[dict[str, Any]]:
+    """Records of the parts in `folder` that are whole and cover clips of `ids` from where they say, in order.
+
+    All other files of the prefix are removed: those of other clips, cut or changed ones, those without a record, those
+    that overlap the one before, and those that `accept` refuses.
+    """
+    found: list[dict[str, Any]] = []
+    end = 0
+    for file in sorted(folder.glob(f"{prefix}-*.arrow")):
+        record = read_record(file.with_suffix(".json"))
+        if record is None or not _covers(record, file, ids) or record["first"] < end or not accept(record):
+            file.unlink()
+            file.with_suffix(".json").unlink(missing_ok=True)
+        else:
+            end = record["first"] + record["clips"]
+            found.append(record)
+    for note in folder.glob(f"{prefix}-*.json"):
+        if not note.with_suffix(".arrow").is_file():
+            note.unlink()
+    return found
+
+
+def missing_parts(count: int, finished: Sequence[Record], size: int) -> list[slice]:
+    """What of `count` clips the finished parts do not cover, in slices of at most `size`."""
+    gaps, start = [], 0
+    for first, clips in [*((record["first"], record["clips"]) for record in finished), (count, 0)]:
+        gaps += [slice(at, min(at + size, first)) for at in range(start, first, size)]
+        start = first + clips
+    return gaps
+
+
+def _covers(record: Record, file: Path, ids: Ids) -> bool:
+    first, clips = record.get("first"), record.get("clips")
+    if not isinstance(first, int) or not isinstance(clips, int) or record.get("file") != file.name:
+        return False
+    own = ids[first : first + clips]
+    return (
+        part_file(file.parent, file.stem.rpartition("-")[0], first) == file
+        and len(own) == clips > 0
+        and record.get("ids") == _digest(own)
+        and record.get("sha256") == file_sha256(file)
+    )
+
+
+def _digest(ids: Ids) -> str:
+    return hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()
