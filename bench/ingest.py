@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asc_ray.data.clips import SHARD_CLIPS, write_shard
+from asc_ray.data.clips import SHARD, SHARD_CLIPS, write_shard
 from asc_ray.data.corpus import Clip
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
+from asc_ray.data.parts import note_part, part_file
 
 
 def recordings(folder: Path, count: int) -> list[Path]:
@@ -65,11 +66,13 @@ def shard(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        report = write_shard(folder, clips, ["scene"], ["a"], Path(out) / "shard-00000.arrow", fingerprint="")
+        file = part_file(Path(out), SHARD, 0)
+        write_shard(folder, clips, ["scene"], ["a"], file, fingerprint="")
+        note_part(file, [clip.clip_id for clip in clips], {})
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"shard    {report.rows / seconds:7.0f} clips/s into Arrow with its checksum; "
+        f"shard    {len(clips) / seconds:7.0f} clips/s into Arrow with its checksum; "
         f"peak memory {peak / 1e6:.2f} GB, of which {before / 1e6:.2f} before"
     )
 

@@ -13,7 +13,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from asc_ray.artifacts import Artifact
+from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
+from asc_ray.data.clips import SHARD, write_shard
+from asc_ray.data.corpus import Corpus
+from asc_ray.data.parts import missing_parts, part_file
+from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
 
 # Worker processes of pytest-xdist ignore Ctrl-C, and the pipelines they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,6 +56,18 @@ def processes(title):
         found |= {pid for pid in below if title in titles[pid]}
         waiting += below
     return found
+
+
+def clip_store(storage: Path, corpus: Corpus, shard_clips: int = 64, responses: Path | None = None) -> Path:
+    """A finished clip store of the corpus, as `ingest` leaves it, without a cluster."""
+    artifact = Artifact(storage, "clips", "clips", "0123456789abcdef", {}, {})
+    folder = artifact.open_partial()
+    for some in missing_parts(len(corpus.clips), [], shard_clips):
+        file = part_file(folder, SHARD, some.start)
+        write_shard(corpus.root, corpus.clips[some], corpus.labels, corpus.devices, file, fingerprint="f00d")
+    save_bank(ImpulseBank.load(responses), folder / IMPULSE_RESPONSES)
+    artifact.finish({})
+    return artifact.path
 
 
 def relabel_test_clips(storage):

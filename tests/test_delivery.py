@@ -10,12 +10,13 @@ import pytest
 import ray
 import soundfile as sf
 import torch
+from conftest import clip_store
 
 from asc_ray import artifacts
 from asc_ray.artifacts import Artifact, mirrored
 from asc_ray.data.batches import DataConfig, Waves, delivery, epoch_batches
-from asc_ray.data.clips import ClipStore, shard_file, write_shard
-from asc_ray.data.corpus import Clip
+from asc_ray.data.clips import ClipStore
+from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.errors import ConfigError, UserError
 
@@ -34,9 +35,7 @@ def folder(tmp_path_factory) -> Path:
         pcm[:2] = number
         sf.write(root / f"{number:02d}.wav", pcm, SAMPLE_RATE, subtype="PCM_16")
         clips.append(Clip(f"{number:02d}.wav", "park", "a", "rome-1", "train"))
-    for index in range(3):
-        write_shard(root, clips[index::3], ["park"], ["a"], shard_file(folder, index), fingerprint="f00d")
-    return folder
+    return clip_store(folder, Corpus(root, tuple(clips), ("park",), ("a",), "f00d", ()), shard_clips=17)
 
 
 def batches(epoch: int, rank: int = 0, world: int = 1, clips: int = CLIPS) -> list[np.ndarray]:

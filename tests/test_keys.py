@@ -273,7 +273,9 @@ def test_every_leaf_changes_the_keys_of_its_stage_and_of_what_follows(tmp_path):
             expected = following(first_stage(path, config))
             expected -= set() if config.sweep or altered.sweep else {"sweep"}
             if differ != expected:
-                wrong.append(f"{name}: {path}: {value!r} -> {other!r}: changes {sorted(differ)}, not {sorted(expected)}")
+                wrong.append(
+                    f"{name}: {path}: {value!r} -> {other!r}: changes {sorted(differ)}, not {sorted(expected)}"
+                )
             if (another.key != plan.key) != bool(differ):
                 wrong.append(f"{name}: {path}: the configuration's own key does not follow")
     assert not wrong, "\n".join(wrong)

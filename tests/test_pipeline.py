@@ -71,7 +71,7 @@ def test_verify_reads_every_file_again(plan, tmp_path):
     assert f"{plan.clips.path}: 4 of 4 files as written" in sound.stdout
     copy = tmp_path / "clips"
     shutil.copytree(plan.clips.path, copy)
-    shard = copy / "shard-00001.arrow"
+    shard = copy / "shard-000000100.arrow"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -114,7 +114,7 @@ def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan,
     student, logits = plan.students["student"].path, next(iter(plan.logits.values())).path
     for stage, made, delivery in (
         ("student", student / "model.safetensors", "data.mode=stream"),
-        ("logits", logits / "train-00000.arrow", f"data.cache={tmp_path / 'cache'}"),
+        ("logits", logits / "train-000000000.arrow", f"data.cache={tmp_path / 'cache'}"),
     ):
         copy = storage / made.relative_to(finished.storage)
         shutil.rmtree(copy.parent)
@@ -289,31 +289,16 @@ def test_a_changed_byte_of_a_system_s_logits_is_named(finished, plan, tmp_path):
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage)
     artifact = next(iter(plan.logits.values()))
-    file = storage / artifact.path.relative_to(finished.storage) / "train-00001.arrow"
+    file = storage / artifact.path.relative_to(finished.storage) / "train-000000100.arrow"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     shutil.rmtree(storage / plan.fusion.path.relative_to(finished.storage))
     done = fuse(storage)
     assert done.returncode == 1
-    assert f"{file.parent}: train-00001.arrow: checksum differs" in done.stderr
+    assert f"{file.parent}: train-000000100.arrow: checksum differs" in done.stderr
     assert "run its stage again" in done.stderr
     assert "Traceback" not in done.stderr
-    for stage, made, rotten in (
-        ("evaluate", plan.evaluation, artifact.path / "test-00000.arrow"),
-        ("student", plan.students["student"], plan.fusion.path / "targets" / "fused" / "train-00000.arrow"),
-    ):
-        shutil.rmtree(storage)
-        shutil.copytree(finished.storage, storage)
-        shutil.rmtree(storage / made.path.relative_to(finished.storage))
-        file = storage / rotten.relative_to(finished.storage)
-        file.write_bytes(bytes(byte ^ (place == 5_000) for place, byte in enumerate(file.read_bytes())))
-        done = subprocess.run(
-            command(stage, "--config", TINY, "--set", f"storage={storage}"),
-            capture_output=True, text=True, env=environment(), check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
-        assert f"{rotten.name}: checksum differs" in done.stderr
 
 
 def test_what_the_clips_cannot_give_is_refused_before_a_teacher_trains(finished, plan, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 from conftest import TINY, command, environment, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 
+from asc_ray.artifacts import write_record
 from asc_ray.cluster.sweep import _Course
 from asc_ray.config import load_config
 from asc_ray.models.complexity import Limits
@@ -236,7 +237,7 @@ def test_a_search_out_of_time_still_ends_what_it_had_begun(tmp_path):
     """A driver was killed with trials 2 and 3 under way, and the minutes are used up: they go on, no other starts."""
     sweep = SWEEP_OF_SIX
     (tmp_path / "trials").mkdir()
-    (tmp_path / "clock.json").write_text('{"seconds": 90.0, "closed": null}')
+    write_record(tmp_path / "clock.json", {"seconds": 90.0, "closed": None})
     ended = [TrialResult(number=n, parameters=propose(sweep, n, []), curve=(0.5,), state="complete") for n in range(2)]
     for number in (2, 3):
         (tmp_path / "trials" / f"{number:04d}.checkpoints").mkdir()

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import clip_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from asc_ray.audio.augment import Augment
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import DataConfig, epoch_batches, step_generator
-from asc_ray.data.clips import ClipStore, plan_shards, shard_file, write_shard
+from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.data.logits import write_logits
@@ -28,7 +29,7 @@ from asc_ray.fusion import FusionConfig
 from asc_ray.models.registry import build
 from asc_ray.training import loop, parallel, systems
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
-from asc_ray.training.dataset import IMPULSE_RESPONSES, PartitionConfig, Source, save_bank
+from asc_ray.training.dataset import PartitionConfig, Source
 from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
@@ -275,11 +276,7 @@ def clips(tmp_path_factory):
     sizes = {"train_clips_per_scene": 6, "train_locations_per_scene": 6}
     make_demo_corpus(root, DemoConfig(**sizes, test_seconds_per_scene=1, test_locations_per_scene=1))
     corpus = read_corpus(root)
-    folder = tmp_path_factory.mktemp("clips")
-    for index, shard in enumerate(plan_shards(corpus, 64)):
-        write_shard(root, shard, corpus.labels, corpus.devices, shard_file(folder, index), fingerprint="x")
-    save_bank(ImpulseBank.load(root / "dirs"), folder / IMPULSE_RESPONSES)
-    return folder
+    return clip_store(tmp_path_factory.mktemp("storage"), corpus, responses=root / "dirs")
 
 
 @pytest.fixture(scope="module")
