@@ -58,6 +58,9 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                 )
     if {"sweep", "student"} & set(todo):
         refuse_large(plan)
+    if "ingest" in todo and plan.source:
+        for note in plan.source.notes:
+            progress.note(note)
     with at_work(plan, config.name, plan.key, dump(config), plan.complete_keys(), progress) as work:
         for stage in todo:
             if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again

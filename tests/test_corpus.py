@@ -1,6 +1,8 @@
 """The checks on a corpus's metadata, and splits by location."""
 
 import lzma
+import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -179,19 +181,170 @@ def test_skipping_may_not_lose_a_class(root):
         read_corpus(root, "skip")
 
 
-def test_symlinks_inside_the_corpus_are_fine(root):
+def test_symlinks_inside_the_corpus_are_fine_where_each_file_has_one_name(root):
     (root / "audio/p1.wav").rename(root / "audio/real.wav")
     (root / "audio/p1.wav").symlink_to(root / "audio/real.wav")
     assert len(read_corpus(root).clips) == len(META)
 
 
 def test_every_offending_file_is_listed_however_many(root):
-    extra = [(f"audio/x{i}.wav", "park", "rome-5", "a") for i in range(50)]
+    extra = [(f"audio/x{i}.wav", "park", "rome-5", "a") for i in range(100)]
     write_meta(root, [*META, *extra])
     write_train(root, [row[:2] for row in [*TRAIN, *extra]])
+    for i in range(50, 100):
+        (root / f"audio/x{i}.wav").write_bytes(b"not decoded here")
     with pytest.raises(CorpusError, match="50 problem") as caught:
         read_corpus(root)
     assert all(f"audio/x{i}.wav: no such file" in str(caught.value) for i in range(50))
+
+
+def rewrite(root, change):
+    for file in (root / "meta.csv", *(root / "evaluation_setup").iterdir()):
+        file.write_bytes(change(file.read_bytes()))
+
+
+def more_clips(root):
+    extra = [(f"audio/x{i}.wav", "park", "rome-5", "a") for i in range(50)]
+    write_meta(root, [*META, *extra])
+    write_train(root, [row[:2] for row in [*TRAIN, *extra]])
+    for name, *_ in extra:
+        (root / name).write_bytes(b"not decoded here")
+
+
+def quoted_names(content):
+    return re.sub(rb"(audio/\w+\.wav)", rb'"\1"', content)
+
+
+WHOLE = {
+    "quoted names": (quoted_names, "56 of 56 clips: no such file .*The names are in quotes"),
+    "all in quotes": (lambda c: re.sub(rb"([^\t\n]+)", rb'"\1"', c), "missing column.* in quotes: write the tables"),
+    "backslashes": (lambda c: c.replace(b"audio/", b"audio\\"), r"56 of 56 clips: no such file .*write them with /"),
+    "another folder": (lambda c: c.replace(b"audio/", b"sound/"), "56 of 56 clips: no such file .*Is this the corpus'"),
+    "commas": (lambda c: c.replace(b"\t", b","), "missing column.* separated by commas: write the file with tabs"),
+    "semicolons, quoted": (
+        lambda c: re.sub(rb"([^\t\n]+)", rb'"\1"', c).replace(b"\t", b";"),
+        "missing column.* separated by semicolons: write the file with tabs",
+    ),
+    "lone carriage returns": (lambda c: c.replace(b"\n", b"\r"), r"meta\.csv line 1: a carriage return without"),
+    "one lone carriage return": (
+        lambda c: c.replace(b"\nmetro", b"\rmetro").replace(b"audio/m1.wav", b"audio/\rm1.wav"),
+        r"meta\.csv line 4: a carriage return without",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_fault_of_the_whole_corpus_is_told_once_with_its_cause(root, case):
+    more_clips(root)
+    change, message = WHOLE[case]
+    rewrite(root, change)
+    with pytest.raises(CorpusError, match=message) as caught:
+        read_corpus(root)
+    assert len(str(caught.value).splitlines()) < 6
+
+
+def test_dos_line_ends_are_read(root):
+    expected = read_corpus(root).clips
+    rewrite(root, lambda content: content.replace(b"\n", b"\r\n"))
+    assert read_corpus(root).clips == expected
+
+
+# --- one file, one name; one scene, one spelling ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["./audio/p1.wav", "audio//p1.wav", "audio/./p1.wav", ".//audio/p1.wav"])
+def test_names_of_one_file_are_one_name(root, name):
+    expected = read_corpus(root).clips
+    rename("audio/p1.wav", name)(root)
+    assert read_corpus(root).clips == expected
+    write_meta(root, [*META, (name, *META[0][1:])])
+    with pytest.raises(CorpusError, match=r"meta\.csv line 8: audio/p1\.wav is listed a second time"):
+        read_corpus(root)
+    write_meta(root, META)
+    write_test(root, [*(row[:2] for row in TEST), (name, "park")])
+    with pytest.raises(CorpusError, match=r"audio/p1\.wav is in the train split too"):
+        read_corpus(root)
+
+
+def symbolic_link(root):
+    (root / "audio/p3.wav").unlink()
+    (root / "audio/p3.wav").symlink_to("p1.wav")
+    return "audio/p3.wav: is one file with audio/p1.wav"
+
+
+def hard_link(root):
+    (root / "audio/p3.wav").unlink()
+    os.link(root / "audio/p1.wav", root / "audio/p3.wav")
+    return "audio/p3.wav: is one file with audio/p1.wav"
+
+
+def linked_folder(root):
+    (root / "same").symlink_to("audio")
+    rows = [("same/p1.wav" if row[0] == "audio/p3.wav" else row[0], *row[1:]) for row in META]
+    write_meta(root, rows)
+    write_test(root, [row[:2] for row in rows[3:]])
+    return "same/p1.wav: is one file with audio/p1.wav"
+
+
+@pytest.mark.parametrize("link", [symbolic_link, hard_link, linked_folder])
+def test_a_file_with_two_names_is_in_no_two_places(root, link):
+    message = link(root)
+    with pytest.raises(CorpusError, match=message):
+        read_corpus(root)
+
+
+def test_blanks_around_values_make_no_other_scene_device_or_place(root):
+    expected = read_corpus(root).clips
+    rows = [list(row) for row in META]
+    rows[0] = ["audio/p1.wav ", "park ", " rome-1", "a\u00a0"]
+    rows[1][2] = "rome-1  "
+    write_meta(root, rows)
+    write_train(root, [("audio/p1.wav", "park "), *(row[:2] for row in TRAIN[1:])])
+    header = root / "meta.csv"
+    header.write_text(header.read_text().replace("scene_label\t", " scene_label \t", 1))
+    corpus = read_corpus(root)
+    assert corpus.clips == expected
+    assert corpus.notes == (
+        "blanks around values were taken away, by column: filename 1, scene_label 2, identifier 2, source_label 1",
+    )
+    assert read_corpus(root).fingerprint == corpus.fingerprint
+
+
+def test_a_blank_value_is_no_value(root):
+    write_meta(root, [("audio/p1.wav", "park", "  ", "a"), *META[1:]])
+    with pytest.raises(CorpusError, match=r"meta\.csv line 2: no value for identifier"):
+        read_corpus(root)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        (("audio/p1.wav", "Park", "rome-1", "a"), "scenes .*: Park, park"),
+        (("audio/p1.wav", "park", "rome-1", "A"), "devices .*: A, a"),
+        (("audio/p1.wav", "park", "Rome-1", "a"), "places .*: Rome-1, rome-1"),
+    ],
+)
+def test_names_that_differ_in_case_alone_are_said(root, row, what):
+    write_meta(root, [row, *META[1:]])
+    write_train(root, [row[:2], *(own[:2] for own in TRAIN[1:])])
+    (note,) = read_corpus(root).notes
+    assert re.search(f"warning: {what}$", note)
+
+
+def test_places_of_both_splits_are_said(root):
+    assert read_corpus(root).notes == ()
+    write_meta(root, [*META[:3], ("audio/p3.wav", "park", "rome-1", "a"), *META[4:]])
+    (note,) = read_corpus(root).notes
+    assert note.startswith("warning: 1 of 3 places of the test split are in the training split, too (rome-1)")
+
+
+def test_a_corpus_of_one_scene_is_said(root):
+    rows = [(row[0], "park", *row[2:]) for row in META]
+    write_meta(root, rows)
+    write_train(root, [row[:2] for row in rows[:3]])
+    write_test(root, [row[:2] for row in rows[3:]])
+    (note,) = read_corpus(root).notes
+    assert "the corpus has one scene, park" in note
 
 
 # --- partition --------------------------------------------------------------------------------------------------------

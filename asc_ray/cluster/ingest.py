@@ -13,7 +13,7 @@ from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SHARD, SPLITS, ClipStore, write_shard
-from asc_ray.data.corpus import BadClip, Clip, Corpus, refuse
+from asc_ray.data.corpus import BadClip, Clip, Corpus, Faults
 from asc_ray.data.logits import read_logits
 from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_file
 from asc_ray.errors import UserError
@@ -45,9 +45,13 @@ def ingest(
     on_event("shards", {"done": len(reports), "total": total})
     reports += run_tasks(tasks, retries, on_event, lambda name, _: on_event("shards", {"advance": 1, "total": total}))
     bad = [BadClip(**entry) for report in reports for entry in report["bad"]]
-    if bad and not skip_bad:
-        refuse(corpus.root, list(map(str, bad)), skippable=True)
-    refuse(corpus.root, _lost_scenes(corpus, {clip.clip_id for clip in bad}), skippable=False)
+    faults = Faults()
+    if not skip_bad:
+        for clip in bad:
+            faults.add_clip(clip)
+        faults.refuse(corpus.root, len(ids), skippable=True)
+    _add_lost_scenes(faults, corpus, {clip.clip_id for clip in bad})
+    faults.refuse(corpus.root, len(ids), skippable=False)
     held = ClipStore(folder).ids.tolist()
     if sorted([*held, *(clip.clip_id for clip in bad)]) != sorted(ids):
         raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
@@ -64,6 +68,7 @@ def ingest(
             "labels": corpus.labels,
             "devices": corpus.devices,
             "notes": dict(notes),
+            "corpus_notes": corpus.notes,
             "skipped": [asdict(clip) for clip in (*corpus.bad, *bad)],
         },
         scratch=(f"{SHARD}-*.json",),
@@ -71,11 +76,14 @@ def ingest(
     )
 
 
-def _lost_scenes(corpus: Corpus, bad: set[str]) -> list[str]:
+def _add_lost_scenes(faults: Faults, corpus: Corpus, bad: set[str]) -> None:
     """What the corpus lacks without its bad clips."""
     left = {(clip.split, clip.scene) for clip in corpus.clips if clip.clip_id not in bad}
-    lost = [f"scene {label!r}: no usable training clip" for label in corpus.labels if ("train", label) not in left]
-    return lost if any(split == "test" for split, _ in left) else [*lost, "no usable clip in the test split"]
+    for label in corpus.labels:
+        if ("train", label) not in left:
+            faults.add(f"scene {label!r}: no usable training clip")
+    if not any(split == "test" for split, _ in left):
+        faults.add("no usable clip in the test split")
 
 
 def _ingest_shard(

@@ -13,8 +13,9 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -27,6 +28,9 @@ from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.section import Section
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
+WHOLE_CORPUS = 0.5  # a fault of more than this share of the clips has one cause, and is told once
+EXAMPLES = 3
+DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
 Split = Literal["train", "test"]
 
 
@@ -61,6 +65,53 @@ class BadClip:
         return f"{self.clip_id}: {self.reason}"
 
 
+class Faults(list[tuple[str, str, str]]):
+    """What is wrong with a corpus: (the line that tells it, the clip, what it has in common with others)."""
+
+    def add(self, line: str, clip: str = "", what: str = "") -> None:
+        self.append((line, clip, what or line))
+
+    def add_clip(self, clip: BadClip) -> None:
+        self.add(str(clip), clip.clip_id, clip.reason)
+
+    def refuse(self, root: Path, clips: int, skippable: bool) -> None:
+        """Raise CorpusError with all faults, if any; one of more than half of the `clips` is told once, with its cause.
+
+        `skippable`: on_bad_clip=skip would leave these clips out.
+        """
+        if not self:
+            return
+        kinds: dict[str, list[tuple[str, str, str]]] = {}
+        for fault in self:
+            kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", fault[2]), []).append(fault)
+        lines: list[str] = []
+        for some in kinds.values():
+            if some[0][1] and len(some) > max(EXAMPLES, WHOLE_CORPUS * clips):
+                examples = ", ".join(clip for _, clip, _ in some[:EXAMPLES])
+                cause = _cause([clip for _, clip, _ in some], some[0][2])
+                lines.append(f"{len(some)} of {clips} clips: {some[0][2]} ({examples}, ...){cause}")
+            else:
+                lines += [line for line, _, _ in some]
+        listed = "".join(f"\n  {line}" for line in lines)
+        advice = (
+            "Mend the files, or leave these clips out with corpus.on_bad_clip=skip." if skippable else "Mend the files."
+        )
+        raise CorpusError(f"{root}: {len(self)} problem(s) in the corpus:{listed}\n{advice}")
+
+
+def _cause(names: Sequence[str], what: str) -> str:
+    """Why a whole corpus has one fault, where it shows."""
+    if all(name[:1] in "\"'" and name[:1] == name[-1:] for name in names if name):
+        return ". The names are in quotes: write the tables without them"
+    if any("\\" in name for name in names):
+        return ". The names have backslashes: write them with /"
+    if "one second is expected" in what:
+        return ". These are recordings of another length: cut them into clips of one second, as TAU22's"
+    if what == "no such file":
+        return ". Is this the corpus' own folder, and was all of it unpacked?"
+    return ""
+
+
 @dataclass(frozen=True)
 class Corpus:
     root: Path
@@ -69,6 +120,7 @@ class Corpus:
     devices: tuple[str, ...]  # sorted
     fingerprint: str  # sha256 of the metadata files and of every listed file's name and size
     bad: tuple[BadClip, ...]  # clips left out, with on_bad_clip="skip"
+    notes: tuple[str, ...] = ()  # what a user should know of it, though it can be used
 
 
 def unseen_devices(clips: Iterable[Clip]) -> tuple[str, ...]:
@@ -100,17 +152,17 @@ def read_corpus(
     if not split_files["test"].is_file():
         split_files["test"] = setup / "fold1_test.csv"
     digest = hashlib.sha256()
-    problems: list[str] = []
+    faults, stripped = Faults(), Counter[str]()
 
     meta: dict[str, dict[str, str]] = {}
-    for line, row in _read_table(meta_file, META_COLUMNS, digest, problems):
+    for line, row in _read_table(meta_file, META_COLUMNS, digest, faults, stripped):
         if row["filename"] in meta:
-            problems.append(f"{meta_file.name} line {line}: {row['filename']} is listed a second time")
+            what = "is listed a second time"
+            faults.add(f"{meta_file.name} line {line}: {row['filename']} {what}", row["filename"], what)
         meta[row["filename"]] = row
-    clips = _read_splits(split_files, meta, digest, problems)
+    clips, listed = _read_splits(split_files, meta, digest, faults, stripped)
 
-    sizes, outside = _file_sizes(root, [clip.clip_id for clip in clips])
-    problems += [f"{name}: leads out of the corpus folder; only paths inside it are read" for name in outside]
+    sizes = _file_sizes(root, [clip.clip_id for clip in clips], faults)
     for name, size in sizes.items():
         digest.update(f"{name}\0{size}\n".encode())
     bad = tuple(
@@ -119,63 +171,101 @@ def read_corpus(
     if on_bad_clip == "skip":
         left_out = {clip.clip_id for clip in bad}
         clips = [clip for clip in clips if clip.clip_id not in left_out]
-    else:
-        problems += map(str, bad)
-
-    scenes = {split: {clip.scene for clip in clips if clip.split == split} for split in split_files}
-    for split, file in split_files.items():
-        if not scenes[split]:
-            problems.append(f"{file.name}: no usable clip in the {split} split")
-    if scenes["train"]:
-        unknown = sorted(scenes["test"] - scenes["train"])
-        problems += [f"scene {label!r} is in the test split and not in the training split" for label in unknown]
-    refuse(root, problems, skippable=bool(bad) and len(problems) == len(bad))
+    for clip in bad if on_bad_clip == "refuse" else ():
+        faults.add_clip(clip)
+    scenes = _scenes(clips, split_files, faults)
+    faults.refuse(root, listed, skippable=bool(bad) and len(faults) == len(bad))
     return Corpus(
         root=root,
         clips=tuple(clips),
-        labels=tuple(sorted(scenes["train"])),
+        labels=tuple(sorted(scenes)),
         devices=tuple(sorted({clip.device for clip in clips})),
         fingerprint=digest.hexdigest(),
         bad=bad,
+        notes=tuple(_notes(clips, stripped)),
     )
 
 
-def _read_splits(files: dict[Split, Path], meta: dict[str, dict[str, str]], digest, problems: list[str]) -> list[Clip]:
-    """The clips of the split files as meta.csv describes them; what cannot be one goes to `problems`."""
+def _scenes(clips: Sequence[Clip], files: Mapping[Split, Path], faults: Faults) -> set[str]:
+    """The scenes of the training clips; a split without clips, and scenes of the test split alone, are faults."""
+    scenes = {split: {clip.scene for clip in clips if clip.split == split} for split in files}
+    for split, file in files.items():
+        if not scenes[split]:
+            faults.add(f"{file.name}: no usable clip in the {split} split")
+    if scenes["train"]:
+        for label in sorted(scenes["test"] - scenes["train"]):
+            faults.add(f"scene {label!r} is in the test split and not in the training split")
+    return scenes["train"]
+
+
+def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
+    """What is strange about a corpus that can be used."""
+    if stripped:
+        found = ", ".join(f"{column} {count}" for column, count in stripped.items())
+        yield f"blanks around values were taken away, by column: {found}"
+    for what, names in (
+        ("scenes", {clip.scene for clip in clips}),
+        ("devices", {clip.device for clip in clips}),
+        ("places", {clip.location for clip in clips}),
+    ):
+        spellings: dict[str, list[str]] = {}
+        for name in sorted(names):
+            spellings.setdefault(name.casefold(), []).append(name)
+        for same in spellings.values():
+            if len(same) > 1:
+                yield f"warning: {what} that differ in upper and lower case alone, and are taken for different: " + (
+                    ", ".join(same)
+                )
+    places: dict[Split, set[str]] = {"train": set(), "test": set()}
+    for clip in clips:
+        places[clip.split].add(clip.location)
+    if both := sorted(places["train"] & places["test"]):
+        some = ", ".join(both[:EXAMPLES]) + (", ..." if len(both) > EXAMPLES else "")
+        yield (
+            f"warning: {len(both)} of {len(places['test'])} places of the test split are in the training split, too "
+            f"({some}): test figures say less of places never heard"
+        )
+    if len({clip.scene for clip in clips}) == 1:
+        yield f"warning: the corpus has one scene, {clips[0].scene}: whatever is trained is always right"
+
+
+def _read_splits(
+    files: dict[Split, Path], meta: dict[str, dict[str, str]], digest, faults: Faults, stripped: Counter[str]
+) -> tuple[list[Clip], int]:
+    """The clips of the split files as meta.csv describes them, and how many names the files list.
+
+    What cannot be a clip goes to `faults`.
+    """
     clips: list[Clip] = []
     split_of: dict[str, Split] = {}
     for split, file in files.items():
         columns = ("filename",) if file.name == "fold1_test.csv" else ("filename", "scene_label")
-        for line, row in _read_table(file, columns, digest, problems):
+        for line, row in _read_table(file, columns, digest, faults, stripped):
             name, known = row["filename"], meta.get(row["filename"])
             if name in split_of:
-                reason = "listed a second time" if split_of[name] == split else f"in the {split_of[name]} split too"
+                second = split_of[name] == split
+                reason = "is listed a second time" if second else f"is in the {split_of[name]} split too"
             elif known is None:
-                reason = "not in meta.csv"
+                reason = "is not in meta.csv"
             elif (scene := row.get("scene_label", known["scene_label"])) != known["scene_label"]:
-                reason = f"{scene!r} here and {known['scene_label']!r} in meta.csv"
+                reason = f"is {scene!r} here and {known['scene_label']!r} in meta.csv"
             else:
                 clips.append(Clip(name, known["scene_label"], known["source_label"], known["identifier"], split))
                 reason = ""
             if reason:
-                problems.append(f"{file.name} line {line}: {name} is {reason}")
+                faults.add(f"{file.name} line {line}: {name} {reason}", name, reason)
             split_of.setdefault(name, split)
-    return clips
+    return clips, len(split_of)
 
 
-def refuse(root: Path, problems: Sequence[str], skippable: bool) -> None:
-    """Raise CorpusError listing `problems`, if any. `skippable`: on_bad_clip=skip would leave them out."""
-    if not problems:
-        return
-    listed = "".join(f"\n  {problem}" for problem in problems)
-    advice = (
-        "Mend the files, or leave these clips out with corpus.on_bad_clip=skip." if skippable else "Mend the files."
-    )
-    raise CorpusError(f"{root}: {len(problems)} problem(s) in the corpus:{listed}\n{advice}")
+def _read_table(
+    file: Path, columns: tuple[str, ...], digest, faults: Faults, stripped: Counter[str]
+) -> list[tuple[int, dict[str, str]]]:
+    """The (line number, row) pairs of a tab-separated file; rows with a missing value go to `faults` instead.
 
-
-def _read_table(file: Path, columns: tuple[str, ...], digest, problems: list[str]) -> list[tuple[int, dict[str, str]]]:
-    """The (line number, row) pairs of a tab-separated file; rows with a missing value go to `problems` instead."""
+    Blanks around a value would make another scene, device or place of it: they are taken away and counted, by column.
+    A file's name comes in one spelling. Raises CorpusError for what is no such table.
+    """
     try:
         content = file.read_bytes()
         text = content.decode("utf-8-sig")
@@ -187,24 +277,54 @@ def _read_table(file: Path, columns: tuple[str, ...], digest, problems: list[str
     except UnicodeDecodeError as error:
         raise CorpusError(f"{file}: not UTF-8 text ({error})") from error
     digest.update(f"{file.name}\0{len(content)}\n".encode() + content)
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    found = tuple(reader.fieldnames or ())
-    if missing := [column for column in columns if column not in found]:
+    if lone := re.search(r"\r(?!\n)", text):
+        line = text.count("\n", 0, lone.start()) + 1
         raise CorpusError(
-            f"{file}: missing column(s) {', '.join(missing)}; found {', '.join(map(repr, found)) or 'an empty file'}, "
-            f"expected tab-separated columns {', '.join(columns)}"
+            f"{file} line {line}: a carriage return without a line feed; save the file with \\n at line ends"
         )
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     rows = []
-    for row in reader:
-        if empty := [column for column in columns if not row[column]]:
-            problems.append(f"{file.name} line {reader.line_num}: no value for {', '.join(empty)}")
-        else:
+    try:
+        found = [name.strip() for name in reader.fieldnames or ()]
+        _check_columns(file, columns, found)
+        reader.fieldnames = found
+        for row in reader:
+            for column in columns:
+                value = row[column] or ""
+                if value != value.strip():
+                    stripped[column] += 1
+                    row[column] = value.strip()
+            if empty := [column for column in columns if not row[column]]:
+                faults.add(f"{file.name} line {reader.line_num}: no value for {', '.join(empty)}")
+                continue
+            if "//" in row["filename"] or "./" in row["filename"]:
+                row["filename"] = str(PurePosixPath(row["filename"]))
             rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise CorpusError(f"{file} line {reader.line_num + 1}: {error}") from None
     return rows
 
 
-def _file_sizes(root: Path, names: list[str]) -> tuple[dict[str, int | None], list[str]]:
-    """The size of each named file (None: no such file), and the names that lead out of `root`.
+def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -> None:
+    """Raises CorpusError where a column is missing, with the cause where it shows."""
+    missing = [column for column in columns if column not in found]
+    if not missing:
+        return
+    cause = ""
+    bare = [name.strip("\"'") for name in found]
+    if set(columns) <= set(bare):
+        cause = ". The names are in quotes: write the tables without them"
+    for delimiter, name in DELIMITERS.items():
+        if len(found) == 1 and set(columns) <= {part.strip("\"' ") for part in found[0].split(delimiter)}:
+            cause = f". The columns are separated by {name}: write the file with tabs"
+    raise CorpusError(
+        f"{file}: missing column(s) {', '.join(missing)}; found {', '.join(map(repr, found)) or 'an empty file'}, "
+        f"expected tab-separated columns {', '.join(columns)}{cause}"
+    )
+
+
+def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int | None]:
+    """The size of each named file (None: no such file). Names that lead out of `root`, or to one file, are faults.
 
     One directory scan instead of one path resolution a file: TAU22 lists 169,300 files in one folder.
     """
@@ -215,7 +335,7 @@ def _file_sizes(root: Path, names: list[str]) -> tuple[dict[str, int | None], li
 
     folders: dict[str, dict[str, os.DirEntry] | None] = {}  # None: outside
     sizes: dict[str, int | None] = {}
-    outside = []
+    linked: dict[tuple[int, int], str] = {}  # by device and inode: links give one file several names
     for name in names:
         parent, _, base = name.rpartition("/")
         if parent not in folders:
@@ -227,10 +347,16 @@ def _file_sizes(root: Path, names: list[str]) -> tuple[dict[str, int | None], li
         folder = folders[parent]
         entry = folder.get(base) if folder else None
         if folder is None or base == ".." or (entry and entry.is_symlink() and not inside(Path(entry.path))):
-            outside.append(name)
+            faults.add_clip(BadClip(name, "leads out of the corpus folder; only paths inside it are read"))
+        elif entry is None or not entry.is_file():
+            sizes[name] = None
         else:
-            sizes[name] = entry.stat().st_size if entry and entry.is_file() else None
-    return sizes, outside
+            status = entry.stat()
+            sizes[name] = status.st_size
+            other = linked.setdefault((status.st_dev, status.st_ino), name) if status.st_ino else name
+            if other != name:
+                faults.add_clip(BadClip(name, f"is one file with {other}"))
+    return sizes
 
 
 def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:

@@ -66,7 +66,10 @@ def write_report(
                 devices=store.devices,
                 unseen_devices=unseen_devices(store.clips),
                 bad_clips=len(facts["skipped"]),
-                notes=tuple(f"{note}: {count} clips" for note, count in sorted(facts["notes"].items())),
+                notes=(
+                    *facts["corpus_notes"],
+                    *(f"{note}: {count} clips" for note, count in sorted(facts["notes"].items())),
+                ),
             ),
             systems=[
                 *(SystemResult(name=name, kind=_kind(name), evaluation=e) for name, e in tested.systems.items()),
