@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asc_ray.audio import recording
+from asc_ray.audio.recording import _read
 from asc_ray.audio.resample import fft_size, resample
 from asc_ray.data import decode as decode_module
 from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, Notes, decode
@@ -195,9 +197,25 @@ BAD = {
     "too long": (lambda p: write(p, sine(SAMPLE_RATE, 1.2)), "1.20 s"),
     "cut off": (
         lambda p: write(p, sine(SAMPLE_RATE), subtype="PCM_16") and p.write_bytes(p.read_bytes()[:30_000]),
-        "0.47 s long",
+        "cut short: 14978 of 32000 samples",
     ),
+    "16-bit values as float": (lambda p: write(p, 3000 * sine(SAMPLE_RATE)), r"up to 1500: .* within \+-1; divide 16"),
+    "quiet 16-bit values as float": (lambda p: write(p, np.rint(12 * sine(SAMPLE_RATE))), "up to 6: .* divide 16-bit"),
+    "far beyond full scale": (lambda p: write(p, 20 * sine(SAMPLE_RATE)), "up to 10: .* within"),
+    "a constant": (lambda p: write(p, np.full(CLIP_SAMPLES, 0.25)), "silent: all samples are equal"),
+    "channels that almost cancel": (
+        lambda p: write(p, np.stack([sine(SAMPLE_RATE), -1.01 * sine(SAMPLE_RATE)], 1)),
+        "silent: its channels cancel each other",
+    ),
+    "too low a rate": (lambda p: write(p, np.ones(999), 999), "a rate of 999 Hz; allowed are 1000 to 1000000 Hz"),
+    "too high a rate": (lambda p: with_rate(p, 1_000_000_000), "a rate of 1000000000 Hz; allowed"),
+    "too high a rate, float": (lambda p: with_rate(p, 1_000_000_000, "FLOAT"), "a rate of 1000000000 Hz; allowed"),
 }
+
+
+def with_rate(path: Path, rate: int, subtype="PCM_16") -> None:
+    write(path, sine(SAMPLE_RATE), subtype=subtype)
+    path.write_bytes(path.read_bytes().replace(SAMPLE_RATE.to_bytes(4, "little"), rate.to_bytes(4, "little"), 1))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -211,11 +229,13 @@ def test_bad_audio_is_refused_with_a_reason(tmp_path, case):
 def test_audio_over_an_hour_is_not_read(tmp_path, monkeypatch):
     write(tmp_path / "x.wav", np.zeros(200_000) + 0.1, 8000, "PCM_16")
     write(tmp_path / "x.flac", np.zeros(200_000) + 0.1, 8000, "PCM_16")
-    monkeypatch.setattr(decode_module.sf.SoundFile, "read", lambda *_, **__: pytest.fail("read"))
-    monkeypatch.setattr(decode_module._PcmWav, "read", lambda *_, **__: pytest.fail("read"))
+    read = []
+    monkeypatch.setattr(recording, "_read", lambda file, out: (read.append(len(out)), _read(file, out))[1])
+    monkeypatch.setattr(decode_module._PcmWav, "samples", lambda *_: pytest.fail("read"))
     for name in ("x.wav", "x.flac"):
         with pytest.raises(BadAudio, match=r"25\.00 s long"):
             decode_one(tmp_path / name)
+    assert sum(read) <= 1.2 * 8000
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real recordings here")

@@ -136,3 +136,31 @@ def test_a_corpus_that_loses_a_scene_without_its_bad_clips_is_refused(corpus, tm
     done = ingest(corpus, tmp_path / "storage", "--set", "corpus.on_bad_clip=skip")
     assert done.returncode == 1
     assert f"scene '{scene}': no usable training clip" in done.stderr
+
+
+def test_a_corpus_of_recordings_of_another_length_is_told_once(corpus, tmp_path):
+    files = sorted(corpus.glob("audio/*.wav"))
+    for file in files[:-20]:
+        sf.write(file, np.tile(TONE, 10), 44_100)
+    done = ingest(corpus, tmp_path / "storage")
+    assert done.returncode == 1
+    found = re.search(
+        r"(\d+) of (\d+) clips: 10\.00 s long, one second is expected \((.*), \.\.\.\)\. (.*)\n", done.stderr
+    )
+    assert found, done.stderr
+    assert (int(found[1]), int(found[2])) == (len(files) - 20, len(files))
+    assert "cut them into clips of one second" in found[4]
+    assert len(done.stderr.splitlines()) < 8
+
+
+def test_what_is_strange_about_a_corpus_is_said_once(corpus, tmp_path):
+    meta = corpus / "meta.csv"
+    rows = [line.split("\t") for line in meta.read_text().splitlines()]
+    rows[1][3] += " "
+    rows[2][2] = rows[-1][2]
+    meta.write_text("".join("\t".join(row) + "\n" for row in rows))
+    done = ingest(corpus, tmp_path / "storage")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("blanks around values were taken away, by column: source_label 1") == 1
+    assert done.stdout.count("places of the test split are in the training split, too") == 1
+    assert "blanks" not in ingest(corpus, tmp_path / "storage").stdout

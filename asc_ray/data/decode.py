@@ -1,20 +1,22 @@
 """Recordings of any format, rate and channel count to one second of int16 at 32 kHz, in batches of equal rate."""
 
-import wave
+import os
+import struct
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
-import soundfile as sf
 import torch
 
+from asc_ray.audio.recording import BadAudio, Recording, cancels, check_rate, check_scale
 from asc_ray.audio.resample import Resampler
 
 SAMPLE_RATE = 32_000
 CLIP_SAMPLES = 32_000
 LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second: padded or cropped
+QUIET = 10  # steps of 16 bits: a clip that is nowhere louder (-70 dB) is noted
 # Seconds read of a clip: the resampling filter hears what little follows the first one.
 _READ = 1 + 1 / 64
 # Samples of one batch: few enough to stay in the cache between the transforms.
@@ -24,36 +26,27 @@ _OPEN_BATCHES = 8  # a corpus of many rates must not hold a batch of each
 Notes = Counter[str]  # what was done to a recording beyond reading it
 
 
-class BadAudio(Exception):
-    """A clip that cannot be used; the message is the reason."""
-
-
 def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
     """Read every recording as one second of mono at 32 kHz into its row of `out`, (len(paths), 32000) int16.
 
     Channels are averaged, other rates resampled, lengths within 10 % of a second cropped or zero-padded at the end,
     samples beyond full scale clipped and counted. A 16-bit mono file of one second at 32 kHz comes back bit for bit.
-    BadAudio stands for a clip that is unreadable, empty, silent, not finite, shorter than 0.9 s or longer than 1.1 s;
-    its row means nothing.
+    BadAudio stands for a clip that is unreadable, empty, cut short, silent, not finite, of another scale than +-1, of
+    channels that cancel each other, shorter than 0.9 s or longer than 1.1 s; its row means nothing.
     """
     results: list[Notes | BadAudio] = [BadAudio("not read")] * len(paths)
     batches: dict[int, _Batch] = {}
     for row, path in enumerate(paths):
         try:
-            with _open(path) as file:
-                # Before reading, for the file may hold hours.
-                seconds = _checked(file.frames / file.samplerate)
-                rate = file.samplerate
-                if rate not in batches:
-                    if len(batches) == _OPEN_BATCHES:
-                        batches.pop(next(iter(batches))).convert(out, results)
-                    batches[rate] = _Batch(rate)
-                batch = batches[rate]
-                batch.read(file, row, seconds)
+            wave, rate = _second(path)
+            if rate not in batches:
+                if len(batches) == _OPEN_BATCHES:
+                    batches.pop(next(iter(batches))).convert(out, results)
+                batches[rate] = _Batch(rate)
+            batch = batches[rate]
+            batch.add(wave, row)
         except BadAudio as error:
             results[row] = error
-        except (sf.SoundFileError, OSError) as error:
-            results[row] = BadAudio(f"unreadable ({str(error).rpartition(': ')[2]})")
         else:
             if batch.full:
                 batch.convert(out, results)
@@ -62,56 +55,90 @@ def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
     return results
 
 
-def _checked(seconds: float) -> float:
+def _second(path: Path) -> tuple[np.ndarray, int]:
+    """The samples (frames, channels) of a recording of about one second, and its rate in Hz. Raises BadAudio."""
+    if wav := _PcmWav.of(path):
+        _check_length(wav.frames / wav.rate)
+        return wav.samples(path), wav.rate
+    with Recording(path) as recording:
+        longest = int((1 + LENGTH_TOLERANCE) * recording.rate)
+        wave = recording.read(longest + 1)
+        if len(wave) <= longest:
+            recording.check_end(len(wave))
+            _check_length(len(wave) / recording.rate)
+            return wave, recording.rate
+        if longest < recording.believed < 1 << 40:
+            raise BadAudio(_of_length(recording.believed / recording.rate))
+        raise BadAudio(f"more than {1 + LENGTH_TOLERANCE} s long, one second is expected")
+
+
+def _check_length(seconds: float) -> None:
     if not 1 - LENGTH_TOLERANCE <= seconds <= 1 + LENGTH_TOLERANCE:
-        raise BadAudio("no samples" if seconds == 0 else f"{seconds:.2f} s long, one second is expected")
-    return seconds
+        raise BadAudio("no samples" if seconds == 0 else _of_length(seconds))
 
 
-def _open(path: Path) -> "_PcmWav | sf.SoundFile":
-    try:
-        return _PcmWav(path)
-    except (wave.Error, EOFError, OSError):
-        return sf.SoundFile(path)
+def _of_length(seconds: float) -> str:
+    return f"{seconds:.2f} s long, one second is expected"
 
 
+@dataclass(frozen=True)
 class _PcmWav:
-    """A whole WAV file of 16, 24 or 32 bits, with what is used here of soundfile's interface and its very values.
+    """A whole WAV file of 16, 24 or 32 bits without anything unusual.
 
-    Corpora are mostly of such files, and NumPy converts their samples in a third of libsndfile's time. Raises
-    wave.Error for anything else: that is soundfile's to read, or to name as broken.
+    Corpora are mostly of such files, and NumPy converts their samples in a third of libsndfile's time, to its very
+    values. Whatever differs from the simplest form is left to libsndfile, to be read or to be named as broken.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = wave.open(str(path), "rb")  # noqa: SIM115
-        self.samplerate, self.frames, self.channels = (
-            self._file.getframerate(), self._file.getnframes(), self._file.getnchannels()
-        )  # fmt: skip
-        self._bytes = self._file.getsampwidth()
-        whole = self.frames * self.channels * self._bytes < path.stat().st_size
-        if not (whole and self._bytes in (2, 3, 4) and self.samplerate):
-            self._file.close()
-            raise wave.Error
+    rate: int
+    channels: int
+    bytes_each: int  # of a sample
+    frames: int
+    start: int  # of the samples, in the file
 
-    def __enter__(self) -> "_PcmWav":
-        return self
+    @classmethod
+    def of(cls, path: Path) -> "_PcmWav | None":
+        """None for a file that is not certain to be of this form. Raises BadAudio for a rate that is no sound's."""
+        try:
+            with open(path, "rb") as file:
+                length, head = os.fstat(file.fileno()).st_size, file.read(_HEAD)
+        except OSError:
+            return None
+        chunk, tag, channels, rate, _, block, bits = struct.unpack_from("<IHHIIHH", head.ljust(_HEAD, b"\0"), 16)
+        plain = tag == _PCM and chunk in (16, 18)
+        valid, kind = head[38:40], head[44:60]  # bits of a sample, and its format
+        extended = tag == _EXTENSIBLE and chunk == 40 and (valid, kind) == (bits.to_bytes(2, "little"), _PCM_GUID)
+        if (head[:4], head[8:16]) != (b"RIFF", b"WAVEfmt ") or not (plain or extended):
+            return None
+        at = 20 + chunk
+        while (name := head[at : at + 4]) != b"data":
+            size = int.from_bytes(head[at + 4 : at + 8], "little")
+            if name != b"LIST" or size % 2 or at + 8 + size > _HEAD:  # no other chunk is skipped
+                return None
+            at += 8 + size
+        size, start = int.from_bytes(head[at + 4 : at + 8], "little"), at + 8
+        end = int.from_bytes(head[4:8], "little") + 8
+        whole = start < start + size == end == length  # and nothing behind
+        if not (channels and bits in (16, 24, 32) and block == channels * bits // 8 and size % block == 0 and whole):
+            return None
+        check_rate(rate)
+        return cls(rate, channels, bits // 8, size // block, start)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-
-    def read(self, out: np.ndarray) -> np.ndarray:
-        """Fill `out`, (frames,) or (frames, channels) float32, as far as the file goes; the part that is filled."""
-        raw = self._file.readframes(len(out))
-        filled = out[: len(raw) // (self.channels * self._bytes)]
-        if self._bytes == 3:
+    def samples(self, path: Path) -> np.ndarray:
+        """(frames, channels) float32."""
+        raw = np.fromfile(path, np.uint8, self.frames * self.channels * self.bytes_each, offset=self.start)
+        if self.bytes_each == 3:
             # Every third byte starts an int32 whose upper three bytes are a sample; the lowest is the one before's.
-            padded = np.frombuffer(b"\0" + raw, np.uint8)
-            samples = np.ndarray(filled.size, "<i4", padded, strides=(3,)) & -256
+            padded = np.concatenate([np.zeros(1, np.uint8), raw])
+            values = np.ndarray(len(raw) // 3, "<i4", padded, strides=(3,)) & -256
         else:
-            samples = np.frombuffer(raw, f"<i{self._bytes}", filled.size)
-        scale = np.float32(2.0**-15 if self._bytes == 2 else 2.0**-31)
-        np.multiply(samples.reshape(filled.shape), scale, out=filled, dtype=np.float32, casting="unsafe")
-        return filled
+            values = raw.view(f"<i{self.bytes_each}")
+        scale = np.float32(2.0**-15 if self.bytes_each == 2 else 2.0**-31)
+        return np.multiply(values, scale, dtype=np.float32, casting="unsafe").reshape(-1, self.channels)
+
+
+_HEAD = 4096  # bytes in which the samples must begin
+_PCM, _EXTENSIBLE = 1, 0xFFFE
+_PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
 
 
 class _Batch:
@@ -130,28 +157,24 @@ class _Batch:
     def full(self) -> bool:
         return len(self._clips) == len(self._waves)
 
-    def read(self, file: _PcmWav | sf.SoundFile, row: int, seconds: float) -> None:
-        """Raises BadAudio, leaving the batch as it was."""
+    def add(self, wave: np.ndarray, row: int) -> None:
+        """Take in a recording (frames, channels). Raises BadAudio, leaving the batch as it was."""
         notes = Notes()
+        frames, channels = wave.shape
+        check_scale(wave)
+        kept = min(frames, self._waves.shape[1])
         mono = self._waves[len(self._clips)]
-        if file.channels == 1:
-            frames = len(file.read(out=mono))
-        else:
-            channels = file.read(out=np.empty((len(mono), file.channels), dtype=np.float32))
-            frames = len(channels)
-            channels.mean(axis=1, out=mono[:frames])
-            notes["stereo mixed down" if file.channels == 2 else f"{file.channels} channels mixed down"] = 1
-        if frames < min(file.frames, len(mono)):  # the header promised more
-            seconds = _checked(frames / self.rate)
-        mono[frames:] = 0
-        power = float(mono @ mono)  # one pass finds both kinds of bad value
-        if not np.isfinite(power) and (count := int((~np.isfinite(mono)).sum())):
-            raise BadAudio(f"{count} samples are not finite")
-        if power == 0 and not mono.any():
-            raise BadAudio("silent: every sample is zero")
+        wave[:kept].mean(axis=1, out=mono[:kept])
+        mono[kept:] = 0
+        if channels > 1:
+            if cancels(float(mono @ mono), float(np.vdot(wave, wave)) / channels):
+                raise BadAudio("silent: its channels cancel each other when they are mixed down")
+            notes["stereo mixed down" if channels == 2 else f"{channels} channels mixed down"] = 1
+        if mono[:kept].min() == mono[:kept].max():
+            raise BadAudio("silent: every sample is zero" if mono[0] == 0 else "silent: all samples are equal")
         if self.rate != SAMPLE_RATE:
             notes[f"resampled {self.rate} Hz"] = 1
-        samples = round(seconds * SAMPLE_RATE)
+        samples = round(frames / self.rate * SAMPLE_RATE)
         if samples != CLIP_SAMPLES:
             notes["cropped" if samples > CLIP_SAMPLES else "padded"] = 1
         self._clips.append((row, samples, notes))
@@ -171,8 +194,10 @@ class _Batch:
                 beyond = (scaled[index] < -32768) | (scaled[index] > 32767)
                 notes.update({"clipped": 1, "samples clipped": int(beyond.sum())})
                 scaled[index].clamp_(-32768, 32767)
-            elif low[index] == high[index] == 0:  # below half a bit, or opposite channels
+            elif low[index] == high[index]:  # below half a bit
                 results[row] = BadAudio("silent: every sample is zero after conversion to 16-bit mono")
+            elif max(-low[index], high[index]) < QUIET:
+                notes["nowhere louder than -70 dB"] = 1
             out[row, :samples] = scaled[index, :samples]
             out[row, samples:] = 0
         self._clips = []
