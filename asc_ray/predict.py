@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from asc_ray.audio.recording import Recording, cancels, check_rate, check_scale
 from asc_ray.errors import UserError
 from asc_ray.runtime import Bundle
 
@@ -29,12 +30,20 @@ SOUND = {f".{name.lower()}" for name in sf.available_formats() if name != "RAW"}
 }  # fmt: skip
 
 
+# How a stream begins that holds something else than samples.
+CONTAINERS = {
+    b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b"ID3": "MP3",
+    b"caff": "CAF", b".snd": "AU", b"\x1aE\xdf\xa3": "WebM",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Answer:
-    """Of one file: `probabilities` (seconds, labels); `pooled` (labels,), their mean."""
+    """Of one file: `probabilities` (seconds, labels); `pooled` (labels,), their mean; `note`: why they mean little."""
 
     file: str
     probabilities: np.ndarray
+    note: str = ""
 
     @property
     def pooled(self) -> np.ndarray:
@@ -68,69 +77,77 @@ def files_in(paths: Iterable[Path]) -> tuple[list[tuple[str, Path]], Counter[str
 
 
 def answer(bundle: Bundle, name: str, path: Path) -> Answer:
-    """Raises UserError for a file that cannot be read, is cut short, is empty, or has samples that are not finite."""
-    try:
-        file = sf.SoundFile(os.fsencode(path))
-    except _UNREADABLE as error:
-        raise UserError(f"unreadable ({str(error).rpartition(': ')[2]})") from None
-    with file:
-        return Answer(name, np.concatenate(list(_answers(bundle, _blocks(file), file.samplerate, _BATCH))))
+    """Raises BadAudio for a file that cannot be read, is cut short, is empty, or has samples that are no sound's."""
+    powers = np.zeros(2)  # of the mean of the channels, and of the channels
+    with Recording(path) as recording:
+
+        def mono() -> Iterator[np.ndarray]:
+            for block in recording.blocks(_BLOCK_SECONDS * recording.rate):
+                check_scale(block)
+                wave = block.mean(axis=1)
+                powers[:] += wave @ wave, np.vdot(block, block) / recording.channels
+                yield wave
+
+        answers = list(_answers(bundle, mono(), recording.rate, _BATCH))
+    probabilities, silent = (np.concatenate(parts) for parts in zip(*answers, strict=True))
+    note = ""
+    if cancels(*powers):
+        note = "its channels cancel each other when they are mixed down; the answer means little"
+    elif silent.all():
+        note = "silent; the answer means nothing"
+    elif silent.any():
+        note = f"{silent.sum()} of {len(silent)} seconds are silent, and count like the others"
+    return Answer(name, probabilities, note)
 
 
-# libsndfile's own errors, and what soundfile raises for formats that it is told too little of.
-_UNREADABLE = (sf.SoundFileError, OSError, TypeError, ValueError)
+def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Probabilities (labels,) of each second of raw PCM (signed, 16 bits, little endian), as soon as it is there, and
+    whether the second is silent.
 
-
-def _blocks(file: sf.SoundFile) -> Iterator[np.ndarray]:
-    """All samples, (samples, channels) at a time; SoundFile.blocks would repeat some where the file ends too early."""
-    read = 0
-    while True:
-        try:
-            block = file.read(_BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)
-        except _UNREADABLE as error:
-            raise UserError(f"unreadable ({str(error).rpartition(': ')[2]})") from None
-        if not len(block):
-            break
-        read += len(block)
-        yield block
-    if read < file.frames - LENGTH_TOLERANCE * file.samplerate:
-        raise UserError(f"cut short: {read} of {file.frames} samples")
-
-
-def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator[np.ndarray]:
-    """Probabilities (labels,) of each second of raw PCM (signed, 16 bits, little endian), as soon as it is there."""
+    Raises UserError for a rate that is no sound's and a stream that begins as a container's.
+    """
+    check_rate(rate)
 
     def blocks() -> Iterator[np.ndarray]:
         size = 2 * channels * max(1, rate // 50)  # small: what resampling holds back a little of is not to wait long
+        beginning = True
         while raw := stream.read(size):
+            if beginning:
+                _refuse_container(raw)
+                beginning = False
             whole = len(raw) // (2 * channels) * channels
             if left := len(raw) - 2 * whole:
                 print(f"asc-ray: {left} bytes at the stream's end are no whole sample; left out", file=sys.stderr)
-            yield np.frombuffer(raw, "<i2", whole).reshape(-1, channels) / np.float32(32768)
+            yield (np.frombuffer(raw, "<i2", whole).reshape(-1, channels) / np.float32(32768)).mean(axis=1)
 
-    for probabilities in _answers(bundle, blocks(), rate, 1):
-        yield from probabilities
+    for probabilities, silent in _answers(bundle, blocks(), rate, 1):
+        yield from zip(probabilities, silent.tolist(), strict=True)
 
 
-def _answers(bundle: Bundle, blocks: Iterable[np.ndarray], rate: int, batch: int) -> Iterator[np.ndarray]:
-    """Probabilities (up to `batch`, labels) of the seconds of a recording, given as blocks (samples, channels)."""
-    waiting: list[np.ndarray] = []
+def _refuse_container(raw: bytes) -> None:
+    for start, form in CONTAINERS.items():
+        if raw.startswith(start):
+            raise UserError(
+                f"-: standard input begins as {form} does, and raw PCM (signed, 16 bits, little endian) is expected. "
+                "Give the file by its name, or convert it: ffmpeg -i - -f s16le -ar 32000 -ac 1 - | asc-ray predict "
+                "BUNDLE -"
+            )
+
+
+def _answers(
+    bundle: Bundle, blocks: Iterable[np.ndarray], rate: int, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Probabilities (up to `batch`, labels) of the seconds of a recording, given as blocks (samples,), and which of
+    the seconds are silent (up to `batch`,)."""
     size = bundle.frontend.samples
-    for wave in seconds(_resampled(_mono(blocks), rate, bundle.frontend.sample_rate), size):
-        # To 16 bits, as the clips of the training.
-        waiting.append(np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16))
-        if len(waiting) == batch:
-            yield bundle.probabilities(np.stack(waiting))
-            waiting = []
-    if waiting:
-        yield bundle.probabilities(np.stack(waiting))
-
-
-def _mono(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    for block in blocks:
-        if broken := int((~np.isfinite(block)).sum()):
-            raise UserError(f"{broken} samples are not finite")
-        yield block.mean(axis=1)
+    # To 16 bits, as the clips of the training.
+    waves = (
+        np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
+        for wave in seconds(_resampled(blocks, rate, bundle.frontend.sample_rate), size)
+    )
+    while waiting := list(islice(waves, batch)):
+        together = np.stack(waiting)
+        yield bundle.probabilities(together), np.ptp(together, axis=1) == 0
 
 
 def _resampled(blocks: Iterable[np.ndarray], rate: int, target: int) -> Iterator[np.ndarray]:
@@ -188,6 +205,8 @@ def _json_lines(labels: tuple[str, ...], per_second: bool) -> Callable[[Answer],
 
     def lines(answer: Answer) -> Iterator[str]:
         entry = {"filename": answer.file, "seconds": len(answer.probabilities), **named(answer.pooled)}
+        if answer.note:
+            entry["note"] = answer.note
         if per_second:
             entry["per_second"] = [named(own) for own in answer.probabilities]
         yield json.dumps(entry)
@@ -226,7 +245,10 @@ def predict_files(
     bad: list[str] = []
     for name, path in found:
         try:
-            print(*lines(answer(bundle, name, path)), sep="\n", flush=True)
+            own = answer(bundle, name, path)
+            print(*lines(own), sep="\n", flush=True)
+            if own.note:
+                print(f"asc-ray: {name}: {own.note}", file=sys.stderr)
         except UserError as error:
             bad.append(f"{name}: {error}")
         on_file(0)
@@ -241,13 +263,13 @@ def predict_live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int, for
     """Print a line for each second of a stream of raw PCM. Raises UserError for a stream without a sample."""
     if form == "csv":
         raise UserError("--format csv: DCASE's output.csv has a line a file; choose table or jsonl for a stream")
-    for second, probabilities in enumerate(live(bundle, stream, rate, channels)):
+    for second, (probabilities, silent) in enumerate(live(bundle, stream, rate, channels)):
         best = int(probabilities.argmax())
         if form == "jsonl":
             values = {label: round(float(p), 6) for label, p in zip(bundle.labels, probabilities, strict=True)}
-            print(
-                json.dumps({"second": second, "scene_label": bundle.labels[best], "probabilities": values}), flush=True
-            )
+            entry = {"second": second, "scene_label": bundle.labels[best], "probabilities": values}
+            print(json.dumps(entry | ({"note": "silent"} if silent else {})), flush=True)
         else:
-            width = max(map(len, bundle.labels))
-            print(f"{second:5d} s  {bundle.labels[best]:<{width}}  {100 * probabilities[best]:5.1f} %", flush=True)
+            width, note = max(map(len, bundle.labels)), "  silent" if silent else ""
+            line = f"{second:5d} s  {bundle.labels[best]:<{width}}  {100 * probabilities[best]:5.1f} %{note}"
+            print(line, flush=True)

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 LAYERS = (
     {"errors"},
     {"runtime"},
-    {"predict"},
     {"section", "artifacts"},
     {"audio", "models"},
+    {"predict"},
     {"data"},
     {"training", "fusion"},
     {"report"},

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from test_runtime import LABELS, bundle, int8, noise  # noqa: F401
 
 from asc_ray.errors import UserError
-from asc_ray.predict import answer, seconds
+from asc_ray.predict import answer, live, seconds
 from asc_ray.runtime import Bundle
 
 
@@ -221,3 +222,74 @@ def test_predicting_imports_neither_torch_nor_ray_nor_mlflow():
     code = "import sys, asc_ray.predict; print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_a_chain_of_streams_is_heard_to_its_end(bundle, tmp_path):  # noqa: F811
+    parts = [tmp_path / f"{number}.ogg" for number in range(3)]
+    for number, part in enumerate(parts):
+        sf.write(part, noise(1, 64_000, seed=number)[0], 32_000)
+    (tmp_path / "chain.ogg").write_bytes(b"".join(part.read_bytes() for part in parts))
+    opened = Bundle(bundle)
+    alone = [answer(opened, "x", part).probabilities for part in parts]
+    np.testing.assert_array_equal(answer(opened, "x", tmp_path / "chain.ogg").probabilities, np.concatenate(alone))
+
+
+def test_sound_of_another_scale_or_rate_gets_no_answer(bundle, tmp_path):  # noqa: F811
+    wave = noise(1, 64_000)[0]
+    sf.write(tmp_path / "a.wav", np.rint(10_000 * wave), 32_000, subtype="FLOAT")
+    sf.write(tmp_path / "b.wav", wave, 900)
+    done = run(bundle, tmp_path)
+    assert done.returncode == 1
+    error = done.stderr.decode()
+    assert re.search(r"a\.wav: samples up to \d+: .* within \+-1; divide 16-bit values by 32768", error)
+    assert "b.wav: a rate of 900 Hz; allowed are 1000 to 1000000 Hz" in error
+    assert "Traceback" not in error
+    done = run(bundle, "-", "--rate", "500", stdin=bytes(64_000))
+    assert done.returncode == 1
+    assert b"a rate of 500 Hz" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+def test_silence_is_answered_with_a_note(bundle, tmp_path, form):  # noqa: F811
+    wave = noise(1, 96_000)[0]
+    sounds = {
+        "half.wav": np.concatenate([wave, np.zeros(64_000)]),
+        "opposite.wav": np.stack([wave, -wave], axis=1),
+        "silent.wav": np.zeros(64_000),
+        "sound.wav": wave,
+    }
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    for name, samples in sounds.items():
+        sf.write(folder / name, samples, 32_000, subtype="FLOAT")
+    done = run(bundle, folder, "--format", form)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4 + (form == "csv")
+    assert done.stderr.decode().splitlines() == [
+        "asc-ray: half.wav: 2 of 5 seconds are silent, and count like the others",
+        "asc-ray: opposite.wav: its channels cancel each other when they are mixed down; the answer means little",
+        "asc-ray: silent.wav: silent; the answer means nothing",
+    ]
+    if form == "jsonl":
+        assert ["note" in json.loads(line) for line in done.stdout.splitlines()] == [True, True, True, False]
+
+
+def test_a_silent_second_of_a_stream_is_marked(bundle):  # noqa: F811
+    pcm = np.concatenate([np.rint(noise(1)[0] * 32768), np.zeros(32_000)]).astype("<i2").tobytes()
+    sound, silence = run(bundle, "-", stdin=pcm).stdout.decode().splitlines()
+    assert not sound.endswith("silent")
+    assert silence.endswith("silent")
+    lines = [json.loads(line) for line in run(bundle, "-", "--format", "jsonl", stdin=pcm).stdout.splitlines()]
+    assert [line.get("note") for line in lines] == [None, "silent"]
+
+
+@pytest.mark.parametrize("form", ["WAV", "RF64", "FLAC", "OGG", "AIFF", "MP3", "CAF", "AU"])
+def test_a_container_on_standard_input_is_no_raw_pcm(bundle, form):  # noqa: F811
+    stream = io.BytesIO()
+    sf.write(stream, noise(1)[0], 32_000, format=form)
+    content = stream.getvalue()
+    if form == "MP3":
+        content = b"ID3\x04\0\0\0\0\0\0" + content
+    opened = Bundle(bundle)
+    with pytest.raises(UserError, match=r"begins as \w+ does, and raw PCM .* is expected.*ffmpeg -i - -f s16le"):
+        list(live(opened, io.BytesIO(content), 32_000, 1))

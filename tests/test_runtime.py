@@ -20,6 +20,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asc_ray.artifacts import Artifact
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.frontend import LogMel as TorchLogMel
 from asc_ray.errors import UserError
@@ -47,7 +48,8 @@ def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="session")
 def int8(tmp_path_factory):
     """A folder with an int8 model, as its training leaves it."""
-    folder = tmp_path_factory.mktemp("int8")
+    artifact = Artifact(tmp_path_factory.mktemp("storage"), "int8", "student", "0123456789abcdef", {}, {})
+    folder = artifact.open_partial()
     torch.manual_seed(0)
     shape = (1, CONFIG.mels, CONFIG.frames(32_000))
     fake = quantization.prepare(build(DSFlexiNetConfig(size="sm1"), len(LABELS)), torch.zeros(2, *shape))
@@ -57,7 +59,8 @@ def int8(tmp_path_factory):
     model = quantization.convert(fake)
     quantization.save(model, folder / "model.pt2", {})
     export_onnx(model, folder / "model.onnx")
-    return folder
+    artifact.finish({})
+    return artifact.path
 
 
 @pytest.fixture
@@ -142,13 +145,25 @@ def test_a_bundle_computes_what_torch_does(bundle, int8):
         (np.zeros(32_000, np.float32), r"waves of shape \(32000,\)"),
         (np.zeros((1, 16_000), np.float32), "one row a clip, at 32000 Hz"),
         (np.full((2, 32_000), np.nan, np.float32), "64000 samples are not finite"),
-        (np.full((1, 32_000), 1e33), "32000 samples are not finite, or not below"),
+        (np.full((1, 32_000), 1e33), r"samples up to 1e\+33: floating-point sound is expected within \+-1"),
+        (np.rint(3000 * noise(1)), r"samples up to 1\d\d\d: .*; divide 16-bit values by 32768"),
         (np.zeros((1, 32_000), np.int32), "waves of type int32: expected int16, or floating point"),
     ],
 )
 def test_waves_that_are_none_are_refused(bundle, waves, message):
     with pytest.raises(UserError, match=message):
         Bundle(bundle).logits(waves)
+
+
+def test_logits_that_are_not_finite_are_no_answer(bundle):
+    model = onnx.load(bundle / "model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 0:  # a scale
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(np.nan, np.float32), tensor.name))
+    onnx.save(model, bundle / "model.onnx")
+    seal(bundle)
+    with pytest.raises(UserError, match=r"model\.onnx: its logits of 2 of 2 waves are not finite"):
+        Bundle(bundle).probabilities(noise(2))
 
 
 def flip(folder, name):

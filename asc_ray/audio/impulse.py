@@ -8,6 +8,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from asc_ray.audio.recording import BadAudio, check_rate
 from asc_ray.audio.resample import resample
 from asc_ray.errors import UserError
 
@@ -53,8 +54,12 @@ def _read(folder: Path, sample_rate: int) -> ImpulseBank:
     for path in paths:
         try:
             samples, rate = soundfile.read(path, dtype="float64", always_2d=True)
+            check_rate(rate)
         except (soundfile.LibsndfileError, OSError) as error:
             refused.append(f"{path.name}: unreadable ({error})")
+            continue
+        except BadAudio as error:
+            refused.append(f"{path.name}: {error}")
             continue
         mono = samples.mean(axis=1)
         if not np.isfinite(mono).all():

@@ -20,10 +20,9 @@ import numpy as np
 import soundfile as sf
 
 from asc_ray.errors import UserError
+from asc_ray.runtime import scale_fault
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz
-# Floating-point samples beyond it are of another scale, as 16-bit values are; 32-bit recorders go some dB above 1.
-LOUDEST = 8.0
 CUT_SHORT = 0.1  # seconds that a container may promise beyond what there is
 UNKNOWN_BYTES = 0x7FFF0000  # sizes from here stand for "until the end" in headers that were written before the data
 # Mixed down, a recording has less than this share of its channels' power: they cancel each other.
@@ -48,13 +47,8 @@ def check_rate(rate: int) -> None:
 
 def check_scale(samples: np.ndarray) -> None:
     """Raises BadAudio for floating-point samples that are not finite, or not of the scale +-1."""
-    peak = float(max(samples.max(initial=0.0), -samples.min(initial=0.0)))
-    if not np.isfinite(peak):
-        raise BadAudio(f"{int((~np.isfinite(samples)).sum())} samples are not finite")
-    if peak > LOUDEST or (peak >= 2 and not (samples % 1).any()):
-        raise BadAudio(
-            f"samples up to {peak:g}: floating-point sound is expected within +-1; divide 16-bit values by 32768"
-        )
+    if fault := scale_fault(samples):
+        raise BadAudio(fault)
 
 
 def cancels(mono: float, channels: float) -> bool:

@@ -22,8 +22,8 @@ MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json
 PRODUCER = "asc-ray"  # in the ONNX file's metadata, beside the same labels and front end as in the JSON files
 
 
-# Whatever the scale: what the front end makes of its squares is a number still.
-_TOO_LOUD = 1e12
+# Floating-point samples beyond it are of another scale, as 16-bit values are; 32-bit recorders go some dB above 1.
+LOUDEST = 8.0
 
 
 class Bundle:
@@ -54,20 +54,24 @@ class Bundle:
     def logits(self, waves: np.ndarray) -> np.ndarray:
         """(N, samples) float in +-1, or int16, at `frontend.sample_rate` -> (N, labels) float32.
 
-        Raises UserError for another type or shape, for no wave, and for values that are not finite or no sound's.
+        Raises UserError for another type or shape, for no wave, for samples that are not finite or of another scale,
+        and where the model gives logits that are not finite.
         """
         waves = np.asarray(waves)
         if waves.dtype != np.int16 and waves.dtype.kind != "f":
             raise UserError(f"waves of type {waves.dtype}: expected int16, or floating point in +-1")
+        if waves.dtype != np.int16 and (fault := scale_fault(waves)):
+            raise UserError(f"waves: {fault}")
         waves = waves / np.float32(32768) if waves.dtype == np.int16 else waves.astype(np.float32, copy=False)
         if waves.ndim != 2 or not len(waves) or waves.shape[1] != self.frontend.samples:
             raise UserError(
                 f"waves of shape {waves.shape}: expected (N, {self.frontend.samples}), one row a clip, at "
                 f"{self.frontend.sample_rate} Hz"
             )
-        if broken := int((~(abs(waves) < _TOO_LOUD)).sum()):
-            raise UserError(f"waves: {broken} samples are not finite, or not below {_TOO_LOUD:g}")
-        return self._session.run(["logits"], {"mel": self._log_mel(waves)})[0]
+        logits = self._session.run(["logits"], {"mel": self._log_mel(waves)})[0]
+        if broken := int((~np.isfinite(logits).all(axis=1)).sum()):
+            raise UserError(f"{MODEL}: its logits of {broken} of {len(logits)} waves are not finite; export it again")
+        return logits
 
     def probabilities(self, waves: np.ndarray) -> np.ndarray:
         """As `logits`, with their softmax: (N, labels) float32."""
@@ -96,6 +100,16 @@ class Bundle:
         for file in (FRONTEND, LABELS):
             if json.loads(metadata.get(file, "null")) != json.loads((folder / file).read_text()):
                 raise UserError(f"{folder}: {file} is not what {MODEL} was exported with; export the bundle again")
+
+
+def scale_fault(samples: np.ndarray) -> str:
+    """Why floating-point samples are no sound within about +-1; empty where they may be."""
+    peak = float(max(samples.max(initial=0.0), -samples.min(initial=0.0)))
+    if not np.isfinite(peak):
+        return f"{int((~np.isfinite(samples)).sum())} samples are not finite"
+    if peak > LOUDEST or (peak >= 2 and not (samples % 1).any()):
+        return f"samples up to {peak:g}: floating-point sound is expected within +-1; divide 16-bit values by 32768"
+    return ""
 
 
 def damaged_files(folder: Path) -> list[str]:
