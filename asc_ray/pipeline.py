@@ -121,6 +121,7 @@ class Job:
     artifact: Artifact
     function: Callable[..., None]
     arguments: tuple[Any, ...]
+    resources: Resources
     epochs: int = 0
 
 
@@ -163,7 +164,7 @@ class Work:
             for name, artifact in artifacts.items():
                 self.tracker.end(name, "FINISHED" if artifact.complete else status)
 
-    def together(self, jobs: Mapping[str, Job], resources: Resources | None = None, tracked: bool = True) -> None:
+    def together(self, jobs: Mapping[str, Job], tracked: bool = True) -> None:
         """Run what is not complete as tasks on the cluster, as many at once as fit, each in a child run of its name."""
         from asc_ray.cluster.runtime import Task, run_tasks
 
@@ -175,8 +176,7 @@ class Work:
             for name, job in todo.items():
                 if not job.epochs:
                     on_event(name, {"started": True})
-                asked = resources or config.student_resources
-                tasks.append(Task(name, job.function, (job.artifact, *job.arguments), asked, bool(job.epochs)))
+                tasks.append(Task(name, job.function, (job.artifact, *job.arguments), job.resources, bool(job.epochs)))
 
             def on_done(name: str, result: Any) -> None:
                 if tracked:
@@ -290,17 +290,28 @@ def _import_teachers(work: Work) -> None:
     from asc_ray.cluster.runtime import Task, run_tasks
 
     plan, config = work.plan, work.plan.config
-    classes = len(plan.clips.facts()["labels"])
+    labels = plan.clips.facts()["labels"]
     todo = {name: plan.teachers[name] for name in plan.imported if not plan.teachers[name].complete}
     with work.tracked(todo) as on_event:
         tasks = []
         for name, artifact in todo.items():
             on_event(name, {"started": True})
-            arguments = (artifact, plan.imported[name], config.teachers.recipes[name], classes)
+            arguments = (artifact, plan.imported[name], config.teachers.recipes[name], labels)
             tasks.append(Task(name, import_teacher, arguments, config.logits.resources))
         run_tasks(tasks, config.cluster.retries, on_event, lambda name, _: on_event(name, {"finished": True}))
     if todo:
         work.progress.note(f"{len(todo)} of {len(plan.teachers)} systems from {config.teachers.checkpoints}")
+        _on_trust(work, {name: artifact.facts() for name, artifact in todo.items()})
+
+
+def _on_trust(work: Work, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say which networks are from files that do not say which output is which scene."""
+    if names := [name for name, own in facts.items() if own["on_trust"]]:
+        order = ", ".join(work.plan.clips.facts()["labels"])
+        work.progress.note(
+            f"warning: the weights of {', '.join(names)} do not say in which order they name the scenes; this is taken "
+            f"on trust: {order}"
+        )
 
 
 def _build_logits(work: Work) -> None:
@@ -338,8 +349,8 @@ def _build_fusion(work: Work) -> None:
     # No GPU: a task that waits for others keeps its own, and they would wait for it.
     cpus = Resources(cpus=config.logits.resources.cpus)
     mapper = [Tasks(config.fusion.tasks, cpus, config.cluster.retries)] if config.fusion.tasks > 1 else []
-    fusion = Job(plan.fusion, fuse_systems, (work.source, logits, config.fusion, *mapper))
-    work.together({"fusion": fusion}, resources=cpus)
+    fusion = Job(plan.fusion, fuse_systems, (work.source, logits, config.fusion, *mapper), cpus)
+    work.together({"fusion": fusion})
     facts = plan.fusion.facts()
     for line in fusion_summary(facts):
         work.progress.note(line)
@@ -479,8 +490,15 @@ def student_jobs(plan: Plan) -> dict[str, Job]:
 
     configs = plan.student_configs()
     targets = plan.soft_targets(next(iter(configs.values())).distillation.soft_target)
+    source, resources = source_of(plan), plan.config.student_resources
     return {
-        name: Job(artifact, train_student, (source_of(plan), targets, configs[name]), configs[name].optimizer.epochs)
+        name: Job(
+            artifact,
+            train_student,
+            (source, targets, configs[name], resources.gpus),
+            resources,
+            configs[name].optimizer.epochs,
+        )
         for name, artifact in plan.students.items()
     }
 
@@ -490,10 +508,10 @@ def int8_jobs(plan: Plan) -> dict[str, Job]:
 
     configs = plan.student_configs()
     targets = plan.soft_targets(next(iter(configs.values())).distillation.soft_target)
-    source, qat = source_of(plan), plan.config.qat
+    source, qat, resources = source_of(plan), plan.config.qat, plan.config.student_resources
     students = [(artifact.path, configs[name]) for name, artifact in plan.students.items()]
     return {
-        name: Job(artifact, train_int8, (source, targets, *student, qat), qat.epochs)
+        name: Job(artifact, train_int8, (source, targets, *student, qat, resources.gpus), resources, qat.epochs)
         for (name, artifact), student in zip(plan.int8.items(), students, strict=True)
     }
 
@@ -503,8 +521,11 @@ def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:
     from asc_ray.training.ensemble import evaluate_student
 
     models, config = plan.students | plan.int8, next(iter(plan.student_configs().values()))
+    source, resources = source_of(plan), plan.config.student_resources
     return {
-        name: Job(plan.evaluations[name], evaluate_student, (source_of(plan), models[name].path, config))
+        name: Job(
+            plan.evaluations[name], evaluate_student, (source, models[name].path, config, resources.gpus), resources
+        )
         for name in names
     }
 
@@ -512,6 +533,7 @@ def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:
 def _build_student(work: Work) -> None:
     plan = work.plan
     work.together(student_jobs(plan))
+    _on_trust(work, {name: artifact.facts() for name, artifact in plan.students.items()})
     for number, (name, artifact) in enumerate(plan.students.items()):
         facts = artifact.facts()
         if number == 0:
@@ -530,7 +552,8 @@ def _build_evaluation(work: Work) -> None:
 
     plan = work.plan
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
-    ensemble = Job(plan.evaluation, evaluate_ensemble, (work.source, logits, plan.fusion.path))
+    resources = Resources(cpus=plan.config.logits.resources.cpus)
+    ensemble = Job(plan.evaluation, evaluate_ensemble, (work.source, logits, plan.fusion.path), resources)
     work.together({"ensemble": ensemble} | evaluation_jobs(plan, plan.evaluations), tracked=False)
     figures = dict(plan.evaluation.facts())
     for form, (mean, deviation) in scores_over_seeds(plan).items():

@@ -117,7 +117,7 @@ def worth(clips: Path, plan: Plan, epochs: int, seed: int) -> tuple[float, float
     store, test = data.store, data.parts["test"]
     model = build(recipe.model, len(store.labels), seed)
     with tempfile.TemporaryDirectory() as folder:
-        fit_student(model, recipe, data, None, Path(folder), lambda metrics: None)
+        fit_student(model, recipe, data, None, Path(folder), 0.0, lambda metrics: None)
     scores = score(store, test, predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy())
     return scores.log_loss, 100 * scores.accuracy, 100 * scores.accuracies()["unseen"]
 

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = training_device()
+    device = training_device(float(torch.cuda.is_available()))
     wave = 0.1 * torch.randn(options.batch, 32_000, generator=torch.Generator().manual_seed(0)).to(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} of {os.cpu_count()} cores"
     print(f"batches of {options.batch} clips, {options.runs} runs, {where}, torch {torch.__version__}")

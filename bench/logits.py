@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device, store = training_device(), ClipStore(options.clips)
+    device, store = training_device(float(torch.cuda.is_available())), ClipStore(options.clips)
     rows = np.arange(min(options.count, len(store)))
     front_end = LogMel(FrontendConfig(hop=750)).to(device)
     plain = [trained(seed).to(device, memory_format=torch.channels_last) for seed in range(options.systems)]

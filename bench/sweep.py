@@ -59,7 +59,7 @@ def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
     recipe = STUDENT.model_copy(update={"optimizer": STUDENT.optimizer.scaled_to(epochs), "seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         network = build(recipe.model, len(data.store.labels), seed)
-        history = fit_student(network, recipe, data, None, Path(folder), lambda metrics: None)
+        history = fit_student(network, recipe, data, None, Path(folder), 0.0, lambda metrics: None)
     return min(metrics["seconds"] for metrics in history)
 
 

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=989.0, help="bf16 TFLOP/s of the GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = training_device()
+    device = training_device(float(torch.cuda.is_available()))
     gpu = device.type == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"{options.threads} CPU thread(s)"
     target = torch.arange(options.batch, device=device) % 10

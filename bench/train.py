@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--mode", default="auto")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = training_device()
+    device = training_device(float(torch.cuda.is_available()))
 
     name = options.model
     recipe = Recipe.model_validate(
@@ -73,7 +73,8 @@ def main() -> None:
         settings = recipe.optimizer.model_copy(update={"epochs": epochs})
         model = build(recipe.model, len(data.store.labels), recipe.seed)
         with tempfile.TemporaryDirectory() as folder:
-            return fit(model, recipe.model_copy(update={"optimizer": settings}), data, train, Path(folder))
+            own = recipe.model_copy(update={"optimizer": settings})
+            return fit(model, own, data, train, Path(folder), gpus=float(torch.cuda.is_available()))
 
     rates = [metrics["clips_per_second"] for metrics in run(options.epochs + 1)][1:]
     print(f"whole loop: median {statistics.median(rates):.1f} clips/s, from {min(rates):.1f} to {max(rates):.1f}")

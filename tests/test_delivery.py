@@ -101,6 +101,17 @@ def test_a_resident_split_that_does_not_fit_is_refused():
         delivery(DataConfig(mode="resident"), clips, CPU)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "free", "fits"), [(1.0, 80, 40), (0.25, 80, 10), (0.25, 16, 8), (2.0, 80, 40), (1.0, 60, 30)]
+)
+def test_a_part_of_a_gpu_has_its_part_of_the_memory(monkeypatch, gpus, free, fits):
+    """Of a card of 80 clips' memory and the default share of one half; `free` is what all on it have left."""
+    size, gpu = 2 * CLIP_SAMPLES, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 80 * size))
+    assert delivery(DataConfig(), fits, gpu, gpus) == "resident"
+    assert delivery(DataConfig(), fits + 1, gpu, gpus) == "mapped"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_auto_is_resident_and_gives_the_same_batches(folder):
     store, rows, gpu = ClipStore(folder), np.arange(CLIPS), torch.device("cuda")

@@ -142,6 +142,10 @@ def test_published_checkpoints_are_imported_and_the_rest_is_trained(finished, pl
             capture_output=True, text=True, env=environment(), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+        said = (
+            f"warning: the weights of {name} do not say in which order they name the scenes; this is taken on trust: "
+        )
+        assert (said + ", ".join(plan.clips.facts()["labels"]) in done.stdout) == (stage == "teachers")
     ours = Plan(load_config(TINY, overrides))
     assert ours.teachers[name].facts()["imported"] == f"{name}.ckpt"
     assert ours.teachers["passt_dirfms_1"].key == plan.teachers["passt_dirfms_1"].key
@@ -164,7 +168,8 @@ def test_a_student_from_a_published_checkpoint_is_not_trained(plan, tmp_path):
     train_student(artifact, Source(plan.clips.path, plan.config.partition), None, configs[0].student)
     weights = load_file(artifact.path / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
-    assert (artifact.facts()["parameters"], artifact.facts()["history"]) == (126_952, [])
+    facts = artifact.facts()
+    assert (facts["parameters"], facts["history"], facts["on_trust"]) == (126_952, [], True)
     with pytest.raises(ConfigError, match=r"student\.checkpoint: there is nothing to search for"):
         Plan(load_config(TINY, [*given, f"student.checkpoint={tmp_path / 'one.ckpt'}"]))
     with pytest.raises(ConfigError, match="a student from a checkpoint is not trained; allowed is 1"):

@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.passt import PasstConfig
-from asc_ray.models.pretrained import load_published, published, read_tensors, start_from
+from asc_ray.models.pretrained import load_published, metadata, published, read_tensors, start_from
 from asc_ray.models.registry import build
 
 REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
+LABELS = [f"scene {number}" for number in range(10)]
+ABOUT = {"labels": LABELS, "frontend": {"hop": 750, "fmax": 15500.0}}
 SMALL = PasstConfig(width=24, depth=2, heads=3, frames=220)
 
 
@@ -50,7 +52,7 @@ def test_every_form_loads_to_the_bit(tmp_path, form):
     weights = resnet(1).state_dict()
     FORMS[form](weights, tmp_path / form)
     model = resnet(2)
-    load_published(model, tmp_path / form)
+    assert load_published(model, tmp_path / form, ABOUT) is False
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -70,12 +72,81 @@ def test_what_does_not_fit_is_named(tmp_path):
     state["feed_forward.0.weight"] = torch.zeros(4, 4)
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError) as caught:
-        load_published(resnet(), tmp_path / "x.pt")
+        load_published(resnet(), tmp_path / "x.pt", {})
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'x.pt'}: does not fit CPResNet as configured: ")
     assert "1 missing: in_c.0.weight" in message
     assert "1 left over: extra.weight" in message
     assert "1 of another shape: feed_forward.0.weight (4, 4) instead of" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"labels": LABELS[::-1]},
+            r"was trained with labels scene 9, scene 8, .*, and here scene 0, scene 1, .* in this",
+        ),
+        ({"labels": ["a", *LABELS[1:]]}, "was trained with labels a, scene 1"),
+        ({"frontend": {"hop": 500, "fmax": 15500.0}}, r"was trained with frontend \{\"hop\": 500"),
+    ],
+)
+def test_our_own_files_say_for_which_scenes_and_which_front_end_they_are(tmp_path, change, message):
+    weights = resnet(1).state_dict()
+    save_file(weights, tmp_path / "same.safetensors", metadata(ABOUT))
+    assert load_published(resnet(2), tmp_path / "same.safetensors", ABOUT) is True
+    save_file(weights, tmp_path / "other.safetensors", metadata(ABOUT | change))
+    with pytest.raises(UserError, match=rf"other\.safetensors: {message}"):
+        load_published(resnet(2), tmp_path / "other.safetensors", ABOUT)
+
+
+def spoiled(name: str, change) -> dict:
+    state = resnet(1).state_dict()
+    state[name] = change(state[name].clone())
+    return state
+
+
+def with_value(value: float):
+    def change(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+NO_WEIGHTS = {
+    "NaN": (spoiled("in_c.0.weight", with_value(float("nan"))), r"not finite: in_c\.0\.weight"),
+    "infinite": (spoiled("in_c.0.weight", with_value(float("-inf"))), r"not finite: in_c\.0\.weight"),
+    "too large for float32": (spoiled("in_c.0.weight", lambda w: w.double() + 1e300), r"not finite: in_c\.0\.weight"),
+    "negative variance": (spoiled("in_c.1.running_var", with_value(-1.0)), r"not above 0: in_c\.1\.running_var"),
+    "no variance": (spoiled("in_c.1.running_var", with_value(0.0)), r"not above 0: in_c\.1\.running_var"),
+    "integers": (spoiled("in_c.0.weight", lambda w: w.int()), r"1 of another type: in_c\.0\.weight int32"),
+    "bools": (spoiled("in_c.0.weight", lambda w: w > 0), r"1 of another type: in_c\.0\.weight bool"),
+    "complex": (spoiled("in_c.0.weight", lambda w: w.to(torch.complex64)), r"another type: in_c\.0\.weight complex64"),
+    "sparse": (spoiled("in_c.0.weight", lambda w: w.to_sparse()), r"1 of another type: in_c\.0\.weight float32"),
+}
+
+
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_what_no_network_can_compute_with_is_refused(tmp_path, case):
+    state, message = NO_WEIGHTS[case]
+    torch.save(state, tmp_path / "x.pt")
+    model = resnet(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"x\.pt: .*{message}"):
+        load_published(model, tmp_path / "x.pt", ABOUT)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_weights_too(tmp_path, dtype):
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in resnet(1).state_dict().items()
+    }
+    torch.save(state, tmp_path / "x.pt")
+    model = resnet(2)
+    load_published(model, tmp_path / "x.pt", ABOUT)
+    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in model.state_dict().items())
 
 
 class Attack:
@@ -113,10 +184,21 @@ def test_audioset_weights_come_with_a_fresh_head(tmp_path):
     audioset, model = build(SMALL, 527, seed=1), build(SMALL, 10, seed=2)
     torch.save(audioset.state_dict(), tmp_path / "passt_s.pt")
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
-    assert start_from(model, tmp_path / "passt_s.pt") == ["a fresh head"]
+    assert start_from(model, tmp_path / "passt_s.pt", LABELS) == ["a fresh head"]
     for name, value in model.state_dict().items():
         expected = fresh if name.startswith("head") else audioset.state_dict()
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS[::-1]])
+def test_a_head_for_other_scenes_stays_the_fresh_one(tmp_path, labels):
+    trained, model = build(SMALL, 10, seed=1), build(SMALL, 10, seed=2)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(trained.state_dict(), tmp_path / "x.safetensors", metadata({"labels": labels}))
+    changes = start_from(model, tmp_path / "x.safetensors", LABELS)
+    expected = trained.state_dict() if labels == LABELS else fresh
+    assert changes == ([] if labels == LABELS else ["a fresh head"])
+    assert all(torch.equal(v, expected[n]) for n, v in model.state_dict().items() if n.startswith("head"))
 
 
 def test_positional_grids_of_another_geometry_are_interpolated(tmp_path):
@@ -127,7 +209,7 @@ def test_positional_grids_of_another_geometry_are_interpolated(tmp_path):
         audioset.time_new_pos_embed.copy_((torch.arange(columns) + 0.5) / columns)
     torch.save(audioset.state_dict(), tmp_path / "passt_s.pt")
     model = build(SMALL.model_copy(update={"frames": 420}), 10, seed=2)
-    changes = start_from(model, tmp_path / "passt_s.pt")
+    changes = start_from(model, tmp_path / "passt_s.pt", LABELS)
     wanted = model.time_new_pos_embed.shape[3]
     assert changes == ["a fresh head", f"time_new_pos_embed from (1, {columns}) to (1, {wanted})"]
     line = ((torch.arange(wanted) + 0.5) / wanted)[2:-2]

@@ -129,7 +129,8 @@ def store_logits(
     tasks = {}
     for (_, split, first, end), share in shares.items():
         title = f"{share[0].system}-{split}-{first:09d}"
-        tasks[title] = Task(title, infer, (share, source, rows[split][first:end], batch_size, precision), resources)
+        clips = rows[split][first:end]
+        tasks[title] = Task(title, infer, (share, source, clips, batch_size, precision, resources.gpus), resources)
     done = sum(map(len, reports.values()))
     total = done + sum(map(len, shares.values()))
     counts = {title: len(task.arguments[0]) for title, task in tasks.items()}

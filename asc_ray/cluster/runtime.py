@@ -101,6 +101,8 @@ class Mailbox:
 
 
 Events = ray.remote(num_cpus=0)(Mailbox)
+LAST = {"last": True}  # a task's event that no other follows
+MAIL_SECONDS = 10.0  # how long a task's last event is waited for; one whose worker died sends none
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,24 @@ def run_tasks(
         for index, task in enumerate(tasks)
     }
     results: list[Any] = [None] * len(tasks)
+    told: set[str] = set()  # tasks whose last event is here
+
+    def listener(name: str, event: dict[str, Any]) -> None:
+        if event == LAST:
+            told.add(name)
+        else:
+            on_event(name, event)
+
     try:
         while running:
             done, _ = ray.wait(list(running), timeout=0.5)
             if events is not None:
-                pass_on(events, on_event)
+                pass_on(events, listener)
             for reference in done:
                 index = running.pop(reference)
+                end = time.monotonic() + MAIL_SECONDS
+                while tasks[index].reports and tasks[index].name not in told and time.monotonic() < end:
+                    pass_on(events, listener)
                 try:
                     results[index] = fetch(reference)
                 except UserError as error:
@@ -154,7 +167,7 @@ def run_tasks(
         if events is not None:
             ray.kill(events)
     if errors:
-        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        reasons = "; ".join(f"{task.name}: {errors[task.name]}" for task in tasks if task.name in errors)
         raise UserError(
             f"{len(errors)} of {len(tasks)} failed ({reasons}). The others are kept; the same command tries these again"
         )
@@ -189,5 +202,8 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int,
     torch.set_num_threads(threads)
     if events is None:
         return function(*arguments)
-    # Waiting for each: what is still under way when the task has ended would come after its end.
-    return function(*arguments, on_epoch=lambda metrics: ray.get(events.post.remote(name, metrics)))
+    # No event is waited for: meanwhile Ray would start another task on this one's CPUs. They arrive in their order.
+    try:
+        return function(*arguments, on_epoch=lambda metrics: events.post.remote(name, metrics))
+    finally:
+        events.post.remote(name, LAST)

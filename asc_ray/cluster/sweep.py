@@ -80,7 +80,7 @@ def run_sweep(
                     "soft": {name: soft_targets(data, path) for name, path in targets.items()},
                     "student": student,
                     "sweep": sweep,
-                    "threads": resources.threads,
+                    "resources": resources,
                 },
             ),
             resources.per_worker(),
@@ -349,7 +349,7 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
 
 
 def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
-    torch.set_num_threads(work["threads"])
+    torch.set_num_threads(work["resources"].threads)
     sweep, number = work["sweep"], config["number"]
     student = search.trial_config(work["student"], sweep, config["parameters"])
     optimizer, seed = student.optimizer.scaled_to(sweep.epochs), student.seed + config["seed"]
@@ -370,7 +370,8 @@ def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
             raise _SpanEnds
 
     try:
-        fit_student(model, student, data, work["soft"][student.distillation.soft_target], checkpoints, report)
+        soft, gpus = work["soft"][student.distillation.soft_target], work["resources"].gpus
+        fit_student(model, student, data, soft, checkpoints, gpus, report)
     except Diverged as error:
         tune.report({"diverged": True, search.METRIC: 0.0, "message": str(error)})
     except _SpanEnds:

@@ -197,10 +197,13 @@ class _Lane(Thread):
 
 def _work_through_queue(work: dict[str, Any]) -> None:
     """What each worker of a lane runs; the first asks the queue for all of them."""
-    torch.set_num_threads(work["resources"].threads)
+    resources = work["resources"]
+    torch.set_num_threads(resources.threads)
+    if resources.gpus:  # of several on this node, this worker's
+        torch.cuda.set_device(ray.train.torch.get_device())
     queue, lane, first = work["queue"], work["lane"], parallel.rank() == 0
     while True:
-        name = parallel.agreed(ray.get(queue.take.remote(lane, work["resources"])) if first else None)
+        name = parallel.agreed(ray.get(queue.take.remote(lane, resources)) if first else None)
         if name is None:
             return
         teacher: Teacher = work["teachers"][name]
@@ -213,6 +216,7 @@ def _work_through_queue(work: dict[str, Any]) -> None:
                     teacher.artifact,
                     teacher.source,
                     teacher.recipe,
+                    resources.gpus,
                     on_epoch=lambda metrics, name=name: queue.post.remote(name, metrics),  # type: ignore[misc]
                 )
         except Exception as error:

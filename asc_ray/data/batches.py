@@ -33,7 +33,7 @@ class DataConfig(Section):
 
     mode: Literal["auto", "mapped", "resident", "stream"] = "auto"
     resident_share: float = Field(
-        0.5, gt=0.0, le=1.0, description="share of the device's free memory that a resident split may take"
+        0.5, gt=0.0, le=1.0, description="share of what is free of the device, or of its part, for a resident split"
     )
     cache: Path | None = Field(
         None, description="a folder on every node's own disk, where one copy of the clip store is kept and mapped"
@@ -100,7 +100,7 @@ MAPPED = DataConfig(mode="mapped")
 
 
 class Waves:
-    """The waveforms of the store's clips `rows`, batch by batch, on `device`.
+    """The waveforms of the store's clips `rows`, batch by batch, on `device`; with `gpus` below 1 on a part of it.
 
     Raises ConfigError where `resident` is asked for and does not fit.
     """
@@ -112,9 +112,10 @@ class Waves:
         device: torch.device,
         config: DataConfig = MAPPED,
         stream: Stream | None = None,
+        gpus: float = 1.0,
     ) -> None:
         self._store, self._rows, self._device, self._stream = store, rows, device, stream
-        self.mode = delivery(config, len(rows), device)
+        self.mode = delivery(config, len(rows), device, gpus)
         if self.mode == "stream" and stream is None:
             raise ConfigError("data.mode: stream needs a Ray cluster; allowed without: auto, mapped, resident")
         if self.mode == "resident":
@@ -146,13 +147,20 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def delivery(config: DataConfig, clips: int, device: torch.device) -> Mode:
-    """What `config.mode` comes to for so many clips. Raises ConfigError where resident does not fit."""
+def delivery(config: DataConfig, clips: int, device: torch.device, gpus: float = 1.0) -> Mode:
+    """What `config.mode` comes to for so many clips; with `gpus` below 1 others have the rest of the device.
+
+    Raises ConfigError where resident does not fit.
+    """
     if config.mode in ("mapped", "stream"):
         return config.mode
     if config.mode == "auto" and device.type != "cuda":
         return "mapped"
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free = min(free, int(total * min(1.0, gpus)))
+    else:
+        free = _free_memory()
     needed = clips * CLIP_SAMPLES * 2
     if needed <= free * config.resident_share:
         return "resident"

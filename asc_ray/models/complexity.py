@@ -67,7 +67,8 @@ def complexity(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64))
     Batch norms count as layers (before folding). Functional operations have no parameters and count nothing: of a
     transformer, the two products inside attention are missing.
     """
-    info = torchinfo.summary(model, input_size=input_shape, verbose=0, mode="eval")
+    # On the CPU, where the model is: torchinfo by itself would take any GPU of the machine.
+    info = torchinfo.summary(model, input_size=input_shape, verbose=0, mode="eval", device="cpu")
     layers = [
         Layer(
             _path(layer),

@@ -1,13 +1,14 @@
 """Checkpoints made elsewhere: bare state dicts, Lightning checkpoints, safetensors; read without running their code."""
 
+import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,20 +81,53 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_published(model: nn.Module, file: Path) -> None:
-    """Load all of `model` from `file`. Raises UserError naming what is missing, left over, or of another shape."""
+def metadata(about: Mapping[str, Any]) -> dict[str, str]:
+    """What our own safetensors say of the network in them, such as its labels and its front end."""
+    return {name: json.dumps(value) for name, value in about.items()}
+
+
+def said(file: Path) -> dict[str, Any]:
+    """What `metadata` put into a file of ours; empty for a file from elsewhere."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: json.loads(value) for name, value in (stored.metadata() or {}).items() if name != "format"}
+    except (OSError, ValueError, SafetensorError):  # no file of ours; reading its tensors says what is wrong with it
+        return {}
+
+
+def load_published(model: nn.Module, file: Path, about: Mapping[str, Any]) -> bool:
+    """Load all of `model` from `file`; returns whether the file says for which scenes and which front end it is.
+
+    `about` says it of `model`. Raises UserError where the file says something else, and naming what is missing, left
+    over, of another shape or type, or no weight that a network can compute with.
+    """
+    found = said(file)
+    for name, wanted in about.items():
+        if name in found and found[name] != (expected := json.loads(json.dumps(wanted))):
+            raise UserError(
+                f"{file}: was trained with {name} {_listed(found[name])}, and here {_listed(expected)} are needed, in "
+                "this order"
+            )
     _load(model, read_tensors(file), file)
+    return all(name in found for name in about)
 
 
-def start_from(model: nn.Module, file: Path) -> list[str]:
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
+
+
+def start_from(model: nn.Module, file: Path, labels: Sequence[str]) -> list[str]:
     """Load a PaSST trained on other classes (AudioSet's 527), and return what was done to make it fit.
 
-    A head for another number of classes stays the fresh one, positional grids of another geometry are interpolated.
-    Raises UserError as `load_published`.
+    A head for other classes than `labels`, as far as the file says, stays the fresh one; positional grids of another
+    geometry are interpolated. Raises UserError as `load_published`.
     """
     tensors, own, changes = read_tensors(file), model.state_dict(), []
     heads = [name for name in own if _HEAD.match(name)]
-    if any(name not in tensors or tensors[name].shape != own[name].shape for name in heads):
+    others = said(file).get("labels", list(labels)) != list(labels)
+    if others or any(name not in tensors or tensors[name].shape != own[name].shape for name in heads):
         changes.append("a fresh head")
         tensors = {name: value for name, value in tensors.items() if not _HEAD.match(name)}
         tensors |= {name: own[name] for name in heads}
@@ -122,13 +156,33 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
             for name, value in own.items()
             if name in tensors and tensors[name].shape != value.shape
         ],
+        "of another type": [
+            f"{name} {str(tensors[name].dtype).removeprefix('torch.')}"
+            for name, value in own.items()
+            if name in tensors and not _same_kind(tensors[name], value)
+        ],
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
         raise UserError(
             f"{file}: does not fit {type(model).__name__} as configured: {listed}. Compare the recipe's `model`"
         )
-    model.load_state_dict(tensors, strict=False)
+    weights = {name: tensors[name].to(value.dtype) for name, value in own.items() if name in tensors}
+    faults = {
+        "not finite": [name for name, value in weights.items() if not value.isfinite().all()],
+        "variances that are not above 0": [
+            name for name, value in weights.items() if name.endswith("running_var") and not (value > 0).all()
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise UserError(f"{file}: holds no weights that a network can compute with: {listed}")
+    model.load_state_dict(weights, strict=False)
+
+
+def _same_kind(found: Tensor, own: Tensor) -> bool:
+    plain = found.layout is torch.strided and found.device.type == "cpu" and not found.is_quantized
+    return plain and found.dtype.is_floating_point == own.dtype.is_floating_point and not found.dtype.is_complex
 
 
 def _some(names: list[str]) -> str:

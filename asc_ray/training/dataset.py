@@ -128,8 +128,8 @@ class Dataset:
     folds: tuple[np.ndarray, ...] = ()  # of cross-fitting
     strangers: tuple[str, ...] = ()  # devices that `train` and `fusion` have no clips of
 
-    def waves(self, rows: np.ndarray, device: torch.device) -> Waves:
-        return Waves(self.store, rows, device, self.delivery, self.stream)
+    def waves(self, rows: np.ndarray, device: torch.device, gpus: float = 1.0) -> Waves:
+        return Waves(self.store, rows, device, self.delivery, self.stream, gpus)
 
     @property
     def mean_energy(self) -> float:

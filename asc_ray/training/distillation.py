@@ -58,7 +58,7 @@ class DistillationConfig(Section):
     """
 
     soft_target: str = "fused"
-    label_weight: LabelWeight = 0.02
+    label_weight: LabelWeight = 0.17
     temperature: float = Field(2.0, gt=0.0, le=100.0)
 
 

@@ -140,13 +140,15 @@ def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, P
     artifact.finish({name: _figures(e) for name, e in scores.systems.items()})
 
 
-def evaluate_student(artifact: Artifact, source: Source, student: Path, config: StudentConfig) -> None:
+def evaluate_student(
+    artifact: Artifact, source: Source, student: Path, config: StudentConfig, gpus: float = 0.0
+) -> None:
     """Score a finished student, or with a folder that holds one its int8 form, on the test split."""
     folder = artifact.open_partial()
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
     int8 = (student / INT8_MODEL).is_file()
-    device = torch.device("cpu") if int8 else training_device()
+    device = torch.device("cpu") if int8 else training_device(gpus)
     model = load_int8(student) if int8 else load_model(student, config, len(store.labels)).to(device)
     front_end = LogMel(config.frontend).to(device)
     outputs = predict(model, front_end, store, test, device)

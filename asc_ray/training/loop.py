@@ -39,8 +39,11 @@ OnEpoch = Callable[[Metrics], None]
 
 
 class OptimizerConfig(Section):
-    """AdamW over the whole network, one learning-rate schedule, lengths in epochs."""
+    """One optimizer over the whole network, one learning-rate schedule, lengths in epochs."""
 
+    kind: Literal["adamw", "adam"] = Field(
+        "adamw", description="adam adds the weight decay to the gradient (L2), adamw takes it from the weights"
+    )
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(64, ge=2)
     learning_rate: float = Field(1e-3, gt=0.0, le=1.0)
@@ -115,8 +118,19 @@ class Diverged(UserError):
     """The loss became infinite or not a number."""
 
 
-def training_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def training_device(gpus: float) -> torch.device:
+    """Where to compute with so many GPUs, or such a part of one: without any on the CPU, whatever the machine has.
+
+    Raises UserError where a GPU was asked for and torch sees none.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"gpus: {gpus:g} was asked for, and torch {torch.__version__} sees no GPU here; install a CUDA build of "
+            "torch on every node, or ask for gpus: 0"
+        )
+    return torch.device("cuda")
 
 
 def fit(
@@ -128,6 +142,7 @@ def fit(
     *,
     distillation: DistillationConfig | None = None,
     soft_logits: np.ndarray | None = None,
+    gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
     set_training: Callable[[nn.Module, bool], object] = nn.Module.train,
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
@@ -139,14 +154,15 @@ def fit(
     `folder` takes a checkpoint an epoch, and within an epoch one every `checkpoint_seconds`; training goes on from the
     newest intact one, and ends with the weights that an uninterrupted run has. `on_epoch` hears of restored epochs too,
     so a listener needs no memory of its own. `soft_logits` (clips of the store, K) are the teachers' logits, needed
-    where `distillation` is given. `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
+    where `distillation` is given. `gpus`: what this process may compute on, a part of one GPU for less than 1.
+    `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
 
     In a torch.distributed group all ranks call this alike. The first one alone has the result, and writes
     checkpoints and is heard by `on_epoch`.
 
     Raises Diverged with epoch, step and clip ids when the loss is not finite.
     """
-    device = training_device()
+    device = training_device(gpus)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = recipe.optimizer
     objective = Objective(distillation).to(device)
@@ -173,7 +189,7 @@ def fit(
     if recipe.compile and len(history) < settings.epochs:
         set_training(model, True)
         trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
-    waves = data.waves(train, device)
+    waves = data.waves(train, device, gpus)
     shares = device_shares(data.store.device[train], recipe.balance)
 
     for epoch in range(len(history), settings.epochs):
@@ -243,9 +259,8 @@ def _optimizer(
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if own := list(objective.parameters()):  # decay would draw a learned lambda to the middle of its bounds
         groups.append({"params": own, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
-    )
+    kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
+    return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda")
 
 
 def _resumed(

@@ -26,7 +26,7 @@ from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.complexity import Complexity, Limits, complexity
 from asc_ray.models.normalization import ResidualNorm
 from asc_ray.models.passt import PasstConfig
-from asc_ray.models.pretrained import load_published, start_from
+from asc_ray.models.pretrained import load_published, metadata, start_from
 from asc_ray.models.registry import build, folded
 from asc_ray.section import Section
 from asc_ray.training import parallel
@@ -103,27 +103,46 @@ def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
     return (batch, 1, recipe.frontend.mels, recipe.frontend.frames(CLIP_SAMPLES))
 
 
-def train_teacher(artifact: Artifact, source: Source, recipe: Recipe, on_epoch: OnEpoch = lambda metrics: None) -> None:
+def train_teacher(
+    artifact: Artifact,
+    source: Source,
+    recipe: Recipe,
+    gpus: float = 0.0,
+    on_epoch: OnEpoch = lambda metrics: None,
+) -> None:
     """Train one system of the ensemble on the part `train`, on all ranks of a torch.distributed group together."""
     folder = artifact.open_partial()
     data = source.open()
-    model = build(recipe.model, len(data.store.labels), recipe.seed)
+    model, started = build(recipe.model, len(data.store.labels), recipe.seed), None
     if isinstance(recipe.model, PasstConfig) and recipe.model.pretrained:
-        start_from(model, recipe.model.pretrained)
+        started = start_from(model, recipe.model.pretrained, data.store.labels)
     history = fit(
-        model, recipe, data, data.parts["train"], folder / "checkpoints", on_epoch=_noted(folder, recipe, on_epoch)
+        model,
+        recipe,
+        data,
+        data.parts["train"],
+        folder / "checkpoints",
+        gpus=gpus,
+        on_epoch=_noted(folder, recipe, on_epoch),
     )
     if parallel.rank() == 0:
-        _save_weights(model, folder)
-        artifact.finish({"history": history, "parameters": sum(p.numel() for p in model.parameters())}, SCRATCH)
+        _save_weights(model, folder / WEIGHTS, about(recipe, data.store.labels))
+        parameters = sum(p.numel() for p in model.parameters())
+        artifact.finish({"history": history, "parameters": parameters, "started_from": started}, SCRATCH)
 
 
-def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, classes: int) -> None:
+def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, labels: Sequence[str]) -> None:
     """A system from a published checkpoint instead of a training. Raises UserError where it does not fit."""
-    model = build(recipe.model, classes, recipe.seed)
-    load_published(model, file)
-    _save_weights(model, artifact.open_partial())
-    artifact.finish({"history": [], "parameters": sum(p.numel() for p in model.parameters()), "imported": file.name})
+    model = build(recipe.model, len(labels), recipe.seed)
+    known = load_published(model, file, about(recipe, labels))
+    _save_weights(model, artifact.open_partial() / WEIGHTS, about(recipe, labels))
+    parameters = sum(p.numel() for p in model.parameters())
+    artifact.finish({"history": [], "parameters": parameters, "imported": file.name, "on_trust": not known})
+
+
+def about(recipe: Recipe, labels: Sequence[str]) -> dict[str, Any]:
+    """What a file of weights says of them, and what must agree where they are used again."""
+    return {"labels": list(labels), "frontend": recipe.frontend.model_dump(exclude={"fmax_jitter"})}
 
 
 def train_student(
@@ -131,6 +150,7 @@ def train_student(
     source: Source,
     targets: SoftTargets | None,
     config: StudentConfig,
+    gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
     """Train a student on all clips but the validation part, from the soft `targets`.
@@ -139,14 +159,14 @@ def train_student(
     """
     folder = artifact.open_partial()
     data = source.open()
-    model = build(config.model, len(data.store.labels), config.seed)
+    model, known = build(config.model, len(data.store.labels), config.seed), True
     if config.checkpoint:
-        load_published(model, config.checkpoint)
+        known = load_published(model, config.checkpoint, about(config, data.store.labels))
         history = []
     else:
         soft = soft_targets(data, targets)
-        history = fit_student(model, config, data, soft, folder / "checkpoints", _noted(folder, config, on_epoch))
-    _save_weights(model, folder)
+        history = fit_student(model, config, data, soft, folder / "checkpoints", gpus, _noted(folder, config, on_epoch))
+    _save_weights(model, folder / WEIGHTS, about(config, data.store.labels))
     shape = input_shape(config)
     cost = complexity(model.cpu(), shape)
     learned = {name: layer.lambda_.item() for name, layer in model.named_modules() if isinstance(layer, ResidualNorm)}
@@ -158,6 +178,7 @@ def train_student(
             "bytes": cost.bytes,
             "input": shape,
             "residual_lambda": learned,
+            "on_trust": not known,
         },
         SCRATCH,
     )
@@ -169,6 +190,7 @@ def fit_student(
     data: Dataset,
     soft: np.ndarray | None,
     checkpoints: Path,
+    gpus: float,
     on_epoch: OnEpoch,
 ) -> list[Metrics]:
     """`fit` with the student's clips and what `soft_targets` gave; a search trial is this and no more."""
@@ -180,6 +202,7 @@ def fit_student(
         checkpoints,
         distillation=None if soft is None else config.distillation,
         soft_logits=soft,
+        gpus=gpus,
         on_epoch=on_epoch,
     )
 
@@ -191,6 +214,7 @@ def train_int8(
     student: Path,
     config: StudentConfig,
     qat: QATConfig,
+    gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
     """Quantization-aware training of the finished `student`, or post-training quantization, and the int8 model."""
@@ -202,7 +226,7 @@ def train_int8(
     prepared = quantization.prepare(load_model(student, config, len(data.store.labels)), _example(config))
     history: list[Metrics] = []
     if qat.epochs:
-        history = _fit_int8(prepared, folder, data, soft_targets(data, targets), student, config, qat, on_epoch)
+        history = _fit_int8(prepared, folder, data, soft_targets(data, targets), student, config, qat, gpus, on_epoch)
     else:
         clips = student_clips(data)
         some = np.random.default_rng(config.seed).choice(clips, min(qat.calibration_clips, len(clips)), replace=False)
@@ -210,7 +234,7 @@ def train_int8(
             predict(prepared, LogMel(config.frontend), data.store, some, torch.device("cpu"))
     quantization.round_biases(prepared.cpu())
     int8 = quantization.convert(prepared)
-    _save_weights(prepared, folder, FAKE_QUANTIZED)
+    _save_weights(prepared, folder / FAKE_QUANTIZED, about(config, data.store.labels))
     quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
     export_onnx(int8, folder / ONNX_MODEL)
     saved = quantization.load(folder / INT8_MODEL)
@@ -232,6 +256,7 @@ def _fit_int8(
     student: Path,
     config: StudentConfig,
     qat: QATConfig,
+    gpus: float,
     on_epoch: OnEpoch,
 ) -> list[Metrics]:
     from asc_ray.training import quantization
@@ -258,6 +283,7 @@ def _fit_int8(
         folder / "checkpoints",
         distillation=distillation,
         soft_logits=soft,
+        gpus=gpus,
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
         before_epoch=freeze_at_the_end,
@@ -280,7 +306,7 @@ class Inference:
 
 
 def infer(
-    systems: Sequence[Inference], source: Source, rows: np.ndarray, batch: int, precision: Precision
+    systems: Sequence[Inference], source: Source, rows: np.ndarray, batch: int, precision: Precision, gpus: float = 0.0
 ) -> dict[str, dict[str, Any]]:
     """Write the logits of finished teachers that share a front end for the store's clips `rows`, all splits alike.
 
@@ -293,7 +319,7 @@ def infer(
     if len(systems[0].teachers) > 1:
         for number, unseen in enumerate(source.open().folds):
             fold[np.isin(rows, unseen)] = number
-    device = training_device()
+    device = training_device(gpus)
     front_end = LogMel(systems[0].recipe.frontend).to(device)
     models = [[folded(load_model(path, s.recipe, len(store.labels))) for path in s.teachers] for s in systems]
     for model in chain(*models):
@@ -372,9 +398,9 @@ def soft_targets(data: Dataset, targets: SoftTargets | None) -> np.ndarray | Non
     return soft
 
 
-def _save_weights(model: nn.Module, folder: Path, name: str = WEIGHTS) -> None:
+def _save_weights(model: nn.Module, file: Path, about: Mapping[str, Any]) -> None:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / name)
+    save_file(tensors, file, metadata(about))
 
 
 def _noted(folder: Path, recipe: Recipe, on_epoch: OnEpoch) -> OnEpoch:
