@@ -380,3 +380,30 @@ def test_the_chosen_ridge_holds_out_whole_groups_and_calms_a_small_sample():
     # Every group twice, as two clips of one second: only whole groups left out see through it.
     twice = np.concatenate([logits, logits], axis=1), np.concatenate([labels, labels])
     assert fit(*twice, groups=np.tile(np.arange(60), 2)).ridge > fit(*twice).ridge
+
+
+@pytest.mark.parametrize("clips", [60, 600, 30_000])
+def test_labels_of_other_clips_are_said_to_be_no_better_than_chance(clips):
+    logits, labels = problem(3, systems=5, clips=clips)
+    assert fit(logits, labels).notes == ()
+    shuffled = np.random.default_rng(1).permutation(labels)
+    with pytest.warns(
+        UserWarning, match=r"no system agrees with the labels on more clips than chance has it \(\d+ % at"
+    ):
+        notes = fit(logits, shuffled).notes
+    assert "their classes, in the same order" in notes[0]
+
+
+def test_a_single_system_that_knows_something_is_enough():
+    logits, labels = problem(4, systems=5, clips=600)
+    noise = np.random.default_rng(2).standard_normal(logits.shape)
+    noise[3] = logits[3]
+    assert fit(noise, labels).notes == ()
+
+
+def test_uneven_classes_are_no_knowledge():
+    """Nine of ten clips are of one class, and all systems always answer it."""
+    labels = (np.arange(600) % 10 == 0).astype(int)
+    logits = 0.1 * np.random.default_rng(0).standard_normal((3, 600, 2)) + np.array([3.0, 0.0])
+    with pytest.warns(UserWarning, match=r"than chance has it \(90 % at most\)"):
+        fit(logits, labels)

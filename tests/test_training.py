@@ -19,6 +19,7 @@ from asc_ray.artifacts import Artifact
 from asc_ray.audio.augment import Augment
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.config import load_config
 from asc_ray.data.batches import DataConfig, epoch_batches, step_generator
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import read_corpus
@@ -26,13 +27,15 @@ from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.fusion import FusionConfig
+from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
 from asc_ray.training import loop, parallel, systems
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
-from asc_ray.training.dataset import PartitionConfig, Source
+from asc_ray.training.dataset import PartitionConfig, SoftTargets, Source
 from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
+from asc_ray.training.search import ObjectiveConfig
 from asc_ray.training.systems import QATConfig, StudentConfig, student_clips, train_int8, train_student
 
 
@@ -159,11 +162,14 @@ def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clip
     raw = {**recipe("cp_resnet", epochs=2).model_dump(), "balance": 1.0}
     raw["distillation"] = {"label_weight": {"start": 0.9, "end": 0.2}}
     config = StudentConfig.model_validate(raw)
-    targets = tmp_path / "targets"
-    targets.mkdir()
+    fusion = Artifact(tmp_path, "fusion", "x", "0", {}, {})
+    folder = fusion.open_partial() / "targets" / "fused"
+    folder.mkdir(parents=True)
     rows = np.flatnonzero(data.store.split == "train")
     about = {"system": "fused", "labels": json.dumps(data.store.labels), "corpus": data.store.corpus}
-    write_logits(targets / "train-0.arrow", data.store.ids[rows], np.zeros((len(rows), 10), np.float32), about)
+    write_logits(folder / "train-0.arrow", data.store.ids[rows], np.zeros((len(rows), 10), np.float32), about)
+    fusion.finish({})
+    targets = SoftTargets(fusion.path, "targets/fused/*")
     student, int8 = (Artifact(tmp_path, stage, "x", "0", {}, {}) for stage in ("students", "int8"))
     source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
     train_student(student, source, targets, config)
@@ -521,7 +527,7 @@ def test_a_clip_store_is_enough_for_training(clips, tmp_path):
     copy = tmp_path / "elsewhere"
     shutil.copytree(clips, copy)
     data = Source(copy, PartitionConfig(fusion=0.2, validation=0.2)).open()
-    assert len(data.bank.names) == len(ImpulseBank.load(None).names) or len(data.bank.names) > 0
+    assert data.bank.names == ImpulseBank.load(next(clips.parents[2].glob("corpus*/demo/dirs"))).names
     energy = ClipStore(copy).energy[data.store.split == "train"]
     assert data.mean_energy == pytest.approx(float(energy.mean()), rel=1e-5)
 
@@ -557,6 +563,162 @@ def test_a_batch_in_parts_has_the_same_gradient(data, tmp_path):
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=2e-5)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def gradients_of(fit_it, monkeypatch) -> list[list[torch.Tensor]]:
+    """What each step's gradient was when the optimizer took it."""
+    found = []
+
+    def step(self, *_):
+        found.append([p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None])
+
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(kind, "step", step)
+    fit_it()
+    return found
+
+
+def norm(gradient) -> float:
+    return float(torch.stack([part.norm() for part in gradient]).norm())
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(data, tmp_path, monkeypatch):
+    """Not to a part of it: Adam would not notice, but the clipping and the weight decay would."""
+    config = recipe("passt", epochs=1)
+    passt = config.model.model_copy(update={"patchout_freq": 0, "frames": 50})
+    found = []
+    for accumulate in (1, 3):
+        settings = config.optimizer.model_copy(update={"accumulate": accumulate, "clip_norm": 1e9})
+        changed = config.model_copy(update={"model": passt, "optimizer": settings})
+        model, folder = build(passt, 10, seed=1), tmp_path / str(accumulate)
+        found.append(
+            gradients_of(lambda m=model, c=changed, f=folder: fit(m, c, data, data.parts["train"], f), monkeypatch)
+        )
+    for whole, parts in zip(*found, strict=True):
+        for own, other in zip(whole, parts, strict=True):
+            torch.testing.assert_close(other, own, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_no_longer_than_the_clip_norm(data, tmp_path, monkeypatch):
+    free, clipped = (
+        gradients_of(lambda c=c: train("cp_resnet", data, tmp_path / str(c), epochs=1, clip_norm=c), monkeypatch)
+        for c in (1e9, 0.01)
+    )
+    assert all(norm(own) > 0.02 for own in free)
+    assert all(norm(own) == pytest.approx(0.01, rel=1e-3) for own in clipped)
+    for own, other in zip(free[0], clipped[0], strict=True):  # the direction stays
+        torch.testing.assert_close(other, own * 0.01 / norm(free[0]), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_the_weight_decay_is_coupled_or_not_and_spares_a_learned_lambda(kind):
+    """Without a gradient, AdamW shrinks a weight by lr x decay; Adam takes its first step of lr whatever the decay."""
+    model, objective = torch.nn.Linear(3, 1, bias=False), Objective(DistillationConfig(label_weight={"start": 0.3}))
+    settings = OptimizerConfig(kind=kind, learning_rate=0.01, weight_decay=0.5)
+    optimizer = loop._optimizer(model, objective, settings, torch.device("cpu"))
+    before, raw = model.weight.detach().clone(), objective.raw.detach().clone()
+    for parameter in (model.weight, objective.raw):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    expected = before * (1 - 0.01 * 0.5) if kind == "adamw" else before - 0.01 * before.sign()
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(objective.raw.detach(), raw)
+
+
+def test_the_recipe_cpjku_takes_the_steps_of_their_loop():
+    """Theirs, in their own units: 0.02 of the mean label loss and 0.98 of the mean over clips and classes of the
+    divergence times tau squared, by Adam with 1e-4."""
+    student = load_config("tau22", ["student.recipe=cpjku", "storage=/unused"]).student
+    ours, theirs = (torch.nn.Linear(7, 10) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    objective, settings = Objective(student.distillation), student.optimizer
+    optimizers = (
+        loop._optimizer(ours, objective, settings, torch.device("cpu")),
+        torch.optim.Adam(theirs.parameters(), lr=0.0009, weight_decay=0.0001),
+    )
+    generator = torch.Generator().manual_seed(0)
+    tau, kl = 2.0, torch.nn.KLDivLoss(log_target=True, reduction="none")
+    for _ in range(100):
+        x = torch.randn(32, 7, generator=generator)
+        label = torch.randint(10, (32,), generator=generator)
+        soft = 3 * torch.randn(32, 10, generator=generator)
+        optimizers[0].zero_grad()
+        objective(ours(x), torch.nn.functional.one_hot(label, 10).float(), soft)["total"].mean().backward()
+        optimizers[0].step()
+        optimizers[1].zero_grad()
+        logits = theirs(x)
+        divergence = kl(torch.log_softmax(logits / tau, 1), torch.log_softmax(soft / tau, 1)).mean() * tau**2
+        (0.02 * torch.nn.functional.cross_entropy(logits, label) + 0.98 * divergence).backward()
+        optimizers[1].step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "kind", "decay"), [("passt", "adam", 0.001), ("cp_resnet", "adam", 0.001)])
+def test_the_teachers_recipes_have_the_published_optimizer(name, kind, decay):
+    config = load_config("tau22", ["storage=/unused"])
+    found = {
+        (r.optimizer.kind, r.optimizer.weight_decay) for r in config.teachers.recipes.values() if r.model.name == name
+    }
+    assert found == {(kind, decay)}
+
+
+def test_trials_are_judged_by_the_mean_over_scenes_and_not_over_clips(data):
+    """On clips of which one scene has most."""
+    rows = data.parts["validation"]
+    scenes = data.store.scene[rows]
+    uneven = np.concatenate([rows[scenes == 0], rows[scenes == 0], rows[scenes == 0], rows])
+    model, config = build(recipe("cp_resnet").model, 10, seed=1).eval(), recipe("cp_resnet")
+    front_end, cpu = LogMel(config.frontend), torch.device("cpu")
+    found = loop.validate(model, front_end, replace(data, parts={**data.parts, "validation": uneven}), cpu)
+    right = loop.predict(model, front_end, data.store, uneven, cpu).argmax(1).numpy() == data.store.scene[uneven]
+    macro = np.mean([right[data.store.scene[uneven] == k].mean() for k in range(10)])
+    assert found["validation_accuracy"] == pytest.approx(right.mean())
+    assert found["validation_macro_accuracy"] == pytest.approx(macro)
+    assert abs(macro - right.mean()) > 0.05
+    assert ObjectiveConfig().value(found) == found["validation_macro_accuracy"]
+
+
+def test_without_a_gpu_asked_for_a_training_is_on_the_cpu_whatever_the_machine_has(data, tmp_path, monkeypatch):
+    expected, _ = train("cp_resnet", data, tmp_path / "a", epochs=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found, _ = train("cp_resnet", data, tmp_path / "b", epochs=1)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert all(value.device.type == "cpu" for value in found.values())
+    assert loop.training_device(0.25) == torch.device("cuda")
+    # Counting a network takes no GPU, either.
+    assert complexity(build(recipe("cp_resnet").model, 10), (1, 1, 256, 17)).parameters > 0
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_seen_is_said(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = recipe("cp_resnet", epochs=1)
+    with pytest.raises(
+        UserError, match=r"gpus: 0\.5 was asked for, and torch .* sees no GPU here; install a CUDA build"
+    ):
+        fit(build(config.model, 10), config, data, data.parts["train"], tmp_path, gpus=0.5)
+
+
+def test_logits_that_are_not_finite_end_a_training_and_never_become_an_answer(data, tmp_path, monkeypatch):
+    config = recipe("cp_resnet", epochs=1)
+    model = build(config.model, 10, seed=1)
+    with torch.no_grad():
+        model.feed_forward[0].weight[0] = float("nan")
+    front_end, rows = LogMel(config.frontend), data.parts["validation"]
+    with pytest.raises(
+        loop.NotFinite, match=rf"the logits of {len(rows)} of {len(rows)} clips are not finite \(audio/"
+    ):
+        loop.validate(model.eval(), front_end, data, torch.device("cpu"))
+
+    def ruin(self, *_):
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("inf"))
+
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(kind, "step", ruin)
+    settings = config.optimizer.model_copy(update={"batch_size": 10_000})
+    one_step = config.model_copy(update={"optimizer": settings})
+    with pytest.raises(Diverged, match=r"after epoch 1 the logits of .* are not finite .*\. Lower optimizer"):
+        fit(build(config.model, 10, seed=1), one_step, data, data.parts["train"], tmp_path)
 
 
 def train_on_rank(rank, clips, folder, recipes):

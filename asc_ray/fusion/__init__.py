@@ -7,6 +7,7 @@ clips. The ridge pulls towards the plain average of the systems, which is also w
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ RIDGES = tuple(float(10**e) for e in np.arange(-4.0, 1.1, 0.5))
 FOLDS = 5
 CROSS_VALIDATED = 16_384  # clips, for the choice of a ridge
 CLIPS_A_SHARD = 65_536  # of logits that are in memory anyway
+CHANCE = 3.0  # standard deviations that agreement must be above chance for a system to know anything
 
 Ridge = Annotated[float, Field(ge=0.0)] | Literal["auto"]
 ClassPrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(gt=0.0)]]
@@ -63,7 +65,7 @@ class Fusion:
     objective_before: float
     objective_after: float
     iterations: int
-    notes: tuple[str, ...] = ()  # systems that say nothing, or the same as another
+    notes: tuple[str, ...] = ()  # systems that say nothing, or the same as another; labels that none agrees with
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
         """Fused logits (N, K) float32 of (S, N, K) logits whose systems and classes are in the order of the fit.
@@ -123,9 +125,10 @@ def fit(
     `groups` (N,) are the clips' places: clips of one group are never on both sides of the cross-validation that chooses
     the ridge. Without them every clip is a group. `class_prior` and `nonnegative` are those of FusionConfig.
 
-    Memory beyond the inputs does not grow with N; memory-mapped logits are read in blocks. Raises UserError for shapes
-    that do not agree, logits that are not finite, classes without a clip, and a search that does not converge (only
-    without a ridge, when the systems separate the classes and no finite minimum exists).
+    Memory beyond the inputs does not grow with N; memory-mapped logits are read in blocks. What the result's `notes`
+    say is a warning, too: above all where no system knows the labels, as where the clips are in another order. Raises
+    UserError for shapes that do not agree, logits that are not finite, classes without a clip, and a search that does
+    not converge (only without a ridge, when the systems separate the classes and no finite minimum exists).
 
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(30_000) % 3
@@ -153,7 +156,7 @@ def fit(
             f"fusion: {len(systems)} names of systems and {len(classes)} of classes for logits of {count_s} systems "
             f"and {count_k} classes"
         )
-    return fit_shards(
+    fusion = fit_shards(
         [Shard(partial(_view, logits, rows), labels[rows]) for rows in _slices(count_n, CLIPS_A_SHARD)],
         systems=systems,
         classes=classes,
@@ -162,6 +165,9 @@ def fit(
         class_prior=class_prior,
         nonnegative=nonnegative,
     )
+    for note in fusion.notes:
+        warnings.warn(note, stacklevel=2)
+    return fusion
 
 
 def fit_shards(
@@ -274,7 +280,7 @@ def _choose_ridge(
 
 
 def _notes(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]:
-    """What a user should know of systems whose weights the clips do not determine."""
+    """What a user should know: that no system knows the labels, or that the clips do not determine a weight."""
     products, squares = np.zeros((len(systems), len(systems))), np.zeros(len(systems))
     for shard in shards:
         logits = shard.read().astype(np.float64)
@@ -289,10 +295,29 @@ def _notes(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]:
         for t, s in combinations([s for s in range(len(systems)) if s not in constant], 2)
         if spread[t] + spread[s] - 2 * products[t, s] <= 1e-10 * max(spread[t], spread[s])
     ]
-    return (
-        *(f"{systems[s]}: its logits do not differ between the classes; its weight means nothing" for s in constant),
-        *(f"{systems[t]} and {systems[s]}: the same logits; they share one weight evenly" for t, s in equal),
-    )
+    notes = [f"{systems[s]}: its logits do not differ between the classes; its weight means nothing" for s in constant]
+    notes += [f"{systems[t]} and {systems[s]}: the same logits; they share one weight evenly" for t, s in equal]
+    right, certainty = _agreement(shards)
+    if certainty < CHANCE:
+        notes.insert(
+            0,
+            f"no system agrees with the labels on more clips than chance has it ({100 * right:.0f} % at most): check "
+            "that logits and labels have their clips, and their classes, in the same order",
+        )
+    return tuple(notes)
+
+
+def _agreement(shards: Sequence[Shard]) -> tuple[float, float]:
+    """The largest share of clips that a system is right on, and how many standard deviations above chance the most
+    certain one is: above the share on which its answers and labels of other clips would agree."""
+    answers = np.concatenate([shard.read().argmax(axis=2) for shard in shards], axis=1)  # (S, N)
+    labels = np.concatenate([shard.labels for shard in shards])
+    right = (answers == labels).mean(axis=1)
+    chance = np.zeros(len(answers))
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        chance += (answers == label).mean(axis=1) * count / len(labels)
+    certainty = (right - chance) / np.sqrt(np.maximum(chance * (1 - chance), 1e-12) / len(labels))
+    return float(right.max()), float(certainty.max())
 
 
 def _loaded(shards: Sequence[Shard], chosen: Sequence[np.ndarray]) -> Shard:
@@ -354,8 +379,8 @@ def _check(shards: Sequence[Shard], systems: Sequence[str], classes: Sequence[st
     if not counts.all():
         found = ", ".join(f"{name} {n}" for name, n in zip(classes, counts, strict=True))
         raise UserError(
-            f"fusion: a class has no clip in the data that the fusion is learned on (clips: {found}); "
-            "hold out a larger part of the training set"
+            f"fusion: a class has no clip to learn its bias from (clips: {found}); give clips of each class, or leave "
+            "it out"
         )
 
 
@@ -366,4 +391,4 @@ def _refuse_broken(shards: Sequence[Shard], systems: Sequence[str]) -> None:
         broken += (~np.isfinite(shard.read()).all(axis=2)).sum(axis=1)
         total += len(shard.labels)
     found = ", ".join(f"{name}: {n} of {total} clips" for name, n in zip(systems, broken, strict=True) if n)
-    raise UserError(f"fusion: logits that are not finite: {found}; run these systems' inference again")
+    raise UserError(f"fusion: logits that are not finite: {found}; compute them again, or leave these systems out")

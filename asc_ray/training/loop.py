@@ -114,8 +114,12 @@ class Recipe(Section):
         return self
 
 
-class Diverged(UserError):
-    """The loss became infinite or not a number."""
+class NotFinite(UserError):
+    """A network answers with values that are infinite or not a number."""
+
+
+class Diverged(NotFinite):
+    """A training led to a loss or to logits that are infinite or not a number."""
 
 
 def training_device(gpus: float) -> torch.device:
@@ -225,7 +229,7 @@ def fit(
             "learning_rate": settings.learning_rate * factor,
             "loss": float(sums[:, 0].sum() / sums[:, 1].sum()),
             "train_accuracy": float(sums[:, 2].sum() / sums[:, 1].sum()),
-            **validate(model, front_end, data, device),
+            **_validated(model, front_end, data, device, epoch),
             **trainer.notes(),
             "clips_per_second": sum(map(len, batches[first:])) / seconds,
         }
@@ -417,6 +421,15 @@ def _finite(results: list[Tensor], epoch: int, store: ClipStore, clips: list[np.
     return sums
 
 
+def _validated(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device, epoch: int) -> Metrics:
+    try:
+        return validate(model, front_end, data, device)
+    except NotFinite as error:
+        raise Diverged(
+            f"after epoch {epoch + 1} {error}. Lower optimizer.learning_rate or optimizer.clip_norm"
+        ) from None
+
+
 def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device) -> Metrics:
     """Accuracy, macro accuracy (mean over scenes) and log loss on the validation part.
 
@@ -444,8 +457,21 @@ def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.d
 def predict(
     model: nn.Module, front_end: LogMel, store: ClipStore, clips: np.ndarray, device: torch.device, batch_size: int = 64
 ) -> Tensor:
-    """Logits (N, K) float32 on the host of the store's `clips`, not augmented; `model` is in evaluation form."""
-    return predict_all([model], front_end, store, clips, device, batch_size)[0]
+    """Logits (N, K) float32 on the host of the store's `clips`, not augmented; `model` is in evaluation form.
+
+    Raises NotFinite where a logit is infinite or not a number.
+    """
+    logits = predict_all([model], front_end, store, clips, device, batch_size)[0]
+    refuse_not_finite(logits, store.ids[clips])
+    return logits
+
+
+def refuse_not_finite(logits: Tensor, ids: np.ndarray) -> None:
+    """Raises NotFinite with the clips `ids` (N,) whose logits (N, K) hold something else than numbers."""
+    broken = ~logits.isfinite().all(dim=1).numpy()
+    if broken.any():
+        names = ", ".join(map(str, ids[broken][:3])) + (", ..." if broken.sum() > 3 else "")
+        raise NotFinite(f"the logits of {broken.sum()} of {len(ids)} clips are not finite ({names})")
 
 
 @torch.no_grad()

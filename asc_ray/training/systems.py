@@ -32,7 +32,18 @@ from asc_ray.section import Section
 from asc_ray.training import parallel
 from asc_ray.training.dataset import Dataset, SoftTargets, Source
 from asc_ray.training.distillation import DistillationConfig
-from asc_ray.training.loop import Metrics, OnEpoch, Recipe, fit, predict, predict_all, training_device, validate
+from asc_ray.training.loop import (
+    Metrics,
+    NotFinite,
+    OnEpoch,
+    Recipe,
+    fit,
+    predict,
+    predict_all,
+    refuse_not_finite,
+    training_device,
+    validate,
+)
 
 WEIGHTS = "model.safetensors"
 INT8_MODEL = "model.pt2"
@@ -341,6 +352,10 @@ def infer(
             differences = torch.maximum(differences, worst)
     records = {}
     for system, values, difference in zip(systems, logits, differences.tolist(), strict=True):
+        try:
+            refuse_not_finite(values, store.ids[rows])
+        except NotFinite as error:
+            raise UserError(f"system {system.system}: {error}; look at its weights, or train it again") from None
         weights = [read_manifest(path)["files"][WEIGHTS]["sha256"] for path in system.teachers]
         metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": " ".join(weights)}
         write_logits(system.file, store.ids[rows], values.numpy(), {**system.metadata, **metadata})
