@@ -1,5 +1,7 @@
 """`asc-ray <stage>`: parse, call the stage, print."""
 
+import atexit
+import gc
 import io
 import os
 import signal
@@ -345,6 +347,9 @@ def main(*command: str) -> None:
     `command` comes before the arguments given: a job of one stage is `main("teachers")`.
     """
     sys.argv[1:1] = command
+    # Imports make a million objects that stay: looking through them for garbage, now and at the end, takes two seconds.
+    gc.set_threshold(200_000)
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding at all
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from asc_ray import tracking
-from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, write_atomically
+from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, stored_files, write_atomically
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import UserError
@@ -83,6 +83,7 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
         if "validation" not in manifest["facts"]:
             raise UserError(f"{folder}: made by an earlier version; run `asc-ray qat` again")
     best = max(found, key=lambda folder: read_manifest(folder)["facts"]["validation"]["validation_macro_accuracy"])
+    stored_files(best)
     storage = best.parents[1]
     student = _artifact(storage, "students", read_manifest(best)["inputs"]["student"])
     clips = _artifact(storage, "clips", read_manifest(student)["inputs"]["clips"])

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,14 +77,21 @@ def at_work(
 ) -> Iterator["Work"]:
     """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
     # Heavy imports wait until there is work: `asc-ray status` and a finished configuration answer at once.
-    from asc_ray import tracking
     from asc_ray.cluster import runtime
 
     config = plan.config
-    with exclusive(config.storage):
+
+    def connected_tracker() -> Any:
+        from asc_ray import tracking
+
+        return tracking.Tracker(config.tracking.uri, config.tracking.experiment, config.storage, name, key)
+
+    with exclusive(config.storage), ThreadPoolExecutor(1) as beside:
         progress.note(f"storage {config.storage}")
-        tracker = tracking.Tracker(config.tracking.uri, config.tracking.experiment, config.storage, name, key)
+        # MLflow and its database take as long as a cluster of one machine, which mostly waits: both at once.
+        made = beside.submit(connected_tracker)
         with runtime.connected(config.cluster):
+            tracker = made.result()
             runtime.check_feasible(
                 {
                     **config.teachers.requests(),

@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from asc_ray.artifacts import Artifact
 from asc_ray.config import checked, network_preset
 from asc_ray.models.registry import build, folded
 from asc_ray.runtime import Bundle
@@ -53,19 +54,21 @@ def forms(
     with quantization.observing(fake):
         fake(example)
     int8 = quantization.convert(fake)
-    quantization.save(int8, folder / "model.pt2", {})
-    export_onnx(int8, folder / "model.onnx")
+    artifact = Artifact(folder, "int8", name, "0" * 16, {}, {})
+    quantization.save(int8, artifact.open_partial() / "model.pt2", {})
+    export_onnx(int8, artifact.partial / "model.onnx")
+    artifact.finish({})
     plain = folded(network.eval())
     free = ({0: torch.export.Dim("batch")},)
     graph = torch.export.export(plain, (example[:2],), dynamic_shapes=free).module()
     export_onnx(graph, folder / "float.onnx")
     bundle_folder = folder / "bundle"
     bundle_folder.mkdir()
-    write_bundle(bundle_folder, folder, LABELS, recipe.frontend)
+    write_bundle(bundle_folder, artifact.path, LABELS, recipe.frontend)
     bundle = Bundle(bundle_folder)
     waves = 0.1 * np.random.default_rng(0).standard_normal((batch, 32_000), dtype=np.float32)
     mels = bundle._log_mel(waves)
-    integer, real = session(folder / "model.onnx"), session(folder / "float.onnx")
+    integer, real = session(artifact.path / "model.onnx"), session(folder / "float.onnx")
 
     def timed(count: int) -> dict[str, Callable[[], object]]:
         own = mels[:count]
@@ -107,7 +110,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             one, many = forms(name, Path(folder), args.batch)
             single, batches = milliseconds(one, args.repeats), milliseconds(many, max(3, args.repeats // 50))
-            size = (Path(folder) / "model.onnx").stat().st_size
+            size = (Path(folder) / "bundle" / "model.onnx").stat().st_size
         print(f"{name}: model.onnx {size / 1000:.0f} kB")
         for form, own in single.items():
             rate = 1000 * args.batch / np.median(batches[form])

@@ -36,7 +36,7 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import write_logits
 from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
-from asc_ray.training.dataset import PartitionConfig, Source
+from asc_ray.training.dataset import PartitionConfig, SoftTargets, Source
 from asc_ray.training.distillation import DistillationConfig
 from asc_ray.training.search import SweepConfig
 from asc_ray.training.systems import StudentConfig, fit_student
@@ -64,7 +64,7 @@ def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
 
 
 def search(
-    clips: Path, trials: int, epochs: int, slots: int, soft_targets: Path | None = None
+    clips: Path, trials: int, epochs: int, slots: int, soft_targets: SoftTargets | None = None
 ) -> tuple[float, float, float]:
     """Wall time, the sum of all trials' training seconds, and the seconds until the first trial had an epoch."""
     sweep = SweepConfig.model_validate(
@@ -131,8 +131,10 @@ def bench_memory(clips: Path) -> None:
     print(f"clip store: {store / 1e6:.0f} MB, soft targets: {soft / 1e6:.2f} MB")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "train-0.arrow"
+        fusion = Artifact(Path(folder), "fusion", "made-up", "0" * 16, {}, {})
+        file = fusion.open_partial() / "train-0.arrow"
         write_logits(file, opened.ids[rows], np.zeros((len(rows), classes), np.float32), about)
+        fusion.finish({})
         for trials in (1, 8):
             ray.init(address="local", num_cpus=trials, logging_level=logging.ERROR, log_to_driver=False)
             seen, stop = [memory()], threading.Event()
@@ -143,7 +145,7 @@ def bench_memory(clips: Path) -> None:
 
             watcher = threading.Thread(target=watch)
             watcher.start()
-            search(clips, trials, 2, trials, Path(folder))
+            search(clips, trials, 2, trials, SoftTargets(fusion.path, "train-*"))
             stop.set()
             watcher.join()
             ray.shutdown()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from asc_ray.artifacts import Artifact
+from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clips import SHARD, write_shard
@@ -78,6 +78,16 @@ def relabel_test_clips(storage):
         scene = np.where(test, 0, batch["scene"].indices.to_numpy()).astype(np.int32)
         scenes = pa.DictionaryArray.from_arrays(pa.array(scene), batch["scene"].dictionary)
         write_batch(batch.set_column(1, "scene", scenes).replace_schema_metadata(batch.schema.metadata), file)
+    for folder in storage.glob("clips/*"):
+        reseal(folder)
+
+
+def reseal(folder: Path) -> None:
+    """Have an artifact's manifest say of its files what they are now."""
+    manifest = read_manifest(folder)
+    files = {name: folder / name for name in manifest["files"] if (folder / name).is_file()}
+    entries = {name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for name, f in files.items()}
+    write_record(folder / "manifest.json", manifest | {"files": entries})
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def test_a_student_s_recipe_takes_the_place_of_another_and_keeps_the_soft_target
     student = load_config("small", overrides).student
     assert (student.augment.dir.apply_to, student.augment.dir.threshold) == (("a",), None)
     assert (student.optimizer.epochs, student.optimizer.batch_size) == (30, 256)
-    assert (student.distillation.soft_target, student.distillation.label_weight) == ("none", 0.02)
+    assert (student.distillation.soft_target, student.distillation.label_weight) == ("none", 0.1695)
     assert student.model == load_config("small").student.model
     file = tmp_path / "mine.yaml"
     (tmp_path / "recipes").mkdir()

@@ -21,6 +21,7 @@ from asc_ray.audio.frontend import LogMel
 from asc_ray.config import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.data.parts import part_file
 from asc_ray.errors import ConfigError
 from asc_ray.fusion import Fusion
 from asc_ray.models.cp_mobile import CPMobileConfig
@@ -223,14 +224,15 @@ def test_logits_are_the_network_s_own_whichever_others_shared_the_front_end(plan
 
 def test_logits_in_bf16_say_how_far_they_are_off(plan, tmp_path):
     for name, artifact in plan.logits.items():
-        recipe, file = plan.config.teachers.recipes[name], tmp_path / name / "all.arrow"
-        file.parent.mkdir()
-        share = Inference((plan.teachers[name].path,), recipe, file, {"system": name})
+        recipe, folder = plan.config.teachers.recipes[name], tmp_path / name
+        folder.mkdir()
+        file = part_file(folder, "all", 0)
+        share = Inference(name, (plan.teachers[name].path,), recipe, file, {"system": name})
         found = infer([share], Source(plan.clips.path, plan.config.partition), np.arange(210), 64, "bf16")
-        loose = read_logits(file.parent)
+        loose = read_logits(folder)
         exact = Ensemble([read_logits(artifact.path)], loose.ids).read()[0]
         worst = np.abs(loose.take(np.arange(210)) - exact).max()
-        assert 0 < found[str(file)] <= worst + 1e-3
+        assert 0 < found[name]["bf16_difference"] <= worst + 1e-3
         assert worst < 0.1 * np.abs(exact).max()
 
 

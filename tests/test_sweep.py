@@ -1,7 +1,6 @@
 """The search as it runs: populations, budgets, costs, killed and started again."""
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,7 @@ import yaml
 from conftest import TINY, command, environment, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 
-from asc_ray.artifacts import write_record
+from asc_ray.artifacts import read_record, write_record
 from asc_ray.cluster.sweep import _Course
 from asc_ray.config import load_config
 from asc_ray.models.complexity import Limits
@@ -74,7 +73,7 @@ def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path)
     recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.scaled_to(4)})
     data = source_of(plan).open()
     network = build(recipe.model, len(data.store.labels), recipe.seed)
-    history = fit_student(network, recipe, data, None, tmp_path / "alone", lambda metrics: None)
+    history = fit_student(network, recipe, data, None, tmp_path / "alone", 0.0, lambda metrics: None)
     alone = tuple(metrics["validation_macro_accuracy"] for metrics in history)
     assert alone == trials[second.parent].curve + second.curve
     # What went on from another one has other parameters.
@@ -119,9 +118,9 @@ def test_a_search_killed_among_its_finalists_goes_on_from_checkpoints(storage, t
     driver.wait()
     while processes("ImplicitFunc"):
         time.sleep(0.1)
-    meta = json.loads(found[0].read_text())
+    meta = read_record(found[0])
     meta["history"][0] |= {"validation_seen": 5.0, "validation_unseen": 5.0}  # what no training gives
-    found[0].write_text(json.dumps(meta))
+    write_record(found[0], meta)
     for later in found[0].parents[1].glob("epoch-0000[23]"):
         shutil.rmtree(later)
     done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
