@@ -206,15 +206,12 @@ def _verify_artifact(folder: Path) -> None:
 
 
 def _verify_bundle(folder: Path) -> None:
-    from asc_ray.training.export import verify_bundle
+    from asc_ray.runtime import verify as verify_bundle
 
     found = verify_bundle(folder)
     for name, size in found["files"].items():
         typer.echo(f"{folder}/{name}: {size:,} bytes")
-    typer.echo(
-        f"{folder}: as exported; {found['labels']} labels; on noise the logits of both models differ by at most "
-        f"{found['largest_difference']:.4f}"
-    )
+    typer.echo(f"{folder}: as exported; {found['labels']} labels; the model names noise")
 
 
 @app.command()

@@ -14,25 +14,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from asc_ray.cluster.resources import ClusterConfig, Resources, TrainerResources
 from asc_ray.data.batches import DataConfig
 from asc_ray.data.corpus import CorpusConfig
 from asc_ray.errors import ConfigError
+from asc_ray.files import read_plain
 from asc_ray.fusion import FusionConfig
 from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import NETWORKS
-from asc_ray.section import Section
+from asc_ray.section import Section, absolute
 from asc_ray.training.dataset import PartitionConfig
 from asc_ray.training.explain import explain
 from asc_ray.training.loop import Recipe
 from asc_ray.training.search import SweepConfig, apply_overrides, changed
 from asc_ray.training.space import KINDS
 from asc_ray.training.systems import Precision, QATConfig, StudentConfig
+from asc_ray.yaml_text import MOST_BYTES, read_yaml
 
 SOFT_TARGET = "distillation.soft_target"
+MOST_LAYERS = 64  # files that a configuration is made of
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the presets inside the package; a checkout has them beside it.
 PRESETS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -109,9 +111,9 @@ class Config(Section):
     def _absolute(cls, value: Path) -> Path:
         if "://" in str(value) or str(value).startswith(("s3:", "gs:")):
             raise ValueError("is a URI; allowed is a folder that every node of the cluster can reach")
-        if not value.expanduser().is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        if not value.is_absolute() and str(value)[:1] != "~" and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             raise ValueError("in a Ray job it must be absolute: the working directory is a temporary copy")
-        return value.expanduser().absolute()
+        return absolute(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -138,6 +140,10 @@ class Config(Section):
         return set(self.soft_targets) != {"none"}
 
 
+# A `base:` may name any file by mistake: what no configuration has is not read out.
+_KNOWN_KEYS = {"base"}.union(*(section.model_fields for section in (Config, Recipe, StudentConfig, SweepConfig)))
+
+
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, or a packaged preset by its name, and apply `key.path=value` overrides.
 
@@ -150,10 +156,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY.PATH=VALUE, as in --set student.optimizer.epochs=20")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from None
+        value = read_yaml(text, f"--set {key}")
         if key in _PRESET_KEYS:
             section, _, name = key.partition(".")
             raw = _laid_over(raw, {section: {name: value}}, path)
@@ -174,10 +177,18 @@ def checked(section: type[S], raw: Any, name: str) -> S:
 def _find(source: str | Path, given: str = "--config", folder: Path = Path()) -> Path:
     """A file, by its path from `folder`, or a preset, by its name."""
     for path in (folder / source, PRESETS / f"{source}.yaml"):
-        if path.is_file():
+        if is_there(path):
             return path.resolve()
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"{given} {source}: no such file; give a YAML file, or one of the presets {names}")
+
+
+def is_there(path: Path) -> bool:
+    """Whether it is no folder: what kind of file it is, reading it tells."""
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:  # a name too long to be one
+        return False
 
 
 def _compose(path: Path) -> dict[str, Any]:
@@ -193,24 +204,29 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[s
     if path in above:
         raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
+        raw = read_yaml(read_plain(path, MOST_BYTES).decode(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
+    if above and len(strange := raw.keys() - _KNOWN_KEYS) > len(raw) / 2:
+        raise ConfigError(
+            f"{above[-1]}: base: {path} is no configuration: {len(strange)} of its {len(raw)} keys are none of one"
+        )
     base = raw.pop("base", None)
+    bases = base if isinstance(base, list) else [] if base is None else [base]
+    if not all(isinstance(name, str) for name in bases):
+        raise ConfigError(f"{path}: base: expected a file's or a preset's name, or a list of them")
     layers: list[tuple[Path, dict[str, Any]]] = []
-    for name in base if isinstance(base, list) else [] if base is None else [base]:
-        layers += _layers(_find(str(name), f"{path}: base:", path.parent), (*above, path))
+    for name in bases:
+        layers += _layers(_find(name, f"{path}: base:", path.parent), (*above, path))
+        if len(layers) > MOST_LAYERS or len(above) > MOST_LAYERS:
+            raise ConfigError(f"{path}: base: leads to more than {MOST_LAYERS} files")
     return [*layers, (path, raw)]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,14 +252,14 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
     """Model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
     raw = preset("network", name, ("students", "teachers"), beside)
-    raw = raw.get("student", raw)  # of a whole configuration, as a search's best
+    raw = _mapping(raw.get("student", raw), f"{name}: student")  # of a whole configuration, as a search's best
     return {key: raw[key] for key in _NETWORK if key in raw}
 
 
 def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = None) -> dict[str, Any]:
     """The mapping of a YAML file, or of the one with this name in a folder `beside` or among the packaged presets."""
     if Path(name).suffix:
-        if not Path(name).is_file():
+        if not is_there(Path(name)):
             raise ConfigError(f"{name}: no such file")
         return _compose(Path(name).resolve())
     places = [parent / folder for parent in (beside, PRESETS) if parent is not None for folder in folders]
@@ -298,9 +314,9 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
     if not isinstance(teachers, dict):
         return
     systems = teachers.pop("systems", None)
-    override = teachers.pop("override", None) or {}
-    if not isinstance(override, dict):
-        raise ConfigError(f"{path}: teachers.override: expected a mapping of model names to changes")
+    override = _mapping(teachers.pop("override", {}), f"{path}: teachers.override")
+    for name, changes in override.items():
+        _mapping(changes, f"{path}: teachers.override.{name}")
     if systems is None:
         return
     if not isinstance(systems, list) or not all(isinstance(name, str) for name in systems):
@@ -309,18 +325,25 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
         raise ConfigError(f"{path}: teachers.systems: a name occurs twice: {', '.join(sorted(systems))}")
     recipes = {}
     for name in systems:
-        recipe = _compose(_teacher_file(name, path))
-        model = recipe.get("model", {}).get("name")
+        file = _teacher_file(name, path)
+        recipe = _compose(file)
+        model = str(_mapping(recipe.get("model", {}), f"{file}: model").get("name"))
         recipes[name] = merged(recipe, override.get(model, {}))
     if unknown := sorted(set(override) - set(NETWORKS)):
         raise ConfigError(f"{path}: teachers.override.{unknown[0]}: unknown model; allowed: {', '.join(NETWORKS)}")
-    teachers["recipes"] = merged(recipes, teachers.get("recipes", {}))
+    teachers["recipes"] = merged(recipes, _mapping(teachers.get("recipes", {}), f"{path}: teachers.recipes"))
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected a mapping of keys to values, found {value!r:.80}")
+    return value
 
 
 def _teacher_file(name: str, path: Path) -> Path:
     folders = (path.parent / "teachers", PRESETS / "teachers")
     for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
+        if is_there(folder / f"{name}.yaml"):
             return folder / f"{name}.yaml"
     known = sorted({file.stem for folder in folders for file in folder.glob("*_*.yaml")} - {"cp_resnet"})
     close = difflib.get_close_matches(name, known, 1)

@@ -1,7 +1,7 @@
 """`asc-ray export`: a finished int8 student as one folder, checked, with a card, and registered in MLflow."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from asc_ray.report.card import Card, render_card
 from asc_ray.runtime import CHECKSUMS, MODEL
 from asc_ray.training.ensemble import read_evaluation, score
 from asc_ray.training.export import CARD, compare, operator_counts, seal, write_bundle
-from asc_ray.training.systems import StudentConfig
+from asc_ray.training.systems import StudentConfig, load_int8
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,12 @@ def export(run: str, out: Path, name: str, uri: str | None, default_storage: Pat
     try:
         write_bundle(building, origin.int8, store.labels, config.frontend)
         test = np.flatnonzero(store.split == "test")
-        logits, agreement = compare(building, store, test)
+        int8 = load_int8(origin.int8, config, len(store.labels))
+        logits, agreement = compare(building, int8, store, test)
         runs = tracking.runs_of(uri, {"int8": origin.key, "student": str(read_manifest(origin.student)["key"])})
-        card = _card(origin, config, store, test, logits, agreement, runs, (building / MODEL).stat().st_size)
+        counts = operator_counts(int8)
+        size = (building / MODEL).stat().st_size
+        card = _card(origin, config, store, test, logits, agreement, runs, counts, size)
         write_atomically(building / CARD, render_card(card))
         seal(building)
         if (out / CHECKSUMS).is_file():
@@ -154,6 +157,7 @@ def _card(
     logits: np.ndarray,
     agreement: Mapping[str, float],
     runs: Mapping[str, str],
+    operators: Sequence[tuple[str, str, int]],
     file_bytes: int,
 ) -> Card:
     int8, student, clips = (read_manifest(folder) for folder in (origin.int8, origin.student, origin.clips))
@@ -184,5 +188,5 @@ def _card(
         training_clips=int((store.split == "train").sum()),
         fingerprint=store.corpus,
         lineage=lineage,
-        operators=operator_counts(origin.int8),
+        operators=operators,
     )

@@ -32,7 +32,7 @@ from asc_ray.training.search import (
     trials_table,
     values_over_seeds,
 )
-from asc_ray.training.systems import INT8_MODEL, import_teacher, student_cost
+from asc_ray.training.systems import ONNX_MODEL, import_teacher, student_cost
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -597,7 +597,7 @@ def _build_report(work: Work) -> None:
     artifact.finish({})
     work.tracker.log_file("", artifact.path / REPORT)
     for name, int8 in plan.int8.items():
-        work.tracker.log_file("", stored_file(int8.path, INT8_MODEL), name)
+        work.tracker.log_file("", stored_file(int8.path, ONNX_MODEL), name)
 
 
 _BUILDERS: dict[str, Callable[[Work], None]] = {

@@ -371,7 +371,7 @@ def _needed_code(folder: Path) -> str:
     """The part of this package that serving needs, copied: the model loads where asc-ray is not installed."""
     here, package = Path(__file__).parent, folder / "asc_ray"
     shutil.copytree(here / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("__init__.py", "errors.py"):
+    for file in ("__init__.py", "errors.py", "files.py"):
         shutil.copy(here / file, package)
     return str(package)
 

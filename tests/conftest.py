@@ -5,20 +5,29 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
+from torch import nn
 
 from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
+from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clips import SHARD, write_shard
 from asc_ray.data.corpus import Corpus
 from asc_ray.data.parts import missing_parts, part_file
+from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.registry import build
+from asc_ray.tracking import default_uri
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
 
 # Worker processes of pytest-xdist ignore Ctrl-C, and the pipelines they start would inherit that.
@@ -36,8 +45,84 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a user without a cluster."""
+    """Of a user without a cluster: each command starts one, and takes it along when it ends or is killed."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+@cache
+def cluster() -> Cluster:
+    """One for all commands of this process that need none of their own: it halves the time that a command takes."""
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+
+
+def joined() -> dict[str, str]:
+    """Of a user with a cluster of two CPUs."""
+    return environment() | {"RAY_ADDRESS": cluster().address}
+
+
+BUNDLE_LABELS = ("airport", "bus", "metro", "park")
+BUNDLE_FRONTEND = FrontendConfig(mels=64, hop=1000)
+
+
+@dataclass(frozen=True)
+class Int8Training:
+    """Of the smallest student with random weights: its artifact's folder, and the model that it has left there."""
+
+    path: Path
+    model: nn.Module
+
+
+@pytest.fixture(scope="session")
+def int8_training(tmp_path_factory) -> Int8Training:
+    from asc_ray.training import quantization
+    from asc_ray.training.onnx_model import export_onnx
+
+    artifact = Artifact(tmp_path_factory.mktemp("int8"), "int8", "student", "0123456789abcdef", {}, {})
+    folder = artifact.open_partial()
+    torch.manual_seed(0)
+    shape = (1, BUNDLE_FRONTEND.mels, BUNDLE_FRONTEND.frames(32_000))
+    fake = quantization.prepare(build(DSFlexiNetConfig(size="sm1"), len(BUNDLE_LABELS)), torch.zeros(2, *shape))
+    quantization.set_training(fake, True)
+    for _ in range(3):
+        fake(torch.randn(8, *shape))
+    model = quantization.convert(fake)
+    export_onnx(model, folder / "model.onnx")
+    artifact.finish({})
+    return Int8Training(artifact.path, model)
+
+
+@pytest.fixture
+def bundle(int8_training, tmp_path) -> Path:
+    """A fresh bundle that may be damaged."""
+    from asc_ray.training.export import seal, write_bundle
+
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_bundle(folder, int8_training.path, BUNDLE_LABELS, BUNDLE_FRONTEND)
+    (folder / "card.md").write_text("# Of a test")
+    seal(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cluster_stays():
+    yield
+    if cluster.cache_info().currsize:
+        cluster().shutdown()
+
+
+@cache
+def _database() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        MlflowClient(default_uri(Path(folder))).search_experiments()
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
+def new_storage(storage: Path) -> Path:
+    """An empty storage with MLflow's database, which takes four seconds to make."""
+    storage.mkdir(parents=True, exist_ok=True)
+    (storage / "mlflow.db").write_bytes(_database())
+    return storage
 
 
 def processes(title):

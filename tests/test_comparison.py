@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, command, environment
+from conftest import TINY, command, joined
 from mlflow.tracking import MlflowClient
 
 from asc_ray.comparison import read_table
@@ -169,7 +169,7 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR091
 
     def run(*arguments):
         whole = command(*arguments, "--config", TINY, "--set", f"storage={storage}")
-        return subprocess.run(whole, capture_output=True, text=True, env=environment(), check=False)
+        return subprocess.run(whole, capture_output=True, text=True, env=joined(), check=False)
 
     failed = run("table", file)
     assert failed.returncode == 1

@@ -10,7 +10,7 @@ import sys
 import mlflow
 import numpy as np
 import pytest
-from conftest import TINY, command, environment
+from conftest import TINY, command, environment, joined
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -31,7 +31,7 @@ def storage(finished, tmp_path_factory):
 
 
 def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), check=False)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=joined(), check=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def exported(storage):
 
 def test_the_folder_is_whole_and_says_so(exported):
     out, output = exported
-    names = {"SHA256SUMS", "card.md", "frontend.json", "labels.json", "model.onnx", "model.pt2"}
+    names = {"SHA256SUMS", "card.md", "frontend.json", "labels.json", "model.onnx"}
     assert {path.name for path in out.iterdir()} == names
     done = run("verify", out)
     assert done.returncode == 0, done.stderr
@@ -225,7 +225,7 @@ def test_without_a_run_nothing_is_registered(exported, storage, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(storage, moved, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts"))
     (int8,) = (moved / "int8").iterdir()
-    done = run("export", int8 / "model.pt2", tmp_path / "out")
+    done = run("export", int8 / "model.onnx", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "not registered: no run in" in done.stdout
     assert not (moved / "mlflow.db").exists()

@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import TINY, command, environment
+from conftest import TINY, command, joined, new_storage
 
 from asc_ray.config import load_config
 from asc_ray.data.clips import ClipStore
@@ -51,8 +51,10 @@ def corpus(tmp_path):
 
 
 def ingest(corpus, storage, *more):
+    if not storage.exists():
+        new_storage(storage)
     arguments = ("--config", TINY, "--set", f"corpus.path={corpus}", "--set", f"storage={storage}", *more)
-    done = subprocess.run(command("ingest", *arguments), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command("ingest", *arguments), capture_output=True, text=True, env=joined(), check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

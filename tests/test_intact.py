@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, environment
+from conftest import TINY, command, joined
 
 from asc_ray import artifacts
 from asc_ray.artifacts import Artifact, file_sha256, read_record, stored_file, stored_files, write_record
@@ -152,7 +152,7 @@ def test_a_changed_recording_of_the_demo_corpus_is_named(finished, tmp_path):
     flip(recording)
     shutil.rmtree(plan.clips.path)
     words = command("ingest", "--config", TINY, "--set", f"storage={storage}")
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 1
     assert f"audio/{recording.name}: checksum differs" in done.stderr
     assert "Traceback" not in done.stderr
@@ -389,7 +389,7 @@ def test_an_ingest_taken_up_with_another_shard_size_holds_every_clip(finished, t
             note_part(file, ids[first : first + 100], {"notes": {}, "bad": []})
     kept = {path: path.stat().st_mtime_ns for path in partial.glob("*.arrow")}
     words = command("ingest", "--config", TINY, "--set", f"storage={storage}", "--set", "corpus.shard_clips=37")
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     again = ClipStore(plan.clips.path)
     assert (again.ids.tolist(), again.pcm(np.arange(len(again))).sum(dtype=np.int64)) == expected
@@ -413,7 +413,7 @@ def test_logits_taken_up_with_another_shard_size_hold_every_clip(finished, tmp_p
         else:
             file.unlink()
     words = command("logits", "--config", TINY, "--set", f"storage={storage}", "--set", "corpus.shard_clips=9")
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     from asc_ray.data.logits import read_logits
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import TINY, command, environment, processes, relabel_test_clips
+from conftest import TINY, command, environment, joined, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
@@ -97,7 +97,7 @@ def test_two_workers_train_one_teacher(finished, plan, tmp_path):
     shutil.rmtree(copy)
     workers = "teachers.resources_for.cp_resnet.workers=2"
     words = command("teachers", "--config", TINY, "--set", f"storage={storage}", "--set", workers)
-    driver = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    driver = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=joined())
     most = 0
     while driver.poll() is None:
         most = max(most, len(processes("RayTrainWorker")))
@@ -121,7 +121,7 @@ def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan,
         shutil.rmtree(copy.parent)
         done = subprocess.run(
             command(stage, "--config", TINY, "--set", f"storage={storage}", "--set", delivery),
-            capture_output=True, text=True, env=environment(), check=False,
+            capture_output=True, text=True, env=joined(), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert copy.read_bytes() == made.read_bytes()
@@ -140,7 +140,7 @@ def test_published_checkpoints_are_imported_and_the_rest_is_trained(finished, pl
     for stage in ("teachers", "logits"):
         done = subprocess.run(
             command(stage, "--config", TINY, *(word for override in overrides for word in ("--set", override))),
-            capture_output=True, text=True, env=environment(), check=False,
+            capture_output=True, text=True, env=joined(), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         said = (
@@ -257,7 +257,7 @@ def test_the_fusion_learned_on_places_that_no_teacher_saw(plan):
 def fuse(storage, *overrides):
     return subprocess.run(
         command("fuse", "--config", TINY, *(w for o in (f"storage={storage}", *overrides) for w in ("--set", o))),
-        capture_output=True, text=True, env=environment(), check=False,
+        capture_output=True, text=True, env=joined(), check=False,
     )  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def test_the_fusion_cannot_reach_the_test_split(finished, plan, tmp_path):
     assert read_manifest(ours) == plan.fusion.manifest()
     evaluated = subprocess.run(
         command("evaluate", "--config", TINY, "--set", f"storage={storage}"), capture_output=True, text=True,
-        env=environment(), check=False,
+        env=joined(), check=False,
     )  # fmt: skip
     assert "evaluate is done" in evaluated.stdout
 
@@ -321,7 +321,7 @@ def test_what_the_clips_cannot_give_is_refused_before_a_teacher_trains(finished,
         done = subprocess.run(
             command("teachers", "--config", TINY, "--set", f"storage={storage}", "--set", override,
                     "--set", "fusion.folds=9"),
-            capture_output=True, text=True, env=environment(), check=False,
+            capture_output=True, text=True, env=joined(), check=False,
         )  # fmt: skip
         assert done.returncode != 0
         assert message in done.stderr
@@ -336,7 +336,7 @@ def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_i
     for stage in ("teachers", "logits", "fuse"):
         done = subprocess.run(
             command(stage, "--config", TINY, *(w for o in overrides for w in ("--set", o))),
-            capture_output=True, text=True, env=environment(), check=False,
+            capture_output=True, text=True, env=joined(), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     ours = Plan(load_config(TINY, overrides))
@@ -401,7 +401,7 @@ def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
     for other in ("fake_quantization", "onnxruntime"):
         assert plan.evaluations["int8"].facts()[f"agreement_with_{other}"] >= 0.9  # of 20 clips
         assert plan.evaluations["int8"].facts()[f"difference_to_{other}"] < 0.5
-    model = load_int8(plan.int8["int8"].path)
+    model = load_int8(plan.int8["int8"].path, plan.config.student, 10)
     assert model(torch.zeros(3, 1, 256, 64)).shape == (3, 10)
     scores = read_scores(plan.evaluation.path).systems
     assert list(scores) == [*plan.teachers, "average", "fusion"]
@@ -505,7 +505,7 @@ def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run
     last = subprocess.run(command("status", *arguments[1:]), capture_output=True, text=True, check=True)
     assert "missing" in last.stdout
     assert "running" not in last.stdout
-    end = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), check=False)
+    end = subprocess.run(command(*arguments), capture_output=True, text=True, env=joined(), check=False)
     assert end.returncode == 0, end.stdout + end.stderr
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in done_before.items())
 
@@ -529,9 +529,7 @@ def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run
 
 def test_more_resources_than_the_cluster_has_are_refused_before_any_work(tmp_path):
     arguments = ("--config", TINY, "--set", f"storage={tmp_path}/s", "--set", "teachers.resources.gpus=64")
-    done = subprocess.run(
-        command("pipeline", *arguments), capture_output=True, text=True, env=environment(), check=False
-    )
+    done = subprocess.run(command("pipeline", *arguments), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 2
     assert "teachers.resources: asks for 1 CPUs and 64 GPUs" in done.stderr
     assert "Traceback" not in done.stderr

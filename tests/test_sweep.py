@@ -9,7 +9,7 @@ import time
 
 import pytest
 import yaml
-from conftest import TINY, command, environment, processes, relabel_test_clips
+from conftest import TINY, command, environment, joined, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 
 from asc_ray.artifacts import read_record, write_record
@@ -59,7 +59,7 @@ def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path)
     ]  # fmt: skip
     shutil.copytree(storage, tmp_path / "broken")
     given, words = arguments(storage, *overrides)
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = Plan(load_config(TINY, given))
     trials = results(plan)
@@ -87,7 +87,7 @@ def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path)
     assert driver.poll() is None
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trial-000: 1/" not in done.stdout
     assert results(Plan(load_config(TINY, given))) == trials
@@ -102,7 +102,7 @@ def test_a_search_killed_among_its_finalists_goes_on_from_checkpoints(storage, t
     shutil.copytree(storage, tmp_path / "broken")
     relabel_test_clips(tmp_path / "broken")
     given, words = arguments(storage, *overrides)
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     whole = results(Plan(load_config(TINY, given)))
     last = len(whole) - 1
@@ -123,7 +123,7 @@ def test_a_search_killed_among_its_finalists_goes_on_from_checkpoints(storage, t
     write_record(found[0], meta)
     for later in found[0].parents[1].glob("epoch-0000[23]"):
         shutil.rmtree(later)
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     resumed = results(Plan(load_config(TINY, given)))
     assert resumed[last].curve == (pytest.approx(5.0), *whole[last].curve[1:])
@@ -139,7 +139,7 @@ def test_a_search_for_accuracy_and_size_within_a_budget(storage):
     space = f"sweep.space={{{RATE}, model.size: {{choice: [sm1, sm2]}}}}"
     overrides = [space, "sweep.cost=bytes", "sweep.trials=6", "sweep.epochs=1", "sweep.budget.epochs=2"]
     given, words = arguments(storage, *overrides)
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = Plan(load_config(TINY, given))
     trials = results(plan)
@@ -175,7 +175,7 @@ def test_trials_that_fail_are_told_and_the_search_goes_on(storage):
     ]
     overrides = [f"sweep.space={space}", *passt, "sweep.sampler=grid", "sweep.trials=4", "sweep.epochs=2"]
     given, words = arguments(storage, *overrides, "sweep.scheduler=none", "cluster.retries=1")
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = Plan(load_config(TINY, given))
     trials = results(plan)
@@ -262,7 +262,7 @@ def test_a_trial_whose_worker_dies_too_often_is_left_for_the_next_command(storag
     assert driver.returncode == 1, output
     assert "trials did not end, for their workers died too often" in output
     assert "Traceback" not in output
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(t.state, len(t.curve)) for t in results(Plan(load_config(TINY, given)))] == [("complete", 3)] * 2
 
@@ -286,9 +286,7 @@ def test_a_trial_whose_worker_dies_too_often_is_left_for_the_next_command(storag
 )
 def test_a_wrong_search_is_refused_before_any_work(tmp_path, overrides, message):
     _, words = arguments(tmp_path / "storage", *overrides)
-    done = subprocess.run(
-        command("pipeline", *words[1:]), capture_output=True, text=True, env=environment(), check=False
-    )
+    done = subprocess.run(command("pipeline", *words[1:]), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 2, done.stdout
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import time
 import urllib.request
 
 import pytest
+from conftest import new_storage
 from mlflow.tracking import MlflowClient
 
 from asc_ray.errors import UserError
@@ -16,6 +17,8 @@ from asc_ray.tracking import Tracker, default_uri
 
 
 def tracker(storage, key="k"):
+    if not (storage / "mlflow.db").exists():
+        new_storage(storage)
     return Tracker(None, "asc-ray", storage, "demo", key)
 
 

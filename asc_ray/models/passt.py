@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from asc_ray.section import Section
+from asc_ray.section import Section, absolute
 
 
 class PasstConfig(Section):
@@ -30,7 +30,7 @@ class PasstConfig(Section):
     @field_validator("pretrained")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return value and value.expanduser().absolute()  # workers have a folder of their own
+        return value and absolute(value)  # workers have a folder of their own
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -9,18 +9,27 @@ print(bundle.labels[probabilities.mean(axis=0).argmax()])
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asc_ray.errors import UserError
+from asc_ray.errors import UserError, printable
+from asc_ray.files import read_plain
 from asc_ray.runtime.frontend import Frontend, LogMel
+from asc_ray.runtime.onnx_file import MOST_BYTES, NotOurs, read_model
 
 MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json", "SHA256SUMS"
+NEEDED = (MODEL, FRONTEND, LABELS)
 PRODUCER = "asc-ray"  # in the ONNX file's metadata, beside the same labels and front end as in the JSON files
-
+_MOST_TEXT = 1 << 20  # bytes of a list of checksums, a front end or a list of labels
+_MOST_OTHER = 1 << 24  # of a file that only is compared, as the card
+_MOST_FILES = 32
+_MOST_LABELS, _LONGEST_LABEL = 1000, 200
+_SUM = re.compile(r"([0-9a-f]{64})  ([^/\\]{1,200})")
 
 # Floating-point samples beyond it are of another scale, as 16-bit values are; 32-bit recorders go some dB above 1.
 LOUDEST = 8.0
@@ -34,21 +43,19 @@ class Bundle:
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
         folder = Path(folder)
-        if damaged := damaged_files(folder):
-            raise UserError(f"{folder}: {'; '.join(damaged)}. Export the bundle again, or copy it again")
-        self.labels: tuple[str, ...] = tuple(_json(folder / LABELS, list))
-        self.frontend = _frontend(folder / FRONTEND)
+        content = _read(folder)
+        self.labels: tuple[str, ...] = _labels(folder / LABELS, content[LABELS])
+        self.frontend = _frontend(folder / FRONTEND, content[FRONTEND])
+        self._check(folder, content)
         import onnxruntime  # training takes its mel bank from this package, and needs no engine
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it cannot read it raises
         try:
-            model = (folder / MODEL).read_bytes()
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(content[MODEL], options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a class for each of its kinds, all below Exception
-            raise UserError(f"{folder / MODEL}: onnxruntime cannot read it ({str(error).strip()})") from None
-        self._check(folder)
+            raise UserError(f"{folder / MODEL}: onnxruntime cannot read it ({printable(str(error).strip())})") from None
         self._log_mel = LogMel(self.frontend)
 
     def logits(self, waves: np.ndarray) -> np.ndarray:
@@ -68,7 +75,10 @@ class Bundle:
                 f"waves of shape {waves.shape}: expected (N, {self.frontend.samples}), one row a clip, at "
                 f"{self.frontend.sample_rate} Hz"
             )
-        logits = self._session.run(["logits"], {"mel": self._log_mel(waves)})[0]
+        try:
+            logits = self._session.run(["logits"], {"mel": self._log_mel(waves)})[0]
+        except Exception as error:
+            raise UserError(f"{MODEL}: onnxruntime cannot run it ({printable(str(error).strip())})") from None
         if broken := int((~np.isfinite(logits).all(axis=1)).sum()):
             raise UserError(f"{MODEL}: its logits of {broken} of {len(logits)} waves are not finite; export it again")
         return logits
@@ -79,27 +89,44 @@ class Bundle:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
-    def _check(self, folder: Path) -> None:
-        """That model, front end and labels belong together."""
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        if metadata.get("producer") != PRODUCER:
+    def _check(self, folder: Path, content: Mapping[str, bytes]) -> None:
+        """That the model is one of ours, and that it, front end and labels belong together."""
+        try:
+            model = read_model(content[MODEL])
+        except NotOurs as error:
+            raise UserError(
+                f"{folder / MODEL}: holds {printable(error)}, which `asc-ray export` does not write; export it again"
+            ) from None
+        if model.metadata.get("producer") != PRODUCER:
             raise UserError(f"{folder / MODEL}: not a model of `asc-ray export`; export it again")
-        taken, given = (
-            {value.name: value.shape[1:] for value in values}
-            for values in (self._session.get_inputs(), self._session.get_outputs())
-        )
-        made = [1, self.frontend.mels, self.frontend.frames]
-        if taken != {"mel": made}:
+        if model.input != ("mel", made := (1, self.frontend.mels, self.frontend.frames)):
             raise UserError(
-                f"{folder}: {MODEL} takes {taken}, but {FRONTEND} makes mel: {made}; export the bundle again"
+                f"{folder}: {MODEL} takes {_named(model.input)}, but {FRONTEND} makes mel {made}; export the bundle "
+                "again"
             )
-        if given != {"logits": [len(self.labels)]}:
+        if model.output != ("logits", (len(self.labels),)):
             raise UserError(
-                f"{folder}: {MODEL} gives {given}, but {LABELS} has {len(self.labels)} labels; export the bundle again"
+                f"{folder}: {MODEL} gives {_named(model.output)}, but {LABELS} has {len(self.labels)} labels; export "
+                "the bundle again"
             )
         for file in (FRONTEND, LABELS):
-            if json.loads(metadata.get(file, "null")) != json.loads((folder / file).read_text()):
+            if _json(folder / MODEL, model.metadata.get(file, "null")) != _json(folder / file, content[file]):
                 raise UserError(f"{folder}: {file} is not what {MODEL} was exported with; export the bundle again")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Open a bundle, compare every file in it with its checksum, and have the model name noise.
+
+    Raises UserError naming what is wrong; returns the labels' number and the files' sizes.
+    """
+    bundle = Bundle(folder)
+    listed = _read(folder)
+    if added := sorted({file.name for file in folder.iterdir()} - {CHECKSUMS, *listed}):
+        names = ", ".join(map(printable, added[:5]))
+        raise UserError(f"{folder}: not in {CHECKSUMS}: {names}. Take away what is not the bundle's own")
+    noise = 0.1 * np.random.default_rng(0).standard_normal((2, bundle.frontend.samples), dtype=np.float32)
+    bundle.logits(noise)
+    return {"labels": len(bundle.labels), "files": {name: len(content) for name, content in sorted(listed.items())}}
 
 
 def scale_fault(samples: np.ndarray) -> str:
@@ -112,43 +139,84 @@ def scale_fault(samples: np.ndarray) -> str:
     return ""
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Files of a bundle that are missing or differ from SHA256SUMS. Raises UserError where there is no such list."""
+def _read(folder: Path) -> dict[str, bytes]:
+    """The bundle's files, each read once and compared with its checksum. Raises UserError, with all that is wrong."""
     try:
-        lines = (folder / CHECKSUMS).read_text().splitlines()
-        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except OSError:
-        raise UserError(f"{folder}: no {CHECKSUMS}, so this is no bundle of `asc-ray export`") from None
+        lines = read_plain(folder / CHECKSUMS, _MOST_TEXT, follow=False).decode().splitlines()
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "" if gone else f" that can be read ({error.strerror})"
+        raise UserError(f"{folder}: no {CHECKSUMS}{reason}, so this is no bundle of `asc-ray export`") from None
     except ValueError:
-        raise UserError(f"{folder / CHECKSUMS}: not a list of checksums; export the bundle again") from None
-    needed = {MODEL, FRONTEND, LABELS} - expected.keys()
-    damaged = [f"{name}: not in {CHECKSUMS}" for name in sorted(needed)]
-    for name, digest in expected.items():
-        file = folder / name
-        if not file.is_file():
-            damaged.append(f"{name}: missing")
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            damaged.append(f"{name}: checksum differs")
-    return damaged
-
-
-def _json(file: Path, kind: type) -> Any:
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); export the bundle again") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{file}: {type(value).__name__} found, {kind.__name__} expected; export the bundle again")
-    return value
-
-
-def _frontend(file: Path) -> Frontend:
-    found, expected = _json(file, dict), {field.name for field in fields(Frontend)}
-    if found.keys() != expected:
+        lines = [""]
+    sums = [_SUM.fullmatch(line) for line in lines]
+    expected = {name: digest for digest, name in (found.groups() for found in sums if found)}
+    odd = [name for name in expected if not name.isprintable() or name in (".", "..", CHECKSUMS)]
+    if not all(sums) or odd or len(expected) < len(sums) or len(sums) > _MOST_FILES:
         raise UserError(
-            f"{file}: keys {', '.join(sorted(found))}; expected {', '.join(sorted(expected))}; export the bundle again"
+            f"{folder / CHECKSUMS}: not a list of checksums of up to {_MOST_FILES} files of this folder, as sha256sum "
+            "writes it; export the bundle again"
         )
+    damaged = [f"{name}: not in {CHECKSUMS}" for name in NEEDED if name not in expected]
+    content = {}
+    for name, digest in expected.items():
+        try:
+            content[name] = read_plain(folder / name, MOST_BYTES if name == MODEL else _MOST_OTHER, follow=False)
+        except FileNotFoundError:
+            damaged.append(f"{name}: missing")
+        except OSError as error:
+            damaged.append(f"{name}: {error.strerror}")
+        else:
+            if hashlib.sha256(content[name]).hexdigest() != digest:
+                damaged.append(f"{name}: checksum differs")
+    if damaged:
+        raise UserError(f"{folder}: {'; '.join(damaged)}. Export the bundle again, or copy it again")
+    return content
+
+
+def _json(file: Path, content: bytes | str) -> Any:
+    """A JSON value. Raises UserError for what is none, and for a key that is there twice: readers would differ."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    try:
+        return json.loads(content, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({printable(error)}); export the bundle again") from None
+
+
+def _labels(file: Path, content: bytes) -> tuple[str, ...]:
+    found = _json(file, content)
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+        raise UserError(f"{file}: a list of scenes is expected; export the bundle again")
+    odd = [label for label in found if not fit_label(label)]
+    if odd or not 0 < len(found) <= _MOST_LABELS or len(set(found)) < len(found):
+        what = repr(odd[0][:_LONGEST_LABEL]) if odd else f"{len(found)} labels, {len(set(found))} different"
+        raise UserError(
+            f"{file}: {what}; allowed are up to {_MOST_LABELS} different labels of 1 to {_LONGEST_LABEL} printable "
+            "characters, without blanks around them. Export the bundle again"
+        )
+    return tuple(found)
+
+
+def fit_label(label: str) -> bool:
+    """Whether a name of a scene can be shown: not empty, no longer than a line, no control characters."""
+    return 0 < len(label) <= _LONGEST_LABEL and label.isprintable() and label == label.strip()
+
+
+def _frontend(file: Path, content: bytes) -> Frontend:
+    found, expected = _json(file, content), {field.name for field in fields(Frontend)}
+    if not isinstance(found, dict) or found.keys() != expected:
+        keys = printable(", ".join(sorted(found))[:_LONGEST_LABEL]) if isinstance(found, dict) else "none"
+        raise UserError(f"{file}: keys {keys}; expected {', '.join(sorted(expected))}; export the bundle again")
     try:
         return Frontend(**found)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: {error}; export the bundle again") from None
+        raise UserError(f"{file}: {printable(error)}; export the bundle again") from None
+
+
+def _named(value: tuple[str, tuple[int, ...]]) -> str:
+    return f"{printable(value[0])} {value[1]}"

@@ -9,6 +9,8 @@ import numpy as np
 
 # Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero.
 _GROUP = 16
+_MOST_SAMPLES = 1 << 22  # two minutes at 32 kHz
+_MOST_WORK = 1 << 23  # values of a clip's spectrogram, or of the mel bank; the recipes' have up to 2.6e5 and 1e6
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,17 @@ class Frontend:
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for settings that are no front end."""
         lengths = (self.sample_rate, self.samples, self.n_fft, self.window, self.hop, self.mels)
-        if not all(isinstance(value, int) and value > 0 for value in lengths):
-            raise ValueError("sample_rate, samples, n_fft, window, hop and mels must be whole numbers above 0")
+        if not all(type(value) is int and 0 < value <= _MOST_SAMPLES for value in lengths):
+            raise ValueError(
+                f"sample_rate, samples, n_fft, window, hop and mels must be whole numbers from 1 to {_MOST_SAMPLES:,}"
+            )
         if self.window > self.n_fft or self.n_fft % 2:
             raise ValueError(f"window {self.window} must not exceed n_fft {self.n_fft}, an even number")
-        if not 0 <= self.fmin < self.fmax <= self.sample_rate / 2:
+        if self.frames * max(self.n_fft, self.mels) > _MOST_WORK or self.mels * self.n_fft > _MOST_WORK:
+            raise ValueError(
+                f"{self.frames} frames of n_fft {self.n_fft} and {self.mels} mels are more than a front end takes"
+            )
+        if {type(self.fmin), type(self.fmax)} - {int, float} or not 0 <= self.fmin < self.fmax <= self.sample_rate / 2:
             raise ValueError(f"0 <= fmin {self.fmin} < fmax {self.fmax} <= half of sample_rate must hold")
 
     @property

@@ -16,7 +16,7 @@ from asc_ray.fusion.newton import Mapper, Shard
 from asc_ray.training.dataset import Source
 from asc_ray.training.evaluation import Evaluation, Scores, device_groups, evaluate, gain
 from asc_ray.training.loop import predict, training_device
-from asc_ray.training.systems import INT8_MODEL, ONNX_MODEL, StudentConfig, load_fake_quantized, load_int8, load_model
+from asc_ray.training.systems import ONNX_MODEL, StudentConfig, load_fake_quantized, load_model
 
 FUSION = "fusion.json"
 EVALUATION = "evaluation.json"
@@ -147,26 +147,27 @@ def evaluate_student(
     folder = artifact.open_partial()
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
-    int8 = (student / INT8_MODEL).is_file()
+    int8 = (student / ONNX_MODEL).is_file()
     device = torch.device("cpu") if int8 else training_device(gpus)
-    model = load_int8(student) if int8 else load_model(student, config, len(store.labels)).to(device)
+    if int8:
+        # What was trained is what computes: the same clips with fake quantization, and in onnxruntime's 8-bit kernels.
+        from asc_ray.training import quantization
+        from asc_ray.training.onnx_model import OnnxModel
+
+        trained = load_fake_quantized(student, config, len(store.labels))
+        model = quantization.convert(trained)
+        others = {"fake_quantization": trained, "onnxruntime": OnnxModel(stored_file(student, ONNX_MODEL))}
+    else:
+        model, others = load_model(student, config, len(store.labels)).to(device), {}
     front_end = LogMel(config.frontend).to(device)
     outputs = predict(model, front_end, store, test, device)
     scores = score(store, test, outputs.numpy())
     write_atomically(folder / EVALUATION, scores.model_dump_json())
     facts = _figures(scores)
-    if int8:
-        # What was trained is what computes: the same clips with fake quantization, and in onnxruntime's 8-bit kernels.
-        from asc_ray.training.onnx_model import OnnxModel
-
-        others = {
-            "fake_quantization": load_fake_quantized(student, config, len(store.labels)),
-            "onnxruntime": OnnxModel(stored_file(student, ONNX_MODEL)),
-        }
-        for name, other in others.items():
-            own = predict(other, front_end, store, test, device)
-            facts[f"agreement_with_{name}"] = float((own.argmax(1) == outputs.argmax(1)).float().mean())
-            facts[f"difference_to_{name}"] = float((own - outputs).abs().max())
+    for name, other in others.items():
+        own = predict(other, front_end, store, test, device)
+        facts[f"agreement_with_{name}"] = float((own.argmax(1) == outputs.argmax(1)).float().mean())
+        facts[f"difference_to_{name}"] = float((own - outputs).abs().max())
     artifact.finish(facts)
 
 

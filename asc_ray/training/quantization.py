@@ -8,30 +8,21 @@ between the stages is computed in float, and the logits are float.
 """
 
 import copy
-import io
-import json
 import logging
-import re
 import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from asc_ray.artifacts import write_atomically
-from asc_ray.errors import UserError
-
 # What torch and torchao say that nobody who runs this can act upon, by logger.
 _NOISE = {
     "torchao": "Failed to load",  # kernels of other GPUs and Python versions, which PT2E does without
     "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao's own use of a deprecated registration
-    "torch.export": "Ran into the following error when deserializing",  # `load` tells the user
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
 }
 
@@ -305,65 +296,6 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     for tensor in model.state_dict().values():
         count[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
     return dict(count)
-
-
-def save(model: nn.Module, file: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a converted model to `file` (.pt2), with `metadata` as JSON inside, under another name and renamed."""
-    stream = io.BytesIO()
-    with quiet():
-        program = torch.export.export(model, (example_of(model),), dynamic_shapes=FREE_BATCH)
-        for node in program.graph.nodes:  # but for shapes: it says where on this machine the code of a network lies
-            node.meta = {key: value for key, value in node.meta.items() if key == "val"}
-        program._example_inputs = None  # zeros
-        torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(metadata)})
-    write_atomically(file, stream.getvalue())
-
-
-def load(file: Path) -> nn.Module:
-    """What `save` wrote: (B, 1, F, T) float32 to logits (B, classes), equal to the bit. Raises UserError."""
-    try:
-        _refuse_code(file)
-        with quiet():
-            return torch.export.load(file).module()
-    except Exception as error:  # of many kinds: files of another version, cut short, of another format
-        raise UserError(f"{file} is no readable int8 model ({error}); run the stage qat again") from error
-
-
-_TENSOR = re.compile(r"(weight|tensor)_\d+")
-_SYMBOL = re.compile(r"Symbol\('\w+', positive=True, integer=True\)|\d+")
-_OPERATOR = re.compile(r"torch\.ops\.(aten|quantized_decomposed)\.\w+\.\w+|_operator\.\w+")
-
-
-def _refuse_code(file: Path) -> None:
-    """Raises ValueError where a .pt2 has more in it than `save` writes: torch.export.load would unpickle objects, call
-    any function of torch by its name and evaluate expressions, and a model may be from anywhere."""
-    with zipfile.ZipFile(file) as archive:
-        if len(set(archive.namelist())) < len(archive.namelist()):
-            raise ValueError("a part of it occurs twice")
-        for name in archive.namelist():
-            if name.endswith(".pt") and (pickled := archive.read(name)):
-                torch.load(io.BytesIO(pickled), weights_only=True)
-            elif name.endswith("_config.json"):
-                for entry in json.loads(archive.read(name))["config"].values():
-                    if entry["use_pickle"] or not _TENSOR.fullmatch(entry["path_name"]):
-                        raise ValueError(f"{name}: {entry['path_name']} is no plain tensor")
-            elif name.endswith(".json") and "/models/" in name:
-                for key, text in _texts(json.loads(archive.read(name))):
-                    allowed = {"target": _OPERATOR, "expr_str": _SYMBOL}.get(key)
-                    if allowed and not allowed.fullmatch(text):
-                        raise ValueError(f"{name}: {key} {text[:80]!r} is none that a network of asc-ray has")
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value, with the key that it stands under."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, own in value.items():
-            yield from _texts(own, name)
-    elif isinstance(value, list):
-        for own in value:
-            yield from _texts(own, key)
 
 
 FREE_BATCH = ({0: torch.export.Dim("batch")},)

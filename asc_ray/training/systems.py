@@ -46,7 +46,6 @@ from asc_ray.training.loop import (
 )
 
 WEIGHTS = "model.safetensors"
-INT8_MODEL = "model.pt2"
 FAKE_QUANTIZED = "fake-quantized.safetensors"
 ONNX_MODEL = "model.onnx"
 PROGRESS = "progress.json"
@@ -246,14 +245,12 @@ def train_int8(
     quantization.round_biases(prepared.cpu())
     int8 = quantization.convert(prepared)
     _save_weights(prepared, folder / FAKE_QUANTIZED, about(config, data.store.labels))
-    quantization.save(int8, folder / INT8_MODEL, {"labels": list(data.store.labels)})
     export_onnx(int8, folder / ONNX_MODEL)
-    saved = quantization.load(folder / INT8_MODEL)
     artifact.finish(
         {
             "history": history,
             "bytes": quantization.bytes_by_dtype(int8),
-            "validation": validate(saved, LogMel(config.frontend), data, torch.device("cpu")),
+            "validation": validate(int8, LogMel(config.frontend), data, torch.device("cpu")),
         },
         SCRATCH,
     )
@@ -371,12 +368,6 @@ def load_model(folder: Path, recipe: Recipe, classes: int) -> nn.Module:
     return model.eval()
 
 
-def load_int8(folder: Path) -> nn.Module:
-    from asc_ray.training import quantization
-
-    return quantization.load(stored_file(folder, INT8_MODEL))
-
-
 def load_fake_quantized(folder: Path, recipe: Recipe, classes: int) -> nn.Module:
     """What the finished int8 training in `folder` trained and converted, in evaluation form."""
     from asc_ray.training import quantization
@@ -385,6 +376,16 @@ def load_fake_quantized(folder: Path, recipe: Recipe, classes: int) -> nn.Module
     prepared.load_state_dict(load_file(stored_file(folder, FAKE_QUANTIZED)))
     quantization.set_training(prepared, False)
     return prepared
+
+
+def load_int8(folder: Path, recipe: Recipe, classes: int) -> nn.Module:
+    """The int8 model in torch, of a finished int8 training in `folder`: converted anew, equal to the bit.
+
+    torch's own file of such a model is read by executing what is in it; weights and a recipe are not.
+    """
+    from asc_ray.training import quantization
+
+    return quantization.convert(load_fake_quantized(folder, recipe, classes))
 
 
 def _example(recipe: Recipe) -> torch.Tensor:

@@ -1,0 +1,396 @@
+"""What is in an ONNX file, before an engine sees it.
+
+An engine obeys a model: it reads other files that the model names, loops as long as the model says, and asks for as
+much memory as the model's shapes take. So a file is first read here by a closed schema, the part of ONNX's protobuf
+that `asc-ray export` writes; every operator is one of a short list, and the shape of every value and the work of every
+node are computed, and bounded, for a clip. Whatever is not understood is refused.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MOST_BYTES = 1 << 26  # of the file; the students' have 40 to 200 kB, a CP-ResNet of 600,000 parameters 2 MB
+MOST_NODES = 4096
+# Of a clip: elements of one value and of all, and multiply-accumulates. CP-Mobile has 1e5, 4e6 and 3e7.
+MOST_ELEMENTS = 1 << 22
+MOST_SUMMED = 1 << 26
+MOST_MACS = 1 << 32
+_MOST_DIMENSION = 1 << 20
+_MOST_STEP = 1024  # of a kernel, a stride, a dilation or a padding
+
+Shape = tuple[int, ...]
+Message = dict[str, Any]
+
+
+class NotOurs(ValueError):
+    """The file has something in it that `asc-ray export` does not write; the message says what."""
+
+
+# Of each message its fields: number -> (name, kind, repeated). The kinds: "int" (varint), "float" (4 bytes), "bytes",
+# "text", "ints" (varints, packed or not), or another message.
+_SCHEMA: Mapping[str, Mapping[int, tuple[str, str, bool]]] = {
+    "model": {
+        1: ("ir_version", "int", False),
+        2: ("producer_name", "text", False),
+        3: ("producer_version", "text", False),
+        7: ("graph", "graph", False),
+        8: ("opset", "opset", True),
+        14: ("metadata", "entry", True),
+    },
+    "opset": {1: ("domain", "text", False), 2: ("version", "int", False)},
+    "entry": {1: ("key", "text", False), 2: ("value", "text", False)},
+    "graph": {
+        1: ("node", "node", True),
+        2: ("name", "text", False),
+        5: ("weight", "tensor", True),
+        11: ("input", "value", True),
+        12: ("output", "value", True),
+    },
+    "node": {
+        1: ("input", "text", True),
+        2: ("output", "text", True),
+        3: ("name", "text", False),
+        4: ("kind", "text", False),
+        5: ("attribute", "attribute", True),
+        7: ("domain", "text", False),
+    },
+    "attribute": {
+        1: ("name", "text", False),
+        2: ("f", "float", False),
+        3: ("i", "int", False),
+        4: ("s", "bytes", False),
+        8: ("ints", "ints", True),
+        20: ("type", "int", False),
+    },
+    "tensor": {
+        1: ("dims", "ints", True),
+        2: ("type", "int", False),
+        8: ("name", "text", False),
+        9: ("raw", "bytes", False),
+    },
+    "value": {1: ("name", "text", False), 2: ("type", "type", False), 4: ("metadata", "entry", True)},
+    "type": {1: ("tensor", "tensor type", False)},
+    "tensor type": {1: ("element", "int", False), 2: ("shape", "shape", False)},
+    "shape": {1: ("dim", "dimension", True)},
+    "dimension": {1: ("size", "int", False), 2: ("parameter", "text", False)},
+}
+_WIRES = {"int": 0, "float": 5}  # all else is 2, a length and so many bytes
+_TYPES = {number: np.dtype(name) for number, name in ((1, "<f4"), (2, "u1"), (3, "i1"), (6, "<i4"), (7, "<i8"))}
+_FLOAT = 1
+_ATTRIBUTE_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """`input` and `output`: name and shape without the batch; `metadata`: what the exporter wrote beside the graph."""
+
+    input: tuple[str, Shape]
+    output: tuple[str, Shape]
+    metadata: Mapping[str, str]
+
+
+def read_model(content: bytes) -> Model:
+    """Raises NotOurs for what `asc-ray export` would not have written."""
+    model = _parse("model", memoryview(content))
+    opsets = [(opset.get("domain", ""), opset.get("version")) for opset in model["opset"]]
+    if len(opsets) != 1 or opsets[0][0] not in ("", "ai.onnx"):
+        raise NotOurs(f"operators of {', '.join(str(domain) for domain, _ in opsets) or 'no'} domain")
+    if "graph" not in model:
+        raise NotOurs("no graph")
+    metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata"]}
+    if len(metadata) < len(model["metadata"]):
+        raise NotOurs("a key of the metadata occurs twice")
+    given, made = _check(model["graph"])
+    return Model(given, made, metadata)
+
+
+def _parse(kind: str, data: memoryview) -> Message:
+    schema = _SCHEMA[kind]
+    found: Message = {name: [] for name, _, repeated in schema.values() if repeated}
+    for number, wire, value in _fields(data):
+        if number not in schema:
+            raise NotOurs(f"field {number} of a {kind}")
+        name, of, repeated = schema[number]
+        if of == "ints" and wire == 2:
+            found[name] += _packed(value)
+            continue
+        if wire != (0 if of == "ints" else _WIRES.get(of, 2)):
+            raise NotOurs(f"field {number} of a {kind} in another encoding")
+        read = _value(of, value)
+        if repeated:
+            found[name].append(read)
+        elif name in found:
+            raise NotOurs(f"field {number} of a {kind} twice")
+        else:
+            found[name] = read
+    return found
+
+
+def _value(kind: str, value: Any) -> Any:
+    if kind in ("int", "ints"):
+        return value
+    if kind == "float":
+        return struct.unpack("<f", value)[0]
+    if kind == "bytes":
+        return bytes(value)
+    if kind == "text":
+        try:
+            return str(value, "utf-8")
+        except UnicodeDecodeError:
+            raise NotOurs("a name that is no text") from None
+    return _parse(kind, value)
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
+    """(number, wire type, value) of each field of a message; numbers are signed, all else is bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        value: Any
+        if wire == 0:
+            value, at = _varint(data, at)
+            value -= (value >> 63) << 64
+        elif wire in (1, 2, 5):
+            size = {1: 8, 5: 4}.get(wire, 0)
+            if wire == 2:
+                size, at = _varint(data, at)
+            value, at = data[at : at + size], at + size
+            if at > len(data):
+                raise NotOurs("cut short")
+        else:
+            raise NotOurs("no ONNX")
+        yield number, wire, value
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise NotOurs("cut short")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if value >> 64:
+                break
+            return value, at
+    raise NotOurs("a number of more than 64 bits")
+
+
+def _packed(data: memoryview) -> list[int]:
+    numbers, at = [], 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        numbers.append(value - ((value >> 63) << 64))
+    return numbers
+
+
+@dataclass(frozen=True)
+class _Weight:
+    shape: Shape
+    values: np.ndarray
+
+
+def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
+    if len(graph["input"]) != 1 or len(graph["output"]) != 1:
+        raise NotOurs(f"{len(graph['input'])} inputs and {len(graph['output'])} outputs; one of each is expected")
+    (given, shape), (made, declared) = (_declared(graph[name][0]) for name in ("input", "output"))
+    weights: dict[str, _Weight] = {}
+    for tensor in graph["weight"]:
+        weights[_new(weights, tensor.get("name", ""))] = _weight(tensor)
+    shapes: dict[str, Shape] = {name: weight.shape for name, weight in weights.items()}
+    shapes[_new(shapes, given)] = (1, *shape)
+    if len(graph["node"]) > MOST_NODES:
+        raise NotOurs(f"{len(graph['node']):,} nodes; allowed are {MOST_NODES:,}")
+    summed = macs = 0
+    for node in graph["node"]:
+        name, result, work = _infer(node, shapes, weights)
+        elements = math.prod(result)
+        summed += elements
+        macs += work
+        if elements > MOST_ELEMENTS or summed > MOST_SUMMED or macs > MOST_MACS:
+            raise NotOurs(f"a {node['kind']} of shape {result}: more memory or work than a scene classifier takes")
+        shapes[_new(shapes, name)] = result
+    if shapes.get(made) != (1, *declared):
+        raise NotOurs(f"the output {made!r} is said to have the shape {declared}, and has {shapes.get(made)}")
+    return (given, shape), (made, declared)
+
+
+def _new(known: Mapping[str, Any], name: str) -> str:
+    if not name or name in known:
+        raise NotOurs(f"the value {name!r} is there twice, or has no name")
+    return name
+
+
+def _declared(value: Message) -> tuple[str, Shape]:
+    """Name and shape, without the batch, of the graph's input or output."""
+    tensor = value.get("type", {}).get("tensor", {})
+    batch, *dims = tensor.get("shape", {}).get("dim", []) or [{}]
+    sizes = tuple(dim.get("size", 0) for dim in dims)
+    if tensor.get("element") != _FLOAT or "parameter" not in batch or not sizes:
+        raise NotOurs(f"{value.get('name')!r} is no float tensor with a free batch")
+    return value.get("name", ""), _sane(sizes)
+
+
+def _sane(shape: Sequence[int]) -> Shape:
+    if len(shape) > 5 or not all(0 < size <= _MOST_DIMENSION for size in shape):
+        raise NotOurs(f"a shape of {list(shape)[:8]}")
+    return tuple(shape)
+
+
+def _weight(tensor: Message) -> _Weight:
+    dtype = _TYPES.get(tensor.get("type", 0))
+    if dtype is None:
+        raise NotOurs(f"a weight of ONNX's type {tensor.get('type')}")
+    shape, raw = _sane(tensor["dims"]), tensor.get("raw", b"")
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise NotOurs(f"a weight of shape {shape} in {len(raw)} bytes")
+    values = np.frombuffer(raw, dtype).reshape(shape)
+    if dtype.kind == "f" and not np.isfinite(values).all():
+        raise NotOurs(f"the weight {tensor.get('name')!r} is not finite")
+    return _Weight(shape, values)
+
+
+def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, _Weight]) -> tuple[str, Shape, int]:
+    """Name, shape and multiply-accumulates of what the node computes of a clip."""
+    kind = node.get("kind", "")
+    if node.get("domain", "") not in ("", "ai.onnx") or kind not in _OPERATORS:
+        raise NotOurs(f"the operator {node.get('domain') or ''} {kind}".replace("  ", " "))
+    names, infer = _OPERATORS[kind]
+    attributes = {}
+    for attribute in node["attribute"]:
+        name, field = attribute.get("name", ""), _ATTRIBUTE_TYPES.get(attribute.get("type", 0), "")
+        if name not in names or name in attributes:
+            raise NotOurs(f"the attribute {name!r} of {kind}")
+        own = attribute.get(field)
+        if isinstance(own, float) and not math.isfinite(own):
+            raise NotOurs(f"the attribute {name!r} of {kind} is not finite")
+        attributes[name] = own
+    if attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise NotOurs(f"{kind} with auto_pad")
+    inputs, outputs = list(node["input"]), node["output"]
+    if len(outputs) != 1 or not inputs or (missing := [name for name in inputs if name not in shapes]):
+        raise NotOurs(f"a {kind} whose inputs or outputs are not there: {', '.join(map(repr, missing[:3]))}")
+    try:
+        shape, macs = infer([shapes[name] for name in inputs], [weights.get(name) for name in inputs], attributes)
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        if isinstance(error, NotOurs):
+            raise
+        raise NotOurs(f"a {kind} that takes {[shapes[name] for name in inputs]} with {attributes}") from None
+    return outputs[0], _sane(shape), macs
+
+
+_Inputs = list[Shape]
+_Constants = list[_Weight | None]
+_Inferred = tuple[Sequence[int], int]
+
+
+def _same(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    return inputs[0], 0
+
+
+def _broadcast(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    return np.broadcast_shapes(*inputs), 0
+
+
+def _window(inputs: _Inputs, kernel: Sequence[int], attributes: Message) -> list[int]:
+    """Frequency and time of what a kernel that moves over (1, C, F, T) leaves."""
+    sizes = inputs[0][2:]
+    places = len(kernel)
+    strides = attributes.get("strides") or [1] * places
+    dilations = attributes.get("dilations") or [1] * places
+    pads = attributes.get("pads") or [0] * (2 * places)
+    known = len(inputs[0]) == 2 + places and len(strides) == len(dilations) == places and len(pads) == 2 * places
+    steps = (*kernel, *strides, *dilations)
+    if not known or not all(0 < step <= _MOST_STEP for step in steps) or not all(0 <= p <= _MOST_STEP for p in pads):
+        raise ValueError
+    rounding = attributes.get("ceil_mode", 0)
+    left = []
+    for axis, size in enumerate(sizes):
+        room = size + pads[axis] + pads[places + axis] - dilations[axis] * (kernel[axis] - 1) - 1
+        left.append((room + (strides[axis] - 1 if rounding else 0)) // strides[axis] + 1)
+    return left
+
+
+def _conv(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    batch, channels, *_ = inputs[0]
+    out, each, *kernel = inputs[1]
+    if attributes.get("kernel_shape", kernel) != kernel or each * attributes.get("group", 1) != channels:
+        raise ValueError
+    shape = [batch, out, *_window(inputs, kernel, attributes)]
+    return shape, math.prod(shape) * each * math.prod(kernel)
+
+
+def _pool(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    shape = [*inputs[0][:2], *_window(inputs, attributes["kernel_shape"], attributes)]
+    return shape, math.prod(shape) * math.prod(attributes["kernel_shape"])
+
+
+def _global_pool(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    return [*inputs[0][:2], *[1 for _ in inputs[0][2:]]], math.prod(inputs[0])
+
+
+def _reduce(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    rank = len(inputs[0])
+    axes = list(range(rank)) if len(inputs) < 2 else _constant(constants[1])
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError
+    over = {axis % rank for axis in axes}
+    shape = [1 if axis in over else size for axis, size in enumerate(inputs[0])]
+    if not attributes.get("keepdims", 1):
+        shape = [size for axis, size in enumerate(shape) if axis not in over]
+    return shape, math.prod(inputs[0])
+
+
+def _reshape(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    wanted = _constant(constants[1])
+    if not attributes.get("allowzero", 0):
+        wanted = [inputs[0][axis] if size == 0 else size for axis, size in enumerate(wanted)]
+    elements, known = math.prod(inputs[0]), math.prod(size for size in wanted if size != -1)
+    shape = [elements // known if size == -1 else size for size in wanted]
+    if wanted.count(-1) > 1 or math.prod(shape) != elements:
+        raise ValueError
+    return shape, 0
+
+
+def _flatten(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    axis = attributes.get("axis", 1)
+    return [math.prod(inputs[0][:axis]), math.prod(inputs[0][axis:])], 0
+
+
+def _gemm(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    rows, inner = inputs[0][::-1] if attributes.get("transA", 0) else inputs[0]
+    own, columns = inputs[1][::-1] if attributes.get("transB", 0) else inputs[1]
+    if own != inner or (len(inputs) > 2 and np.broadcast_shapes((rows, columns), inputs[2]) != (rows, columns)):
+        raise ValueError
+    return [rows, columns], rows * inner * columns
+
+
+def _constant(weight: _Weight | None) -> list[int]:
+    if weight is None or weight.values.dtype.kind != "i" or weight.values.ndim > 1 or weight.values.size > 8:
+        raise ValueError
+    return [int(value) for value in np.atleast_1d(weight.values)]
+
+
+_PLACES = ("kernel_shape", "strides", "pads", "dilations", "auto_pad")
+# What the networks become, with the attributes that exporters write.
+_OPERATORS: Mapping[str, tuple[tuple[str, ...], Callable[[_Inputs, _Constants, Message], _Inferred]]] = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max"), ((), _broadcast)),
+    **dict.fromkeys(("Relu", "Sqrt", "Reciprocal", "Identity"), ((), _same)),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), (("axis",), _same)),
+    **dict.fromkeys(("ReduceMean", "ReduceL2"), (("keepdims", "noop_with_empty_axes"), _reduce)),
+    "InstanceNormalization": (("epsilon",), _same),
+    "Conv": ((*_PLACES, "group"), _conv),
+    "MaxPool": ((*_PLACES, "ceil_mode", "storage_order"), _pool),
+    "AveragePool": ((*_PLACES, "ceil_mode", "count_include_pad"), _pool),
+    "GlobalAveragePool": ((), _global_pool),
+    "Reshape": (("allowzero",), _reshape),
+    "Flatten": (("axis",), _flatten),
+    "Gemm": (("alpha", "beta", "transA", "transB"), _gemm),
+}

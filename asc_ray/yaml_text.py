@@ -1,0 +1,106 @@
+"""YAML from anywhere: plain values alone, no key twice, and no more of them than a person writes."""
+
+from typing import Any
+
+import yaml
+
+from asc_ray.errors import ConfigError, printable
+
+MOST_BYTES = 1 << 20  # of a file
+_MOST_DEPTH = 32
+_MOST_NODES = 20_000  # once every alias stands for what it names
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """The value of a YAML document. `name` says where it is from, in messages.
+
+    Raises ConfigError for what is no YAML, or hides something: a key that is there twice, values that contain
+    themselves, and aliases that expand to more than a configuration. Of the text itself no message quotes a thing but
+    keys: it may be any file, by mistake or not.
+    """
+    try:
+        loader = _Loader(text, name)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, name, {})
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = (error.problem or "").partition("'")[0].partition('"')[0].strip(" ,(")
+        raise ConfigError(f"{name}{place}: not valid YAML ({problem or 'not understood'})") from None
+    except yaml.YAMLError:  # characters that YAML does not allow
+        raise ConfigError(f"{name}: not valid YAML (characters that are no text)") from None
+    # 2026-13-45, a whole number of 5,000 digits, !!bool perhaps: what the constructors of PyYAML do not look at first
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
+        raise ConfigError(f"{name}: a date, a number or another value in it is none") from None
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self._source, self._depth = name, 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _MOST_DEPTH:
+            mark = self.peek_event().start_mark
+            raise ConfigError(f"{self._source} line {mark.line + 1}: deeper than {_MOST_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{self._source} line {line}: a key that is no word; write words, or put it in quotes"
+                )
+            if key in lines:
+                raise ConfigError(
+                    f"{self._source}: the key {printable(key)} is there twice, in line {lines[key]} and line {line}; "
+                    "keep one"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_whole_number(self, node: Any) -> int:
+        value = self.construct_yaml_int(node)
+        if abs(value) >= 1 << 64:
+            raise ValueError
+        return value
+
+    def construct_text(self, node: Any) -> str:
+        value = self.construct_yaml_str(node)
+        if any(not c.isprintable() and c not in "\n\t" for c in value):
+            line = node.start_mark.line + 1
+            raise ConfigError(f"{self._source} line {line}: a text with control characters, which no value has")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+
+
+def _size(node: Any, name: str, known: dict[int, int]) -> int:
+    """How many values a node is, with every alias written out. Raises ConfigError where they are too many."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ConfigError(f"{name} line {node.start_mark.line + 1}: a value that contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    below = [] if isinstance(node, yaml.ScalarNode) else node.value
+    parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
+    size = 1 + sum(_size(part, name, known) for part in parts)
+    if size > _MOST_NODES:
+        raise ConfigError(
+            f"{name} line {node.start_mark.line + 1}: more than {_MOST_NODES:,} values, with its aliases written out"
+        )
+    known[id(node)] = size
+    return size
