@@ -10,21 +10,27 @@ which compare them with the manifest; state that a killed run left is read throu
 whole from what is cut or changed.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
+import struct
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from asc_ray.errors import ConfigError, UserError
+from asc_ray.errors import ConfigError, UserError, printable
+from asc_ray.files import open_plain, read_plain
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
@@ -32,6 +38,7 @@ FORMAT = 5
 # A file up to this size is compared with its checksum each time that it is handed out, a larger one once a node.
 SMALL_BYTES = 1 << 20
 _CHECKSUM = "checksum"  # of a record, in the record
+_MOST_RECORD = 1 << 28  # bytes
 
 
 def content_key(**parts: Any) -> str:
@@ -64,7 +71,7 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """What `write_record` wrote to `path`; None where the file is absent, cut, changed, or of another kind."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_plain(path, _MOST_RECORD))
         return document if document.pop(_CHECKSUM) == _digest(document) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -166,11 +173,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished artifact") from None
     manifest = _manifest(path, status.st_mtime_ns, status.st_size)
-    if manifest is None:
+    if manifest is None or not _is_manifest(manifest):
         raise UserError(
             f"{path}: is not as it was written; delete the folder {folder} and run its stage again: it is made anew"
         )
     return manifest
+
+
+def _is_manifest(manifest: Mapping[str, Any]) -> bool:
+    """Whether a record is a manifest, and its files' names lead to files of the artifact."""
+    words, mappings = ("stage", "name", "key"), ("inputs", "config", "facts", "files")
+    return (
+        all(isinstance(manifest.get(key), str) for key in words)
+        and all(isinstance(manifest.get(key), dict) for key in mappings)
+        and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("bytes"), int)
+            and isinstance(entry.get("sha256"), str)
+            and not PurePosixPath(name).is_absolute()
+            and ".." not in PurePosixPath(name).parts
+            for name, entry in manifest["files"].items()
+        )
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -219,10 +243,13 @@ def _damage(folder: Path, entries: Mapping[str, Any]) -> list[str]:
     damaged = []
     for name, entry in entries.items():
         file = folder / name
-        if not file.is_file():
-            damaged.append(f"{name}: missing")
-        elif file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-            damaged.append(f"{name}: checksum differs")
+        try:
+            if not file.is_file():
+                damaged.append(f"{name}: missing")
+            elif file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+                damaged.append(f"{name}: checksum differs")
+        except OSError as error:
+            damaged.append(f"{name}: {error.strerror}")
     return damaged
 
 
@@ -289,37 +316,73 @@ def mirrored(artifact: Path, cache: Path) -> Path:
 def exclusive(storage: Path) -> Iterator[None]:
     """Hold the storage's lock: two drivers building the same artifacts would undo each other's resume.
 
-    The kernel drops the lock with the process, however it dies. Raises UserError when another run holds it, and
-    ConfigError when the folder cannot be written.
+    Two locks are one: on the file `.lock`, which other hosts see, too, and which says who holds it; and on the folder,
+    which stays when somebody deletes the file. The kernel drops both with the process, however it dies.
+
+    Raises UserError when another run holds it, and ConfigError when the folder cannot be written or has no locks.
     """
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        file = open(storage / ".lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(f"storage: {storage} cannot be written ({error.strerror}); choose another folder") from None
-    with file as lock:
+    path = storage / LOCK
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UserError(
-                f"storage {storage}: another asc-ray run is working there (process {owner}); "
-                "wait for it, end it, or choose another `storage`"
+            storage.mkdir(parents=True, exist_ok=True)
+            file, folder = os.open(path, flags, 0o644), os.open(storage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            if path.is_symlink():
+                raise ConfigError(f"storage: {path} is no file that asc-ray makes; delete it") from None
+            raise ConfigError(
+                f"storage: {storage} cannot be written ({error.strerror}); choose another folder"
             ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}")
-        lock.flush()
+        held.callback(os.close, file)
+        held.callback(os.close, folder)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ConfigError(f"storage: {path} is no file that asc-ray makes; delete it")
+        _lock(path, file, folder)
+        os.ftruncate(file, 0)
+        owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.write(file, json.dumps(owner).encode())
         yield
 
 
+def _lock(path: Path, file: int, folder: int) -> None:
+    try:
+        fcntl.fcntl(file, _SETLK, _LOCK)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # a network's file system, which has locks on files alone
+            return
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                f"storage {path.parent}: another asc-ray run is working there ({_owner(path)}); wait for it, end it, "
+                "or choose another `storage`"
+            ) from None
+        raise ConfigError(
+            f"storage: {path.parent} is on a file system without locks ({error.strerror}), where two runs would undo "
+            "each other's work; choose another folder"
+        ) from None
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(read_plain(path, 4096, follow=False))
+        return f"process {int(owner['pid'])} on {printable(owner['host'])}, since {printable(owner['since'])}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "which says nothing of itself"
+
+
 def is_locked(storage: Path) -> bool:
-    """Whether a run is at work in this storage."""
-    if not (storage / ".lock").is_file():
+    """Whether a run is at work in this storage; asking takes no lock, so that a run that starts now can have it."""
+    try:
+        with open_plain(storage / LOCK, follow=False) as file:
+            answer = fcntl.fcntl(file, _GETLK, _LOCK)
+    except OSError:
         return False
-    with open(storage / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    return struct.unpack(_LAYOUT, answer)[_TYPE] != fcntl.F_UNLCK
+
+
+LOCK = ".lock"
+# A lock of an open file, where there are such: one of a process ends as soon as the process closes the file anywhere.
+_SETLK, _GETLK = (getattr(fcntl, f"F_OFD_{name}", getattr(fcntl, f"F_{name}")) for name in ("SETLK", "GETLK"))
+# struct flock: type, whence, start, length, pid; in another order where Unix came from BSD.
+_LAYOUT, _TYPE = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi4x", 0)
+_LOCK = struct.pack(_LAYOUT, *((0, 0, 0, fcntl.F_WRLCK, 0) if _TYPE else (fcntl.F_WRLCK, 0, 0, 0, 0)))

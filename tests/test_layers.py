@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 # A module may import from its own layer and from those to its left.
 LAYERS = (
     {"errors"},
+    {"files"},
     {"runtime"},
-    {"section", "artifacts"},
+    {"section", "artifacts", "yaml_text"},
     {"audio", "models"},
     {"predict"},
     {"data"},

@@ -122,8 +122,14 @@ NO_WEIGHTS = {
     "no variance": (spoiled("in_c.1.running_var", with_value(0.0)), r"not above 0: in_c\.1\.running_var"),
     "integers": (spoiled("in_c.0.weight", lambda w: w.int()), r"1 of another type: in_c\.0\.weight int32"),
     "bools": (spoiled("in_c.0.weight", lambda w: w > 0), r"1 of another type: in_c\.0\.weight bool"),
-    "complex": (spoiled("in_c.0.weight", lambda w: w.to(torch.complex64)), r"another type: in_c\.0\.weight complex64"),
-    "sparse": (spoiled("in_c.0.weight", lambda w: w.to_sparse()), r"1 of another type: in_c\.0\.weight float32"),
+    "complex": (
+        spoiled("in_c.0.weight", lambda w: w.to(torch.complex64)),
+        r"that are no weights: in_c\.0\.weight \(complex64\)",
+    ),
+    "sparse": (
+        spoiled("in_c.0.weight", lambda w: w.to_sparse()),
+        r"that are no weights: in_c\.0\.weight \(sparse_coo\)",
+    ),
 }
 
 

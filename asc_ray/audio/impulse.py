@@ -11,6 +11,7 @@ from torch import Tensor
 from asc_ray.audio.recording import BadAudio, check_rate
 from asc_ray.audio.resample import resample
 from asc_ray.errors import UserError
+from asc_ray.files import open_plain
 
 SYNTHETIC = 32
 _SYNTHETIC_SEED = 2022
@@ -53,6 +54,7 @@ def _read(folder: Path, sample_rate: int) -> ImpulseBank:
     refused: list[str] = []
     for path in paths:
         try:
+            open_plain(path).close()
             samples, rate = soundfile.read(path, dtype="float64", always_2d=True)
             check_rate(rate)
         except (soundfile.LibsndfileError, OSError) as error:

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile as sf
 
 from asc_ray.errors import UserError
+from asc_ray.files import open_plain
 from asc_ray.runtime import scale_fault
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz
@@ -66,6 +67,10 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         self._waiting: list[Any] = []
+        try:
+            open_plain(path).close()  # libsndfile would wait for the end of a pipe
+        except OSError as error:
+            raise BadAudio(f"unreadable ({error.strerror})") from None
         self._file = _opened(os.fsencode(path))
         try:
             check_rate(self._file.samplerate)

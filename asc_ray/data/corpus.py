@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ import numpy as np
 from pydantic import Field
 
 from asc_ray.data.demo import DemoConfig
-from asc_ray.errors import ConfigError, CorpusError
+from asc_ray.errors import ConfigError, CorpusError, printable
+from asc_ray.files import read_plain
+from asc_ray.runtime import fit_label
 from asc_ray.section import Section
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
 WHOLE_CORPUS = 0.5  # a fault of more than this share of the clips has one cause, and is told once
 EXAMPLES = 3
+MOST_BYTES = 1 << 28  # of a table; TAU22's have up to 20 MB
 DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
 Split = Literal["train", "test"]
 
@@ -267,7 +271,7 @@ def _read_table(
     A file's name comes in one spelling. Raises CorpusError for what is no such table.
     """
     try:
-        content = file.read_bytes()
+        content = read_plain(file, MOST_BYTES)
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise CorpusError(
@@ -297,6 +301,10 @@ def _read_table(
             if empty := [column for column in columns if not row[column]]:
                 faults.add(f"{file.name} line {reader.line_num}: no value for {', '.join(empty)}")
                 continue
+            if odd := [column for column in columns if not _shown(row[column], column)]:
+                shown = printable(row[odd[0]][:80])
+                faults.add(f"{file.name} line {reader.line_num}: control characters in {', '.join(odd)}: {shown}")
+                continue
             if "//" in row["filename"] or "./" in row["filename"]:
                 row["filename"] = str(PurePosixPath(row["filename"]))
             rows.append((reader.line_num, row))
@@ -305,8 +313,17 @@ def _read_table(
     return rows
 
 
+def _shown(value: str, column: str) -> bool:
+    """Whether a value has no characters that would steer a terminal; a file's name may have odd ones, a label not."""
+    if column == "filename":
+        return len(value) <= 1000 and not any(unicodedata.category(c) == "Cc" for c in value)
+    return fit_label(value)
+
+
 def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -> None:
     """Raises CorpusError where a column is missing, with the cause where it shows."""
+    if twice := [column for column in columns if found.count(column) > 1]:
+        raise CorpusError(f"{file}: the column {twice[0]} is there twice; keep one")
     missing = [column for column in columns if column not in found]
     if not missing:
         return
@@ -328,27 +345,43 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
 
     One directory scan instead of one path resolution a file: TAU22 lists 169,300 files in one folder.
     """
-    resolved_root = root.resolve()
+    try:
+        resolved_root = root.resolve()
+    except RuntimeError:
+        raise CorpusError(f"{root}: symbolic links that lead to themselves; name the corpus' own folder") from None
 
     def inside(path: Path) -> bool:
         return path.resolve().is_relative_to(resolved_root)
+
+    def listed(parent: str) -> dict[str, os.DirEntry] | None:
+        path = PurePosixPath(parent)
+        if path.is_absolute() or ".." in path.parts or not inside(root / parent):
+            return None
+        return {e.name: e for e in os.scandir(root / parent)} if (root / parent).is_dir() else {}
 
     folders: dict[str, dict[str, os.DirEntry] | None] = {}  # None: outside
     sizes: dict[str, int | None] = {}
     linked: dict[tuple[int, int], str] = {}  # by device and inode: links give one file several names
     for name in names:
         parent, _, base = name.rpartition("/")
-        if parent not in folders:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or not inside(root / parent):
-                folders[parent] = None
-            else:
-                folders[parent] = {e.name: e for e in os.scandir(root / parent)} if (root / parent).is_dir() else {}
-        folder = folders[parent]
-        entry = folder.get(base) if folder else None
-        if folder is None or base == ".." or (entry and entry.is_symlink() and not inside(Path(entry.path))):
+        try:
+            if parent not in folders:
+                folders[parent] = listed(parent)
+            folder = folders[parent]
+            entry = folder.get(base) if folder else None
+            outside = folder is None or base == ".." or (entry and entry.is_symlink() and not inside(Path(entry.path)))
+            there = not outside and entry is not None and entry.is_file()
+        except RuntimeError:
+            faults.add_clip(BadClip(name, "leads through symbolic links to itself"))
+            folders.setdefault(parent, {})
+            continue
+        except OSError as error:
+            faults.add_clip(BadClip(name, f"cannot be found ({error.strerror})"))
+            folders.setdefault(parent, {})
+            continue
+        if outside:
             faults.add_clip(BadClip(name, "leads out of the corpus folder; only paths inside it are read"))
-        elif entry is None or not entry.is_file():
+        elif entry is None or not there:
             sizes[name] = None
         else:
             status = entry.stat()

@@ -12,6 +12,7 @@ import torch
 
 from asc_ray.audio.recording import BadAudio, Recording, cancels, check_rate, check_scale
 from asc_ray.audio.resample import Resampler
+from asc_ray.files import open_plain
 
 SAMPLE_RATE = 32_000
 CLIP_SAMPLES = 32_000
@@ -99,7 +100,7 @@ class _PcmWav:
     def of(cls, path: Path) -> "_PcmWav | None":
         """None for a file that is not certain to be of this form. Raises BadAudio for a rate that is no sound's."""
         try:
-            with open(path, "rb") as file:
+            with open_plain(path) as file:
                 length, head = os.fstat(file.fileno()).st_size, file.read(_HEAD)
         except OSError:
             return None

@@ -7,24 +7,30 @@ archive over, here up to 1.9 GB.
     DIR/.download/NAME        the checksum is right
     DIR/.download/NAME.done   unpacked, and the archive deleted
     DIR/.downloaded           everything is there: the archives' checksums, as `md5sum` writes them
+    DIR/.sha256               of each archive as it first came, for sources that publish weaker checksums; whoever
+                              downloads again puts this file into the new folder, and what comes is compared with it
 
 Each step leaves what the next run starts from, so the same command goes on wherever the last one was killed.
 """
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from asc_ray.artifacts import exclusive, write_atomically
-from asc_ray.errors import ConfigError, UserError
+from asc_ray.errors import ConfigError, UserError, printable
+from asc_ray.files import open_plain, read_plain
 
 if TYPE_CHECKING:
     import requests
@@ -35,6 +41,8 @@ TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 18  # bytes
 # Bytes on disk for one of an archive: TAU22's 230,350 clips of 24 bits take 31.1 GB in whole blocks, zipped 27.5 GB.
 UNPACKED = 1.15
+MOST_TIMES = 50  # an archive's size, unpacked: text packs to a tenth, a zip bomb to a thousandth
+SHA256 = ".sha256"
 
 Progress = Callable[[str, int, int], None]  # archive, bytes so far, bytes in all
 Note = Callable[[str], None]
@@ -123,7 +131,10 @@ def download(
         if finished.is_file():
             shutil.rmtree(scratch, ignore_errors=True)
             return False
-        if folder.exists() and not scratch.is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        if scratch.is_symlink():
+            raise UserError(f"{scratch}: a symbolic link, and not the folder that a download makes; delete it")
+        others = folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {SHA256})
+        if others and not scratch.is_dir():
             raise UserError(f"{folder}: not an empty folder, nor one with an unfinished download; choose another")
         with exclusive(scratch), requests.Session() as session:
             left = [archive for archive in source.archives if not (scratch / f"{archive.name}.done").exists()]
@@ -134,7 +145,7 @@ def download(
                     _check_space(scratch, left[index:])
                     _fetch(session, base_url or source.url, archive, scratch, on_progress, on_note)
                 on_note(f"{archive.name}: unpacking")
-                _unpack(scratch / archive.name, folder, source.top)
+                _unpack(scratch / archive.name, archive, folder, source.top)
                 os.sync()  # the mark must not outlive a power cut that the clips did not
                 (scratch / f"{archive.name}.done").touch()
                 (scratch / archive.name).unlink()
@@ -171,21 +182,46 @@ def _fetch(
     for _ in range(2):
         if found:
             on_note(f"{archive.name}: wrong checksum {found}; fetching it again from the start")
-        _fetch_part(session, url, part, lambda done: on_progress(archive.name, done, archive.size), on_note)
-        with part.open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if found == archive.md5:
+        _fetch_part(session, url, archive, part, lambda done: on_progress(archive.name, done, archive.size), on_note)
+        with open_plain(part, follow=False) as file:
+            found = _checksum(file, archive, scratch.parent)
+        if not found:
             part.replace(scratch / archive.name)
             return
         part.unlink()
     raise UserError(
-        f"{url}: checksum {found}, expected {archive.md5}, twice; the file was deleted and nothing of it unpacked. "
+        f"{url}: checksum {found}, twice; the file was deleted and nothing of it unpacked. "
         "Run the same command again later; if it stays wrong, see whether its page shows another checksum"
     )
 
 
+def _checksum(file: BinaryIO, archive: Archive, folder: Path) -> str:
+    """What the file's checksum is and what it should be; empty for the right one, and its SHA-256 is then known."""
+    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    file.seek(0)
+    while block := file.read(CHUNK):
+        md5.update(block)
+        sha256.update(block)
+    if md5.hexdigest() != archive.md5:
+        return f"{md5.hexdigest()}, expected {archive.md5}"
+    known: dict[str, str] = {}
+    with suppress(FileNotFoundError):
+        lines = read_plain(folder / SHA256, 1 << 20, follow=False).decode(errors="replace").splitlines()
+        known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    entry = f"{archive.name} {archive.md5}"
+    if known.setdefault(entry, sha256.hexdigest()) != sha256.hexdigest():
+        return f"{sha256.hexdigest()} (SHA-256), but {known[entry]} when it first came ({SHA256})"
+    write_atomically(folder / SHA256, "".join(f"{digest}  {name}\n" for name, digest in known.items()))
+    return ""
+
+
 def _fetch_part(
-    session: "requests.Session", url: str, part: Path, on_bytes: Callable[[int], None], on_note: Note
+    session: "requests.Session",
+    url: str,
+    archive: Archive,
+    part: Path,
+    on_bytes: Callable[[int], None],
+    on_note: Note,
 ) -> None:
     """Ask until the server has sent everything, or failed too often without sending anything new."""
     import requests
@@ -193,7 +229,7 @@ def _fetch_part(
     failures = furthest = 0
     while True:
         try:
-            _request(session, url, part, on_bytes)
+            _request(session, url, archive, part, on_bytes)
             return
         except (_Broken, requests.RequestException) as error:
             size = part.stat().st_size if part.exists() else 0
@@ -211,7 +247,9 @@ def _fetch_part(
             time.sleep(PAUSES[failures - 1])
 
 
-def _request(session: "requests.Session", url: str, part: Path, on_bytes: Callable[[int], None]) -> None:
+def _request(
+    session: "requests.Session", url: str, archive: Archive, part: Path, on_bytes: Callable[[int], None]
+) -> None:
     """One GET of what `part` lacks, or of everything where the server cannot continue or has another version by now."""
     etag_file = part.with_suffix(".etag")
     have = part.stat().st_size if part.exists() else 0
@@ -230,13 +268,15 @@ def _request(session: "requests.Session", url: str, part: Path, on_bytes: Callab
             raise UserError(f"{url}: HTTP {status} {response.reason}; see in a browser whether the file is still there")
         if status == 200:
             have = 0
+        if part.is_symlink():
+            raise UserError(f"{part}: a symbolic link, and not the file that a download makes; delete it")
         with part.open("ab" if have else "wb") as sink:
             if not have:
                 # After `part` was emptied: the bytes of one version never stand beside the tag of another.
                 etag_file.unlink(missing_ok=True)
                 etag = response.headers.get("ETag", "")
                 if etag.startswith('"'):  # If-Range takes no weak tag
-                    etag_file.write_text(etag)
+                    write_atomically(etag_file, etag)
             length = response.headers.get("Content-Length")
             expected = have + int(length) if length else None
             on_bytes(have)
@@ -244,36 +284,101 @@ def _request(session: "requests.Session", url: str, part: Path, on_bytes: Callab
                 sink.write(chunk)
                 have += len(chunk)
                 on_bytes(have)
+                if have > archive.size:
+                    break
+    if have > archive.size:
+        part.unlink()
+        raise UserError(
+            f"{url}: more than the {archive.size:,} bytes that it is known to have; deleted. See whether its page "
+            "shows another size"
+        )
     if expected is not None and have < expected:
         raise _Broken(f"the connection ended after {have} of {expected} bytes")
 
 
-def _unpack(file: Path, folder: Path, top: str) -> None:
-    """Write the archive's files into `folder` without the folder `top`, over what an interrupted run left."""
+def _unpack(path: Path, archive: Archive, folder: Path, top: str) -> None:
+    """Write the archive's files into `folder` without the folder `top`, over what an interrupted run left.
+
+    The file is opened once: what was compared with its checksum is what is unpacked.
+    """
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = [(member, _path(member.filename, top)) for member in archive.infolist() if not member.is_dir()]
-            if outside := [member.filename for member, path in members if path is None]:
-                raise UserError(
-                    f"{file}: {', '.join(map(repr, outside))} leads out of the corpus folder; nothing of this archive "
-                    "was unpacked. It is not one to trust: delete it and the folder"
-                )
-            for member, path in members:
-                target = folder / str(path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as data, target.open("wb") as sink:
-                    shutil.copyfileobj(data, sink)
+        with open_plain(path, follow=False) as file:
+            if found := _checksum(file, archive, folder):
+                raise zipfile.BadZipFile(f"checksum {found}")
+            with zipfile.ZipFile(file) as packed:
+                for member, target in _members(packed, path, archive, folder, top):
+                    with packed.open(member) as data, _created(folder, target) as sink:
+                        shutil.copyfileobj(data, sink)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        file.unlink()
+        path.unlink()
         raise UserError(
-            f"{file}: not a whole zip file ({error}) although its checksum was right; it was deleted, and the same "
-            "command fetches it again"
+            f"{path}: not a whole zip file ({printable(error)}) although its checksum was right when it came; it was "
+            "deleted, and the same command fetches it again"
         ) from error
 
 
+def _members(
+    packed: zipfile.ZipFile, path: Path, archive: Archive, folder: Path, top: str
+) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
+    """The archive's files and where they go. Raises UserError for an archive that is not one to be trusted."""
+    members = [(member, _path(member.filename, top)) for member in packed.infolist() if not member.is_dir()]
+    faults = {
+        "leads out of the corpus folder": [m.filename for m, place in members if place is None],
+        "is encrypted": [m.filename for m, _ in members if m.flag_bits & 1],
+        "is compressed in a way that zip files of corpora are not": [
+            m.filename for m, _ in members if m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        ],
+        "is no plain file": [
+            m.filename for m, _ in members if stat.S_IFMT(m.external_attr >> 16) not in (0, stat.S_IFREG)
+        ],
+        "is there twice": [str(place) for place, count in Counter(place for _, place in members).items() if count > 1],
+    }
+    for fault, names in faults.items():
+        if names:
+            listed = ", ".join(repr(name) for name in names[:5])
+            raise UserError(
+                f"{path}: {listed} {fault}; nothing of this archive was unpacked. It is not one to trust: delete it "
+                "and the folder"
+            )
+    size, free = sum(member.file_size for member, _ in members), shutil.disk_usage(folder).free
+    if size > MOST_TIMES * archive.size + CHUNK:
+        raise UserError(f"{path}: unpacks to {size:,} bytes, which no corpus does; nothing of it was unpacked")
+    if size > free:
+        raise UserError(f"{path}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; make room, and run it again")
+    return [(member, place) for member, place in members if place is not None]
+
+
+def _created(folder: Path, path: PurePosixPath) -> BinaryIO:
+    """A plain file below the folder, opened to be written. Raises UserError where a link is on the way to it."""
+    opened = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY)]
+    try:
+        for part in path.parts[:-1]:
+            with suppress(FileExistsError):
+                os.mkdir(part, dir_fd=opened[-1])
+            opened.append(os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=opened[-1]))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.open(path.name, flags, 0o644, dir_fd=opened[-1])
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(file)
+            raise OSError(errno.ELOOP, "no file of its own")
+        os.ftruncate(file, 0)
+        return os.fdopen(file, "wb")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise UserError(
+                f"{folder / path}: a link or another thing stands on the way to it, and nothing is written through "
+                "that; take it away"
+            ) from None
+        raise
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 def _path(member: str, top: str) -> PurePosixPath | None:
-    """Where a member goes, relative to the corpus; None for a path that leads out of it."""
+    """Where a member goes, relative to the corpus; None for a path that leads out of it, or cannot be shown."""
     path = PurePosixPath(member)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or not member.isprintable() or not path.parts:
         return None
     return path.relative_to(top) if path.is_relative_to(top) else path

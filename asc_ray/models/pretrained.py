@@ -1,11 +1,13 @@
 """Checkpoints made elsewhere: bare state dicts, Lightning checkpoints, safetensors; read without running their code."""
 
 import json
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asc_ray.errors import ConfigError, UserError
+from asc_ray.errors import ConfigError, printable
+from asc_ray.files import open_plain
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 # What training frameworks put before the names of a network's own tensors.
@@ -49,36 +52,78 @@ def published(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The network's tensors by name, without a framework's prefixes; tensors beside the network's are left out.
 
-    Raises UserError for files that are unreadable, hold no tensors, or hold a pickle of anything but plain tensors,
-    numbers and text: loading one could run code that came with it.
+    Raises ConfigError for files that are unreadable, hold no tensors, name two alike, hold tensors of kinds that no
+    weight is, or hold a pickle of anything but plain tensors, numbers and text: loading one could run code that came
+    with it.
     """
-    try:
-        if file.suffix == ".safetensors":
-            stored: Any = load_file(file)
-        else:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise UserError(f"{file}: cannot be read as a checkpoint (no pickle that torch knows)") from None
-        raise UserError(
-            f"{file}: refused: its pickle holds more than plain tensors ({found.group(1)}), and reading that can run "
-            "code. Save the state dict alone, best as safetensors"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), "cut off")
-        raise UserError(f"{file}: cannot be read as a checkpoint ({reason})") from None
+    stored = _stored(file)
     for container in ("state_dict", "model"):  # Lightning's, and others'
         if isinstance(stored, Mapping) and isinstance(stored.get(container), Mapping):
             stored = stored[container]
     tensors = {name: value for name, value in _items(stored) if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{file}: holds no tensors; a state dict of the network is expected")
-    prefixed = {name: value for name, value in tensors.items() if _PREFIX.match(name)}
-    while prefixed:
-        tensors = {_PREFIX.sub("", name): value for name, value in prefixed.items()}
-        prefixed = {name: value for name, value in tensors.items() if _PREFIX.match(name)}
+        raise ConfigError(f"{file}: holds no tensors; a state dict of the network is expected")
+    if odd := [name for name in tensors if not isinstance(name, str)]:
+        raise ConfigError(f"{file}: names tensors {printable(repr(odd[0]))}; a state dict names them by text")
+    while prefixed := [name for name in tensors if _PREFIX.match(name)]:
+        bare: dict[str, str] = {}
+        for name in prefixed:
+            if (other := bare.setdefault(_PREFIX.sub("", name), name)) != name:
+                raise ConfigError(f"{file}: {other} and {name} are one tensor's names; keep one network")
+        tensors = {own: tensors[name] for own, name in bare.items()}
+    if odd := [f"{name} ({kind})" for name, value in tensors.items() if (kind := _odd_kind(value))]:
+        raise ConfigError(f"{file}: holds tensors that are no weights: {_some(odd)}; save plain ones")
     return tensors
+
+
+def _stored(file: Path) -> Any:
+    """What a checkpoint's file holds, read without running what came with it. Raises ConfigError."""
+    try:
+        with open_plain(file) as opened:
+            if file.suffix == ".safetensors":
+                return load_file(file)
+            _refuse_packed(file, opened)
+            opened.seek(0)
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise ConfigError(f"{file}: cannot be read as a checkpoint (no pickle that torch knows)") from None
+        raise ConfigError(
+            f"{file}: refused: its pickle holds more than plain tensors ({found.group(1)}), and reading that can run "
+            "code. Save the state dict alone, best as safetensors"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read as a checkpoint ({error.strerror or error})") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # of a pickle cut or made up anything may come: AttributeError, KeyError, AssertionError
+        reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
+        raise ConfigError(f"{file}: cannot be read as a checkpoint ({reason[:200]})") from None
+
+
+def _refuse_packed(file: Path, opened: BinaryIO) -> None:
+    """torch writes a zip file whose parts are stored as they are; a packed part may be a thousand times its size."""
+    if not zipfile.is_zipfile(opened):
+        return
+    size = os.fstat(opened.fileno()).st_size
+    with zipfile.ZipFile(opened) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise ConfigError(f"{file}: its parts are packed, as torch writes none; save it again with torch.save")
+
+
+def _odd_kind(tensor: Tensor) -> str:
+    """What makes a tensor none that a network computes with; empty for a plain one in memory of its own."""
+    if tensor.device.type != "cpu":
+        return tensor.device.type
+    if tensor.is_quantized or tensor.dtype.is_complex:
+        return str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "values that share memory"
+    return ""
 
 
 def metadata(about: Mapping[str, Any]) -> dict[str, str]:
@@ -93,24 +138,29 @@ def said(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt") as stored:
             return {name: json.loads(value) for name, value in (stored.metadata() or {}).items() if name != "format"}
-    except (OSError, ValueError, SafetensorError):  # no file of ours; reading its tensors says what is wrong with it
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        SafetensorError,
+    ):  # no file of ours; reading its tensors says what is wrong with it
         return {}
 
 
 def load_published(model: nn.Module, file: Path, about: Mapping[str, Any]) -> bool:
     """Load all of `model` from `file`; returns whether the file says for which scenes and which front end it is.
 
-    `about` says it of `model`. Raises UserError where the file says something else, and naming what is missing, left
+    `about` says it of `model`. Raises ConfigError where the file says something else, and naming what is missing, left
     over, of another shape or type, or no weight that a network can compute with.
     """
-    found = said(file)
+    tensors, found = read_tensors(file), said(file)
     for name, wanted in about.items():
         if name in found and found[name] != (expected := json.loads(json.dumps(wanted))):
-            raise UserError(
+            raise ConfigError(
                 f"{file}: was trained with {name} {_listed(found[name])}, and here {_listed(expected)} are needed, in "
                 "this order"
             )
-    _load(model, read_tensors(file), file)
+    _load(model, tensors, file)
     return all(name in found for name in about)
 
 
@@ -122,7 +172,7 @@ def start_from(model: nn.Module, file: Path, labels: Sequence[str]) -> list[str]
     """Load a PaSST trained on other classes (AudioSet's 527), and return what was done to make it fit.
 
     A head for other classes than `labels`, as far as the file says, stays the fresh one; positional grids of another
-    geometry are interpolated. Raises UserError as `load_published`.
+    geometry are interpolated. Raises ConfigError as `load_published`.
     """
     tensors, own, changes = read_tensors(file), model.state_dict(), []
     heads = [name for name in own if _HEAD.match(name)]
@@ -164,7 +214,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise UserError(
+        raise ConfigError(
             f"{file}: does not fit {type(model).__name__} as configured: {listed}. Compare the recipe's `model`"
         )
     weights = {name: tensors[name].to(value.dtype) for name, value in own.items() if name in tensors}
@@ -176,13 +226,12 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     }
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"{file}: holds no weights that a network can compute with: {listed}")
+        raise ConfigError(f"{file}: holds no weights that a network can compute with: {listed}")
     model.load_state_dict(weights, strict=False)
 
 
 def _same_kind(found: Tensor, own: Tensor) -> bool:
-    plain = found.layout is torch.strided and found.device.type == "cpu" and not found.is_quantized
-    return plain and found.dtype.is_floating_point == own.dtype.is_floating_point and not found.dtype.is_complex
+    return found.dtype.is_floating_point == own.dtype.is_floating_point
 
 
 def _some(names: list[str]) -> str:
