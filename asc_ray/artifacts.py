@@ -29,8 +29,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from asc_ray.errors import ConfigError, UserError, printable
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.files import open_plain, read_plain
+from asc_ray.shown import printable
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ except ModuleNotFoundError as error:  # asc-ray[runtime]
     sys.exit(f"asc-ray: {error.name} is not installed, the command line needs more: pip install 'asc-ray[train]'")
 
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.shown import masked, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -336,6 +338,7 @@ def _run(config: str, overrides: list[str], stages: tuple[str, ...]) -> None:
 
 
 INTERRUPTED = 130
+_LINES = "\n\t"
 
 
 def main(*command: str) -> None:
@@ -355,7 +358,7 @@ def main(*command: str) -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"asc-ray: {error}", file=sys.stderr)
+        print(f"asc-ray: {masked(printable(error, keep=_LINES))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
@@ -363,6 +366,9 @@ def main(*command: str) -> None:
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:  # a fault of ours: all of it is shown, but for what opens a server
+        print(masked(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from asc_ray.cluster.resources import ClusterConfig, Resources, TrainerResources
 from asc_ray.data.batches import DataConfig
@@ -25,6 +25,7 @@ from asc_ray.fusion import FusionConfig
 from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section, absolute
+from asc_ray.shown import masked
 from asc_ray.training.dataset import PartitionConfig
 from asc_ray.training.explain import explain
 from asc_ray.training.loop import Recipe
@@ -80,10 +81,24 @@ class LogitsConfig(Section):
 
 
 class TrackingConfig(Section):
-    """`uri`: any MLflow tracking URI; without one, a sqlite database in the storage."""
+    """`uri`: any MLflow tracking URI; without one, a sqlite database in the storage.
+
+    A login in it goes to MLflow alone: what is written or shown of a configuration has *** in its place.
+    """
 
     uri: str | None = None
     experiment: str = Field("asc-ray", min_length=1)
+
+    @field_validator("uri")
+    @classmethod
+    def _with_its_login(cls, value: str | None) -> str | None:
+        if value and "***" in value:
+            raise ValueError("its login was taken out when it was written; give the whole URI, or leave it out")
+        return value
+
+    @field_serializer("uri")
+    def _without_login(self, value: str | None) -> str | None:
+        return value and masked(value)
 
 
 S = TypeVar("S", bound=Section)
@@ -180,7 +195,7 @@ def _find(source: str | Path, given: str = "--config", folder: Path = Path()) ->
         if is_there(path):
             return path.resolve()
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-    raise ConfigError(f"{given} {source}: no such file; give a YAML file, or one of the presets {names}")
+    raise ConfigError(f"{given} {str(source)[:200]}: no such file; give a YAML file, or one of the presets {names}")
 
 
 def is_there(path: Path) -> bool:
@@ -203,6 +218,8 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[s
     """The mappings that make up a configuration, the lowest first, and the files that they are from."""
     if path in above:
         raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
+    if len(above) > MOST_LAYERS:
+        raise ConfigError(f"{path}: base: leads to more than {MOST_LAYERS} files")
     try:
         raw = read_yaml(read_plain(path, MOST_BYTES).decode(), str(path))
     except OSError as error:
@@ -224,7 +241,7 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[s
     layers: list[tuple[Path, dict[str, Any]]] = []
     for name in bases:
         layers += _layers(_find(name, f"{path}: base:", path.parent), (*above, path))
-        if len(layers) > MOST_LAYERS or len(above) > MOST_LAYERS:
+        if len(layers) > MOST_LAYERS:
             raise ConfigError(f"{path}: base: leads to more than {MOST_LAYERS} files")
     return [*layers, (path, raw)]
 

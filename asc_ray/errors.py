@@ -18,14 +18,3 @@ class ConfigError(UserError):
 
 class CorpusError(UserError):
     """The corpus cannot be used as it is; the message lists every offending file or row."""
-
-
-def printable(text: object, keep: str = "") -> str:
-    """The text with escapes in place of what would steer a terminal or hide in a line, but for the characters `keep`.
-
-    Names of files and scenes may be anybody's: a terminal obeys their control characters.
-    """
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in str(text)
-    )

@@ -20,6 +20,7 @@ from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress
 from asc_ray.report.card import Card, render_card
 from asc_ray.runtime import CHECKSUMS, MODEL
+from asc_ray.shown import masked
 from asc_ray.training.ensemble import read_evaluation, score
 from asc_ray.training.export import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.training.systems import StudentConfig, load_int8
@@ -71,7 +72,7 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
         found = [folder for storage, key in stages for folder in storage.glob(f"int8/*-{key}")]
         if not found:
             raise UserError(
-                f"{run}: no folder, and not the run of a finished int8 training in {uri}. Give the folder that "
+                f"{run}: no folder, and not the run of a finished int8 training in {masked(uri)}. Give the folder that "
                 "`asc-ray status` shows, or a run's ID with --config or --set tracking.uri=..."
             )
     for folder in found:
@@ -146,7 +147,7 @@ def export(run: str, out: Path, name: str, uri: str | None, default_storage: Pat
         judged_on = content_key(clips=origin.clips.name, partition=partition)
         progress.note(tracking.register(uri, runs["int8"], out, name, card.validation, judged_on))
     else:
-        progress.note(f"not registered: no run in {uri} has trained this model")
+        progress.note(f"not registered: no run in {masked(uri)} has trained this model")
 
 
 def _card(

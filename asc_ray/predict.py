@@ -18,6 +18,7 @@ import soxr
 from asc_ray.audio.recording import Recording, cancels, check_rate, check_scale
 from asc_ray.errors import UserError
 from asc_ray.runtime import Bundle
+from asc_ray.shown import in_csv, path_in_csv, printable
 
 # A clip may be this much shorter than what the model takes: the rest is zeros, as in training.
 LENGTH_TOLERANCE = 0.1
@@ -189,7 +190,7 @@ def _table(labels: tuple[str, ...], per_second: bool) -> Callable[[Answer], Iter
     def lines(answer: Answer) -> Iterator[str]:
         best = int(answer.pooled.argmax())
         count = len(answer.probabilities)
-        yield f"{labels[best]:<{width}}  {100 * answer.pooled[best]:5.1f} %  {count:5d} s  {answer.file}"
+        yield f"{labels[best]:<{width}}  {100 * answer.pooled[best]:5.1f} %  {count:5d} s  {printable(answer.file)}"
         if per_second:
             for second, own in enumerate(answer.probabilities):
                 best = int(own.argmax())
@@ -221,7 +222,8 @@ def _csv(labels: tuple[str, ...], per_second: bool) -> Callable[[Answer], Iterat
     def lines(answer: Answer) -> Iterator[str]:
         row = io.StringIO()
         values = [f"{p:.6f}" for p in answer.pooled]
-        csv.writer(row, delimiter="\t").writerow([answer.file, labels[int(answer.pooled.argmax())], *values])
+        label = in_csv(labels[int(answer.pooled.argmax())])
+        csv.writer(row, delimiter="\t").writerow([path_in_csv(answer.file), label, *values])
         yield row.getvalue().rstrip()
 
     return lines
@@ -241,19 +243,19 @@ def predict_files(
     lines = FORMATS[form](bundle.labels, per_second)
     on_file(len(found))
     if form == "csv":
-        print("filename", "scene_label", *bundle.labels, sep="\t")
+        print("filename", "scene_label", *map(in_csv, bundle.labels), sep="\t")
     bad: list[str] = []
     for name, path in found:
         try:
             own = answer(bundle, name, path)
             print(*lines(own), sep="\n", flush=True)
             if own.note:
-                print(f"asc-ray: {name}: {own.note}", file=sys.stderr)
+                print(f"asc-ray: {printable(name)}: {own.note}", file=sys.stderr)
         except UserError as error:
-            bad.append(f"{name}: {error}")
+            bad.append(f"{printable(name)}: {error}")
         on_file(0)
     if others:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        counts = ", ".join(f"{count} {printable(suffix)}" for suffix, count in sorted(others.items()))
         print(f"asc-ray: left out, no sound by their suffix: {counts}", file=sys.stderr)
     if bad:
         raise UserError(f"{len(bad)} of {len(found)} files without an answer:\n  " + "\n  ".join(bad))

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from asc_ray.artifacts import Artifact
+from asc_ray.shown import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -48,7 +49,7 @@ class Progress:
         self.console.print(f"[bold]{name}[/bold] done in {time.monotonic() - start:.1f} s")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {text}", markup=False)
+        self.console.print(f"  {printable(text, keep=chr(10))}", markup=False)
 
     def skipped(self, stage: str, artifacts: Sequence[Artifact]) -> None:
         where = (

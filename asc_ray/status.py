@@ -4,6 +4,7 @@ import time
 
 from asc_ray.artifacts import Artifact, is_locked, read_record
 from asc_ray.plan import REPORT, Plan, failure, scores_over_seeds
+from asc_ray.shown import masked
 from asc_ray.training.systems import PROGRESS
 
 
@@ -54,5 +55,6 @@ def where_things_are(plan: Plan) -> list[str]:
         seeds = "" if len(plan.int8) == 1 else ", the best of the seeds on the validation part"
         lines.append(f"model   {best.path}   (asc-ray export makes a bundle of it{seeds})")
     uri = plan.config.tracking.uri or default_uri(plan.config.storage)
-    lines.append(f"runs    {uri}   (mlflow ui --backend-store-uri {uri})")
+    shown = masked(uri)
+    lines.append(f"runs    {shown}   (mlflow ui --backend-store-uri {shown})")
     return lines

@@ -31,6 +31,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from asc_ray import runtime
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.shown import masked
 
 # Database migrations and similar chatter say nothing to the user of a pipeline.
 for _name in ("alembic", "mlflow"):
@@ -40,6 +41,10 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 STORAGE_TAG = "asc_ray.storage"
 KEY_TAG = "asc_ray.key"
 ERROR_TAG = "asc_ray.error"
+
+
+def _first_line(error: Exception, uri: str) -> str:
+    return masked(next(iter(str(error).splitlines()), ""), uri)
 
 
 def default_uri(storage: Path) -> str:
@@ -81,7 +86,7 @@ class Tracker:
                 self.experiment_id = found.experiment_id
         except (MlflowException, OSError) as error:
             raise UserError(
-                f"tracking.uri {self.uri}: MLflow cannot be reached ({str(error).splitlines()[0]}); "
+                f"tracking.uri {masked(self.uri)}: MLflow cannot be reached ({_first_line(error, self.uri)}); "
                 "start the server, or leave tracking.uri out to use a database in the storage"
             ) from None
         self._tags = {STORAGE_TAG: str(storage)}
@@ -107,7 +112,7 @@ class Tracker:
             raise
         except Exception as error:
             with _undisturbed():
-                self._client.set_tag(self.parent_id, ERROR_TAG, str(error)[:5000])
+                self._client.set_tag(self.parent_id, ERROR_TAG, masked(error, self.uri)[:5000])
             raise
         finally:
             for name in list(self._open):
@@ -263,8 +268,8 @@ def _client(uri: str) -> MlflowClient:
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"tracking.uri {uri}: MLflow cannot be reached ({str(error).splitlines()[0]}); start the server, or name "
-            "another"
+            f"tracking.uri {masked(uri)}: MLflow cannot be reached ({_first_line(error, uri)}); start the server, or "
+            "name another"
         ) from None
     return client
 
@@ -310,8 +315,8 @@ def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, 
     except (MlflowException, OSError) as error:
         client.set_terminated(run_id, status)
         raise UserError(
-            f"{bundle}: is whole, but MLflow at {uri} did not register it as {name} ({str(error).splitlines()[0]}); "
-            "the same command tries it again"
+            f"{bundle}: is whole, but MLflow at {masked(uri)} did not register it as {name} "
+            f"({_first_line(error, uri)}); the same command tries it again"
         ) from None
 
 
@@ -371,7 +376,7 @@ def _needed_code(folder: Path) -> str:
     """The part of this package that serving needs, copied: the model loads where asc-ray is not installed."""
     here, package = Path(__file__).parent, folder / "asc_ray"
     shutil.copytree(here / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("__init__.py", "errors.py", "files.py"):
+    for file in ("__init__.py", "errors.py", "files.py", "shown.py"):
         shutil.copy(here / file, package)
     return str(package)
 

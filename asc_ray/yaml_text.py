@@ -4,7 +4,8 @@ from typing import Any
 
 import yaml
 
-from asc_ray.errors import ConfigError, printable
+from asc_ray.errors import ConfigError
+from asc_ray.shown import printable
 
 MOST_BYTES = 1 << 20  # of a file
 _MOST_DEPTH = 32

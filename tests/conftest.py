@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,6 +59,14 @@ def cluster() -> Cluster:
 def joined() -> dict[str, str]:
     """Of a user with a cluster of two CPUs."""
     return environment() | {"RAY_ADDRESS": cluster().address}
+
+
+@pytest.fixture
+def canary(tmp_path) -> Iterator[Path]:
+    """What a payload would write if anything ran it; no test may find it."""
+    file = tmp_path / "canary"
+    yield file
+    assert not file.exists(), "a payload ran"
 
 
 BUNDLE_LABELS = ("airport", "bus", "metro", "park")

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 # A module may import from its own layer and from those to its left.
 LAYERS = (
     {"errors"},
-    {"files"},
+    {"files", "shown"},
     {"runtime"},
     {"section", "artifacts", "yaml_text"},
     {"audio", "models"},

@@ -11,14 +11,17 @@ import sys
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import command
+from conftest import BUNDLE_LABELS, command
 from hypothesis import given
 from hypothesis import strategies as st
-from test_runtime import LABELS, bundle, int8, noise  # noqa: F401
 
 from asc_ray.errors import UserError
 from asc_ray.predict import answer, live, seconds
 from asc_ray.runtime import Bundle
+
+
+def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal((count, samples), dtype=np.float32)
 
 
 @given(length=st.integers(0, 75), cuts=st.lists(st.integers(0, 75), max_size=6))
@@ -56,10 +59,10 @@ def recordings(tmp_path):
     return folder
 
 
-def test_formats_and_channels_answer_alike(bundle, recordings):  # noqa: F811
+def test_formats_and_channels_answer_alike(bundle, recordings):
     opened = Bundle(bundle)
     plain = answer(opened, "plain", recordings / "plain.wav")
-    assert plain.probabilities.shape == (3, len(LABELS))
+    assert plain.probabilities.shape == (3, len(BUNDLE_LABELS))
     wave, _ = sf.read(recordings / "plain.wav", dtype="int16")
     expected = opened.probabilities(np.stack([wave[:32_000], wave[32_000:64_000], wave[-32_000:]]))
     np.testing.assert_array_equal(plain.probabilities, expected)
@@ -71,7 +74,7 @@ def test_formats_and_channels_answer_alike(bundle, recordings):  # noqa: F811
 
 
 @pytest.mark.parametrize("rate", [8_000, 44_100, 48_000, 192_000])
-def test_other_rates_are_resampled(bundle, tmp_path, rate):  # noqa: F811
+def test_other_rates_are_resampled(bundle, tmp_path, rate):
     def tone(rate):
         return 0.3 * np.sin(2 * np.pi * 1000 * np.arange(3 * rate) / rate)
 
@@ -87,45 +90,45 @@ def run(*arguments, stdin=None):
     return subprocess.run(command("predict", *arguments), input=stdin, capture_output=True, check=False)
 
 
-def test_a_folder_as_dcase_has_it(bundle, recordings):  # noqa: F811
+def test_a_folder_as_dcase_has_it(bundle, recordings):
     done = run(bundle, recordings, "--format", "csv")
     assert done.returncode == 0, done.stderr
     header, *rows = csv.reader(io.StringIO(done.stdout.decode()), delimiter="\t")
-    assert header == ["filename", "scene_label", *LABELS]
+    assert header == ["filename", "scene_label", *BUNDLE_LABELS]
     assert [row[0] for row in rows] == ["deep/three.ogg", "float.wav", "plain.wav", "two.flac"]
     for _, label, *values in rows:
         probabilities = np.array(values, dtype=float)
         assert probabilities.sum() == pytest.approx(1, abs=1e-5)
-        assert LABELS[probabilities.argmax()] == label
+        assert BUNDLE_LABELS[probabilities.argmax()] == label
 
 
-def test_names_with_tabs_do_not_break_the_columns(bundle, recordings):  # noqa: F811
+def test_names_with_tabs_do_not_break_the_columns(bundle, recordings):
     (recordings / "plain.wav").rename(recordings / 'a\tb"ü.wav')
     done = run(bundle, recordings, "--format", "csv")
     rows = list(csv.reader(io.StringIO(done.stdout.decode()), delimiter="\t"))
     assert rows[1][0] == 'a\tb"ü.wav'
-    assert {len(row) for row in rows} == {2 + len(LABELS)}
+    assert {len(row) for row in rows} == {2 + len(BUNDLE_LABELS)}
 
 
-def test_half_a_sample_at_the_end_is_said(bundle):  # noqa: F811
+def test_half_a_sample_at_the_end_is_said(bundle):
     done = run(bundle, "-", stdin=bytes(64_001))
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 1
     assert b"1 bytes at the stream's end are no whole sample" in done.stderr
 
 
-def test_json_lines_and_seconds(bundle, recordings):  # noqa: F811
+def test_json_lines_and_seconds(bundle, recordings):
     done = run(bundle, recordings / "plain.wav", "--format", "jsonl", "--per-second")
     (line,) = done.stdout.decode().splitlines()
     entry = json.loads(line)
     assert entry["filename"] == str(recordings / "plain.wav")
     assert entry["seconds"] == len(entry["per_second"]) == 3
-    pooled = {label: np.mean([own["probabilities"][label] for own in entry["per_second"]]) for label in LABELS}
+    pooled = {label: np.mean([own["probabilities"][label] for own in entry["per_second"]]) for label in BUNDLE_LABELS}
     assert entry["probabilities"] == pytest.approx(pooled, abs=1e-5)
     assert entry["scene_label"] == max(pooled, key=pooled.get)
 
 
-def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):  # noqa: F811
+def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):
     (recordings / "broken.wav").write_bytes(b"RIFF????WAVE")
     sf.write(recordings / "empty.wav", np.zeros(0), 32_000)
     sf.write(recordings / "nan.wav", np.full(32_000, np.nan), 32_000, subtype="FLOAT")
@@ -171,7 +174,7 @@ def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):  # noqa: 
         (("{bundle}", "-"), 1, "no samples"),
     ],
 )
-def test_wrong_commands(bundle, arguments, code, message):  # noqa: F811
+def test_wrong_commands(bundle, arguments, code, message):
     done = run(*(argument.format(bundle=bundle) for argument in arguments), stdin=b"")
     errors = done.stderr.decode()
     assert done.returncode == code, errors
@@ -180,7 +183,7 @@ def test_wrong_commands(bundle, arguments, code, message):  # noqa: F811
 
 
 @pytest.mark.parametrize("rate", [32_000, 44_100])
-def test_a_stream_is_answered_while_it_lasts(bundle, rate):  # noqa: F811
+def test_a_stream_is_answered_while_it_lasts(bundle, rate):
     """A twentieth of a second later at most, where it has to be resampled."""
     later = 0 if rate == 32_000 else rate // 20
     pcm = np.round(32768 * noise(1, 3 * rate + later)[0]).astype("<i2")
@@ -200,10 +203,10 @@ def test_a_stream_is_answered_while_it_lasts(bundle, rate):  # noqa: F811
     assert [line[:2] for line in lines] == [["0", "s"], ["1", "s"], ["2", "s"]]
     if not later:
         expected = Bundle(bundle).probabilities(pcm.reshape(3, rate)).argmax(1)
-        assert [line[2] for line in lines] == [LABELS[k] for k in expected]
+        assert [line[2] for line in lines] == [BUNDLE_LABELS[k] for k in expected]
 
 
-def test_files_of_two_folders_have_their_folders_names(bundle, recordings):  # noqa: F811
+def test_files_of_two_folders_have_their_folders_names(bundle, recordings):
     done = run(bundle, recordings / "deep", recordings, "--format", "csv")
     names = [line.split("\t")[0] for line in done.stdout.decode().splitlines()[1:]]
     assert names == [str(recordings / "deep" / "three.ogg")] + [
@@ -211,7 +214,7 @@ def test_files_of_two_folders_have_their_folders_names(bundle, recordings):  # n
     ]
 
 
-def test_a_stream_of_two_channels_at_another_rate(bundle):  # noqa: F811
+def test_a_stream_of_two_channels_at_another_rate(bundle):
     pcm = np.round(3276 * noise(1, 2 * 48_000)).astype("<i2").repeat(2)
     done = run(bundle, "-", "--rate", 48_000, "--channels", 2, "--format", "jsonl", stdin=pcm.tobytes())
     entries = [json.loads(line) for line in done.stdout.decode().splitlines()]
@@ -224,7 +227,7 @@ def test_predicting_imports_neither_torch_nor_ray_nor_mlflow():
     assert out.strip() == "[]"
 
 
-def test_a_chain_of_streams_is_heard_to_its_end(bundle, tmp_path):  # noqa: F811
+def test_a_chain_of_streams_is_heard_to_its_end(bundle, tmp_path):
     parts = [tmp_path / f"{number}.ogg" for number in range(3)]
     for number, part in enumerate(parts):
         sf.write(part, noise(1, 64_000, seed=number)[0], 32_000)
@@ -234,7 +237,7 @@ def test_a_chain_of_streams_is_heard_to_its_end(bundle, tmp_path):  # noqa: F811
     np.testing.assert_array_equal(answer(opened, "x", tmp_path / "chain.ogg").probabilities, np.concatenate(alone))
 
 
-def test_sound_of_another_scale_or_rate_gets_no_answer(bundle, tmp_path):  # noqa: F811
+def test_sound_of_another_scale_or_rate_gets_no_answer(bundle, tmp_path):
     wave = noise(1, 64_000)[0]
     sf.write(tmp_path / "a.wav", np.rint(10_000 * wave), 32_000, subtype="FLOAT")
     sf.write(tmp_path / "b.wav", wave, 900)
@@ -250,7 +253,7 @@ def test_sound_of_another_scale_or_rate_gets_no_answer(bundle, tmp_path):  # noq
 
 
 @pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
-def test_silence_is_answered_with_a_note(bundle, tmp_path, form):  # noqa: F811
+def test_silence_is_answered_with_a_note(bundle, tmp_path, form):
     wave = noise(1, 96_000)[0]
     sounds = {
         "half.wav": np.concatenate([wave, np.zeros(64_000)]),
@@ -274,7 +277,7 @@ def test_silence_is_answered_with_a_note(bundle, tmp_path, form):  # noqa: F811
         assert ["note" in json.loads(line) for line in done.stdout.splitlines()] == [True, True, True, False]
 
 
-def test_a_silent_second_of_a_stream_is_marked(bundle):  # noqa: F811
+def test_a_silent_second_of_a_stream_is_marked(bundle):
     pcm = np.concatenate([np.rint(noise(1)[0] * 32768), np.zeros(32_000)]).astype("<i2").tobytes()
     sound, silence = run(bundle, "-", stdin=pcm).stdout.decode().splitlines()
     assert not sound.endswith("silent")
@@ -284,7 +287,7 @@ def test_a_silent_second_of_a_stream_is_marked(bundle):  # noqa: F811
 
 
 @pytest.mark.parametrize("form", ["WAV", "RF64", "FLAC", "OGG", "AIFF", "MP3", "CAF", "AU"])
-def test_a_container_on_standard_input_is_no_raw_pcm(bundle, form):  # noqa: F811
+def test_a_container_on_standard_input_is_no_raw_pcm(bundle, form):
     stream = io.BytesIO()
     sf.write(stream, noise(1)[0], 32_000, format=form)
     content = stream.getvalue()

@@ -25,10 +25,11 @@ import numpy as np
 from pydantic import Field
 
 from asc_ray.data.demo import DemoConfig
-from asc_ray.errors import ConfigError, CorpusError, printable
+from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.files import read_plain
 from asc_ray.runtime import fit_label
 from asc_ray.section import Section
+from asc_ray.shown import printable
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
 WHOLE_CORPUS = 0.5  # a fault of more than this share of the clips has one cause, and is told once

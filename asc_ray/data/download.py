@@ -29,8 +29,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from asc_ray.artifacts import exclusive, write_atomically
-from asc_ray.errors import ConfigError, UserError, printable
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.files import open_plain, read_plain
+from asc_ray.shown import printable
 
 if TYPE_CHECKING:
     import requests

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asc_ray.errors import ConfigError, printable
+from asc_ray.errors import ConfigError
 from asc_ray.files import open_plain
+from asc_ray.shown import printable
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 # What training frameworks put before the names of a network's own tensors.

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from asc_ray.fusion import Fusion
 from asc_ray.report import figures
 from asc_ray.section import Section
+from asc_ray.shown import in_markdown
 from asc_ray.training.evaluation import Deviation, Evaluation, Scores
 from asc_ray.training.search import TrialResult, pareto, values_over_seeds
 
@@ -98,6 +99,7 @@ def environment() -> Environment:
     )
     made.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f}"
     made.filters["metric"] = _metric
+    made.filters["md"] = in_markdown
     return made
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from asc_ray.models.complexity import BYTES_EACH
 from asc_ray.report.page import environment
+from asc_ray.shown import in_csv, in_markdown
 from asc_ray.training.evaluation import OverSeeds
 
 PAPER = "the paper, TAU22"
@@ -111,10 +112,10 @@ def cell(column: str, value: float | None, deviation: float | None, paper: bool)
 
 def markdown(comparison: Comparison) -> str:
     names = columns(comparison)
-    rows = [["", *(TITLES.get(name, name) for name in names)], ["---"] * (len(names) + 1)]
+    rows = [["", *(in_markdown(TITLES.get(name, name)) for name in names)], ["---"] * (len(names) + 1)]
     for line in lines(comparison):
         shown = [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)]
-        rows.append([line.name.replace("|", "\\|"), *shown])
+        rows.append([in_markdown(line.name), *shown])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"# {comparison.title}\n\n{comparison.note}\n\n{table}\n"
 
@@ -125,7 +126,7 @@ def comma_separated(comparison: Comparison) -> str:
     writer = csv.writer(out, lineterminator="\n")
     named = [{"parameters": "parameters_K", "macs": "macs_M"}.get(name, name.replace(" ", "_")) for name in names]
     head = [text for name in named for text in (name, f"{name}_deviation")]
-    writer.writerow(["row", "source", "corpus", "seeds", *head])
+    writer.writerow(["row", "source", "corpus", "seeds", *map(in_csv, head)])
     row = None
     for line in lines(comparison):
         if not line.paper:
@@ -134,7 +135,7 @@ def comma_separated(comparison: Comparison) -> str:
         ours = (comparison.corpus, row.scores[1].runs if row.scores[1] else 1)
         source = ("paper", "TAU22", "") if line.paper else ("ours", *ours)
         figures = ["" if figure is None else f"{figure:.6g}" for found in line.cells for figure in found]
-        writer.writerow([row.name, *source, *figures])
+        writer.writerow([in_csv(row.name), *(in_csv(str(own)) for own in source), *figures])
     return out.getvalue()
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section
+from asc_ray.shown import masked
 
 
 def explain(error: ValidationError, root: type[Section]) -> str:
@@ -32,7 +33,7 @@ def explain(error: ValidationError, root: type[Section]) -> str:
         elif finding["type"] == "too_short" and not found:
             lines.append(f"{path}: is empty; give at least {finding['ctx']['min_length']}")
         elif isinstance(found, str | int | float | bool | None):
-            lines.append(f"{path}: found {found!r}: {message[0].lower()}{message[1:]}")
+            lines.append(f"{path}: found {masked(repr(found))}: {message[0].lower()}{message[1:]}")
         else:
             lines.append(f"{path}: {message}" if path else message)
     return "; ".join(lines)
