@@ -22,7 +22,7 @@ from asc_ray.training.ensemble import read_evaluation
 from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
 from asc_ray.training.search import changed
-from asc_ray.training.systems import StudentConfig
+from asc_ray.training.systems import INT8_FORM, StudentConfig
 
 BEST_STUDENT = "best.yaml"
 TRIALS_TABLE = "trials.csv"
@@ -145,7 +145,9 @@ class Plan:
             for name, seed in self.seeds.items()
         }
         self.int8 = {
-            _int8(name): self._artifact("int8", "student", {"qat": dump(config.qat)}, {"student": artifact.key})
+            _int8(name): self._artifact(
+                "int8", "student", {"qat": dump(config.qat), "form": INT8_FORM}, {"student": artifact.key}
+            )
             for name, artifact in self.students.items()
         }
         # Of each student and each int8 form, by their names.

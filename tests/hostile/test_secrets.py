@@ -1,0 +1,105 @@
+"""Nothing that is written, logged or printed holds what opens a server; nothing in the package runs what it reads."""
+
+import ast
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY
+from refusal import refused
+
+import asc_ray
+from asc_ray.config import load_config
+from asc_ray.plan import dump
+from asc_ray.shown import in_csv, in_markdown, masked, path_in_csv, printable
+from asc_ray.tracking import Tracker
+
+pytestmark = pytest.mark.timeout(120)
+URIS = [
+    "http://me:hunter2@host:5000",
+    "https://hunter2@host/path",
+    "postgresql://me:hunter2@host/mlflow",
+    "postgresql://me:a:b@hunter2@host/mlflow",
+    "postgresql://host/mlflow?user=me&password=hunter2",
+    "https://host/?api_token=hunter2&x=1",
+    "mysql+pymysql://me:%68unter2@host/db?ssl_key=hunter2",
+]
+
+
+@pytest.mark.parametrize("uri", URIS)
+def test_a_secret_is_masked_wherever_it_stands(uri):
+    told = masked(f"cannot reach {uri}")
+    assert "unter2" not in told
+    assert "host" in told
+    assert "hunter2" not in masked("login of hunter2 refused", "http://me:%68unter2@host")
+    config = load_config(TINY, [f"tracking.uri={uri}"])
+    assert config.tracking.uri == uri
+    assert "unter2" not in str(dump(config))
+    assert "unter2" not in config.model_dump_json()
+
+
+def test_what_has_no_secret_stays_as_it_is():
+    for text in ("sqlite:////storage/mlflow.db", "http://host:5000", "a@b.c wrote: x=1, monkeys=2 at /a/b"):
+        assert masked(text) == text.replace("monkeys=2", "monkeys=***")
+
+
+def test_a_masked_configuration_says_so(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"base": str(TINY), "tracking": {"uri": "http://***@host"}}))
+    refused(lambda: load_config(tmp_path / "c.yaml"), "its login was taken out when it was written", code=2)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An MLflow server that knows nobody."""
+
+    def do_GET(self):
+        self.send_error(401, "who is hunter2")
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_refuses_is_named_without_its_login(tmp_path):
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        uri = f"http://me:hunter2@127.0.0.1:{server.server_port}"
+        told = refused(lambda: Tracker(uri, "asc-ray", tmp_path, "demo", "k"), "MLflow cannot be reached")
+        server.shutdown()
+        thread.join()
+    assert "hunter2" not in told
+
+
+def test_text_from_anywhere_is_fit_for_where_it_is_shown():
+    assert printable("a\x1b[2Jb\u202e\ud800\n") == "a\\x1b[2Jb\\u202e\\ud800\\n"
+    assert printable("two\nlines", keep="\n") == "two\nlines"
+    assert printable("Straße 音") == "Straße 音"
+    assert [in_csv(text) for text in ("=1+1", "@x", "-1", "+1", "park")] == ["'=1+1", "'@x", "'-1", "'+1", "park"]
+    assert path_in_csv("=x.wav") == "./=x.wav"
+    assert in_markdown("a|b <img> *c* [d](e)") == "a\\|b \\<img\\> \\*c\\* \\[d\\](e)"
+
+
+RUNS = {"eval", "exec", "compile", "__import__"}
+READERS = {
+    "pickle.load", "pickle.loads", "torch.jit.load", "torch.export.load", "torch.package.PackageImporter",
+    "joblib.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "dill.load", "cloudpickle.load",
+    "torch.hub.load", "marshal.loads", "shelve.open", "os.system", "pandas.read_pickle", "pd.read_pickle",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(Path(asc_ray.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_nothing_runs_what_it_reads(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        assert name not in RUNS | READERS
+        if name == "torch.load":
+            assert keywords["weights_only"] == "True"
+        if name in ("np.load", "numpy.load"):
+            assert keywords.get("allow_pickle", "False") == "False"
+        assert keywords.get("shell") != "True"
