@@ -16,6 +16,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError as error:  # asc-ray[runtime]
     sys.exit(f"asc-ray: {error.name} is not installed, the command line needs more: pip install 'asc-ray[train]'")
 
@@ -318,9 +319,9 @@ def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None: 
     for stage, artifacts in plan.by_stage().items():
         for artifact in artifacts:
             state, where = state_of(artifact)
-            table.add_row(stage, artifact.name, state, where)
+            table.add_row(stage, artifact.name, Text(printable(state)), Text(printable(where)))
     for name, error in plan.left_out.items():
-        table.add_row("teachers", name, "left out", error)
+        table.add_row("teachers", name, "left out", Text(printable(error)))
     # A log file has no width: paths must not be cut there.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -55,7 +56,7 @@ class Progress:
         where = (
             artifacts[0].path if len(artifacts) == 1 else f"{len(artifacts)} artifacts in {artifacts[0].path.parent}"
         )
-        self.console.print(f"[bold]{stage}[/bold] is done: {where}")
+        self.console.print(f"[bold]{stage}[/bold] is done: {escape(str(where))}")
 
     def nothing_to_do(self) -> None:
         self.console.print("Nothing to do: every stage of this configuration is done.")

@@ -9,10 +9,12 @@ import time
 import urllib.request
 
 import pytest
-from conftest import new_storage
+from conftest import TINY, new_storage
 from mlflow.tracking import MlflowClient
 
+from asc_ray.config import load_config
 from asc_ray.errors import UserError
+from asc_ray.plan import dump
 from asc_ray.tracking import Tracker, default_uri
 
 
@@ -172,8 +174,10 @@ def server(tmp_path):
         node.wait()
 
 
-def test_runs_and_files_go_to_a_tracking_server(server, tmp_path):
-    with Tracker(server, "scenes", tmp_path / "storage", "demo", "k").parent({"a": 1}) as t:
+def test_runs_and_files_go_to_a_tracking_server_and_its_login_nowhere(server, tmp_path):
+    uri = server.replace("//", "//me:hunter2@")
+    config = load_config(TINY, [f"tracking.uri={uri}"])
+    with Tracker(config.tracking.uri, "scenes", tmp_path / "storage", "demo", "k").parent(dump(config)) as t:
         t.start("teacher", "t1", {})
         t.log("teacher", {"loss": 0.25}, 1)
         t.end("teacher")
@@ -188,6 +192,8 @@ def test_runs_and_files_go_to_a_tracking_server(server, tmp_path):
     parent = next(run for run in found if run.info.run_name == "demo")
     assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
     assert list((tmp_path / "files").rglob("report.html"))
+    assert parent.data.params["tracking.uri"].startswith("http://***@127.0.0.1")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
