@@ -359,11 +359,6 @@ def _reshape(inputs: _Inputs, constants: _Constants, attributes: Message) -> _In
     return shape, 0
 
 
-def _flatten(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
-    axis = attributes.get("axis", 1)
-    return [math.prod(inputs[0][:axis]), math.prod(inputs[0][axis:])], 0
-
-
 def _gemm(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
     rows, inner = inputs[0][::-1] if attributes.get("transA", 0) else inputs[0]
     own, columns = inputs[1][::-1] if attributes.get("transB", 0) else inputs[1]
@@ -382,7 +377,7 @@ _PLACES = ("kernel_shape", "strides", "pads", "dilations", "auto_pad")
 # What the networks become, with the attributes that exporters write.
 _OPERATORS: Mapping[str, tuple[tuple[str, ...], Callable[[_Inputs, _Constants, Message], _Inferred]]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max"), ((), _broadcast)),
-    **dict.fromkeys(("Relu", "Sqrt", "Reciprocal", "Identity"), ((), _same)),
+    **dict.fromkeys(("Relu", "Sqrt", "Reciprocal"), ((), _same)),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), (("axis",), _same)),
     **dict.fromkeys(("ReduceMean", "ReduceL2"), (("keepdims", "noop_with_empty_axes"), _reduce)),
     "InstanceNormalization": (("epsilon",), _same),
@@ -391,6 +386,5 @@ _OPERATORS: Mapping[str, tuple[tuple[str, ...], Callable[[_Inputs, _Constants, M
     "AveragePool": ((*_PLACES, "ceil_mode", "count_include_pad"), _pool),
     "GlobalAveragePool": ((), _global_pool),
     "Reshape": (("allowzero",), _reshape),
-    "Flatten": (("axis",), _flatten),
     "Gemm": (("alpha", "beta", "transA", "transB"), _gemm),
 }
