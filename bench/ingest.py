@@ -9,7 +9,7 @@ is printed: shards are a worker's unit of work, so it does not grow with the cor
 
 import argparse
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -60,20 +60,26 @@ def compare(files: list[Path], runs: int) -> None:
     print(f"ratio    {statistics.median(ratios):7.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
 
+def peak_memory() -> float:
+    """Of this process so far, in GB. `getrusage` has the peak of whoever started it, too."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found.group(1)) / 1e6
+
+
 def shard(folder: Path) -> None:
     files = recordings(folder, SHARD_CLIPS)
     clips = [Clip(str(file.relative_to(folder)), "scene", "a", "place", "train") for file in files]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
         file = part_file(Path(out), SHARD, 0)
         write_shard(folder, clips, ["scene"], ["a"], file, fingerprint="")
         note_part(file, [clip.clip_id for clip in clips], {})
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"shard    {len(clips) / seconds:7.0f} clips/s into Arrow with its checksum; "
-        f"peak memory {peak / 1e6:.2f} GB, of which {before / 1e6:.2f} before"
+        f"peak memory {peak_memory():.2f} GB, of which {before:.2f} before"
     )
 
 

@@ -52,6 +52,7 @@ def environment() -> dict[str, str]:
 
 CLUSTER = """
 import sys
+from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 print(cluster.address, flush=True)
 sys.stdin.read()
