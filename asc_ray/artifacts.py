@@ -193,6 +193,7 @@ def _is_manifest(manifest: Mapping[str, Any]) -> bool:
             and isinstance(entry.get("sha256"), str)
             and not PurePosixPath(name).is_absolute()
             and ".." not in PurePosixPath(name).parts
+            and "\0" not in name
             for name, entry in manifest["files"].items()
         )
     )
@@ -367,7 +368,7 @@ def _owner(path: Path) -> str:
     try:
         owner = json.loads(read_plain(path, 4096, follow=False))
         return f"process {int(owner['pid'])} on {printable(owner['host'])}, since {printable(owner['since'])}"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return "which says nothing of itself"
 
 

@@ -25,7 +25,7 @@ from asc_ray.fusion import FusionConfig
 from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section, absolute
-from asc_ray.shown import masked
+from asc_ray.shown import masked, printable
 from asc_ray.training.dataset import PartitionConfig
 from asc_ray.training.explain import explain
 from asc_ray.training.loop import Recipe
@@ -206,15 +206,15 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def _compose(path: Path) -> dict[str, Any]:
-    """The file's mapping laid over its bases'."""
+def _compose(path: Path, named: bool = False) -> dict[str, Any]:
+    """The file's mapping laid over its bases'. `named`: by a configuration, and not by the user."""
     whole: dict[str, Any] = {}
-    for file, raw in _layers(path):
+    for file, raw in _layers(path, named=named):
         whole = _laid_over(whole, raw, file)
     return whole
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+def _layers(path: Path, above: tuple[Path, ...] = (), named: bool = False) -> list[tuple[Path, dict[str, Any]]]:
     """The mappings that make up a configuration, the lowest first, and the files that they are from."""
     if path in above:
         raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
@@ -230,9 +230,10 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[s
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
-    if above and len(strange := raw.keys() - _KNOWN_KEYS) > len(raw) / 2:
+    if (above or named) and len(strange := raw.keys() - _KNOWN_KEYS) > len(raw) / 2:
         raise ConfigError(
-            f"{above[-1]}: base: {path} is no configuration: {len(strange)} of its {len(raw)} keys are none of one"
+            f"{above[-1] if above else 'configuration'}: {path} is no configuration: {len(strange)} of its {len(raw)} "
+            "keys are none of one"
         )
     base = raw.pop("base", None)
     bases = base if isinstance(base, list) else [] if base is None else [base]
@@ -278,7 +279,7 @@ def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = N
     if Path(name).suffix:
         if not is_there(Path(name)):
             raise ConfigError(f"{name}: no such file")
-        return _compose(Path(name).resolve())
+        return _compose(Path(name).resolve(), named=kind in ("network", "recipe", "search"))
     places = [parent / folder for parent in (beside, PRESETS) if parent is not None for folder in folders]
     known = {file.stem: file for place in reversed(places) for file in place.glob("*.yaml")}
     if name not in known:
@@ -353,11 +354,13 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a mapping of keys to values, found {value!r:.80}")
+        raise ConfigError(f"{name}: expected a mapping of keys to values, found {type(value).__name__}")
     return value
 
 
 def _teacher_file(name: str, path: Path) -> Path:
+    if Path(name).name != name:
+        raise ConfigError(f"{path}: teachers.systems: {printable(name)[:100]}: expected names, and no paths")
     folders = (path.parent / "teachers", PRESETS / "teachers")
     for folder in folders:
         if is_there(folder / f"{name}.yaml"):

@@ -33,8 +33,10 @@ def _secrets(uri: str) -> list[str]:
     return sorted({*found, *map(unquote_plus, found), *map(unquote, found)} - {""}, key=len, reverse=True)
 
 
-_LOGIN = re.compile(r"(?<=://)[^\s'\"]+@")
-_QUERY = re.compile(r"([\w.-]*(?:password|passwd|pwd|token|secret|key)[\w.-]*)=([^&\s'\"]+)", re.IGNORECASE)
+_LOGIN = re.compile(r"(?<=://)\S+@")
+_QUERY = re.compile(
+    r"([\w.-]*(?:password|passwd|pwd|token|secret|key|sig|signature|auth|credential)[\w.-]*)=([^&\s]+)", re.IGNORECASE
+)
 
 
 def in_csv(text: str) -> str:

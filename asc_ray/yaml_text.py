@@ -10,6 +10,8 @@ from asc_ray.shown import printable
 MOST_BYTES = 1 << 20  # of a file
 _MOST_DEPTH = 32
 _MOST_NODES = 20_000  # once every alias stands for what it names
+_TOO_MANY = f"more than {_MOST_NODES:,} values, with its aliases written out"
+_LONGEST_NUMBER = 40  # characters
 
 
 def read_yaml(text: str, name: str) -> Any:
@@ -41,37 +43,21 @@ def read_yaml(text: str, name: str) -> Any:
 class _Loader(yaml.SafeLoader):
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
-        self._source, self._depth = name, 0
+        self._source, self._depth, self._nodes = name, 0, 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
-        if self._depth > _MOST_DEPTH:
-            mark = self.peek_event().start_mark
-            raise ConfigError(f"{self._source} line {mark.line + 1}: deeper than {_MOST_DEPTH} levels")
+        self._nodes += 1
+        if self._depth > _MOST_DEPTH or self._nodes > _MOST_NODES:
+            what = f"deeper than {_MOST_DEPTH} levels" if self._depth > _MOST_DEPTH else _TOO_MANY
+            raise ConfigError(f"{self._source} line {self.peek_event().start_mark.line + 1}: {what}")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str):
-                raise ConfigError(
-                    f"{self._source} line {line}: a key that is no word; write words, or put it in quotes"
-                )
-            if key in lines:
-                raise ConfigError(
-                    f"{self._source}: the key {printable(key)} is there twice, in line {lines[key]} and line {line}; "
-                    "keep one"
-                )
-            lines[key] = line
-        return super().construct_mapping(node, deep)
-
     def construct_whole_number(self, node: Any) -> int:
+        if len(node.value) > _LONGEST_NUMBER:
+            raise ValueError
         value = self.construct_yaml_int(node)
         if abs(value) >= 1 << 64:
             raise ValueError
@@ -96,12 +82,27 @@ def _size(node: Any, name: str, known: dict[int, int]) -> int:
             raise ConfigError(f"{name} line {node.start_mark.line + 1}: a value that contains itself")
         return known[id(node)]
     known[id(node)] = 0
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node, name)
     below = [] if isinstance(node, yaml.ScalarNode) else node.value
     parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
     size = 1 + sum(_size(part, name, known) for part in parts)
     if size > _MOST_NODES:
-        raise ConfigError(
-            f"{name} line {node.start_mark.line + 1}: more than {_MOST_NODES:,} values, with its aliases written out"
-        )
+        raise ConfigError(f"{name} line {node.start_mark.line + 1}: {_TOO_MANY}")
     known[id(node)] = size
     return size
+
+
+def _check_keys(node: yaml.MappingNode, name: str) -> None:
+    """Raises ConfigError for a key that is no word, or there twice."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            raise ConfigError(f"{name} line {line}: a key that is no word; write words, or put it in quotes")
+        if key.value in lines:
+            raise ConfigError(
+                f"{name}: the key {printable(key.value)} is there twice, in line {lines[key.value]} and line {line}; "
+                "keep one"
+            )
+        lines[key.value] = line

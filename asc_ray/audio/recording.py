@@ -36,6 +36,9 @@ _PROMISED_BYTES = re.compile(r"(?:data|Data [Ss]ize|SSND|BODY|riff) *: *(\d+) \(
 _PROMISED_FRAMES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")
 
 
+MOST_CHANNELS = 128
+
+
 class BadAudio(UserError):
     """A recording that cannot be used; the message is the reason."""
 
@@ -74,6 +77,8 @@ class Recording:
         self._file = _opened(os.fsencode(path))
         try:
             check_rate(self._file.samplerate)
+            if self._file.channels > MOST_CHANNELS:
+                raise BadAudio(f"{self._file.channels} channels; allowed are {MOST_CHANNELS}")
             self.rate, self.channels = self._file.samplerate, self._file.channels
             self.promised, self.believed = _promised(self._file), int(self._file.frames)
             if self._file.format in ("MP3", "OGG"):

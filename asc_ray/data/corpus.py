@@ -34,7 +34,8 @@ from asc_ray.shown import printable
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
 WHOLE_CORPUS = 0.5  # a fault of more than this share of the clips has one cause, and is told once
 EXAMPLES = 3
-MOST_BYTES = 1 << 28  # of a table; TAU22's have up to 20 MB
+MOST_LINES, LONGEST_LINE = 1000, 2000  # of a message
+MOST_BYTES = 1 << 26  # of a table; TAU22's have up to 20 MB
 DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
 Split = Literal["train", "test"]
 
@@ -97,7 +98,9 @@ class Faults(list[tuple[str, str, str]]):
                 lines.append(f"{len(some)} of {clips} clips: {some[0][2]} ({examples}, ...){cause}")
             else:
                 lines += [line for line, _, _ in some]
-        listed = "".join(f"\n  {line}" for line in lines)
+        if len(lines) > MOST_LINES:
+            lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more"]
+        listed = "".join(f"\n  {line[:LONGEST_LINE]}" for line in lines)
         advice = (
             "Mend the files, or leave these clips out with corpus.on_bad_clip=skip." if skippable else "Mend the files."
         )

@@ -279,7 +279,7 @@ def _request(
                 if etag.startswith('"'):  # If-Range takes no weak tag
                     write_atomically(etag_file, etag)
             length = response.headers.get("Content-Length")
-            expected = have + int(length) if length else None
+            expected = have + int(length) if length and length.isdecimal() else None
             on_bytes(have)
             for chunk in response.iter_content(CHUNK):
                 sink.write(chunk)

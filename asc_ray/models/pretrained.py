@@ -1,8 +1,10 @@
 """Checkpoints made elsewhere: bare state dicts, Lightning checkpoints, safetensors; read without running their code."""
 
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +26,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 _PREFIX = re.compile(r"^(model|net|module)\.")
 _HEAD = re.compile(r"^head(_dist)?\.")
 _NAMES_SHOWN = 6
+_LEGACY_PICKLES = 5  # that a file of torch before 1.6 begins with
 
 
 def published(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -83,7 +86,7 @@ def _stored(file: Path) -> Any:
         with open_plain(file) as opened:
             if file.suffix == ".safetensors":
                 return load_file(file)
-            _refuse_packed(file, opened)
+            _refuse_more_than_tensors(file, opened)
             opened.seek(0)
             return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -103,15 +106,39 @@ def _stored(file: Path) -> Any:
         raise ConfigError(f"{file}: cannot be read as a checkpoint ({reason[:200]})") from None
 
 
-def _refuse_packed(file: Path, opened: BinaryIO) -> None:
-    """torch writes a zip file whose parts are stored as they are; a packed part may be a thousand times its size."""
-    if not zipfile.is_zipfile(opened):
+def _refuse_more_than_tensors(file: Path, opened: BinaryIO) -> None:
+    """Raises ConfigError where a file has packed parts, which may be a thousand times its size, or a pickle that calls
+    what makes no tensors: torch's unpickler for plain tensors lets some functions of Python be called with anything.
+    """
+    if zipfile.is_zipfile(opened):
+        size = os.fstat(opened.fileno()).st_size
+        with zipfile.ZipFile(opened) as archive:
+            parts = archive.infolist()
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            if packed or sum(part.file_size for part in parts) > size:
+                raise ConfigError(f"{file}: its parts are packed, as torch writes none; save it again with torch.save")
+            pickles = [archive.read(part) for part in parts if part.filename.endswith("data.pkl")]
+        for content in pickles:
+            _refuse_calls(file, io.BytesIO(content))
         return
-    size = os.fstat(opened.fileno()).st_size
-    with zipfile.ZipFile(opened) as archive:
-        parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
-        raise ConfigError(f"{file}: its parts are packed, as torch writes none; save it again with torch.save")
+    opened.seek(0)
+    for _ in range(_LEGACY_PICKLES):
+        _refuse_calls(file, opened)
+
+
+def _refuse_calls(file: Path, stream: BinaryIO) -> None:
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            called = str(argument).replace(" ", ".")
+            plain = re.fullmatch(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)", called)
+            if opcode.name == "STACK_GLOBAL" or (opcode.name in ("GLOBAL", "INST") and not plain):
+                named = called if argument else "a name that it puts together"
+                raise ConfigError(
+                    f"{file}: refused: its pickle holds more than plain tensors ({printable(named)[:100]}), and "
+                    "reading that can run code. Save the state dict alone, best as safetensors"
+                )
+    except ValueError:  # no pickle, or none any more
+        return
 
 
 def _odd_kind(tensor: Tensor) -> str:

@@ -80,6 +80,8 @@ class Bundle:
             logits = self._session.run(["logits"], {"mel": self._log_mel(waves)})[0]
         except Exception as error:
             raise UserError(f"{MODEL}: onnxruntime cannot run it ({printable(str(error).strip())})") from None
+        if logits.shape != (len(waves), len(self.labels)):
+            raise UserError(f"{MODEL}: gives {logits.shape} for {len(waves)} waves and {len(self.labels)} labels")
         if broken := int((~np.isfinite(logits).all(axis=1)).sum()):
             raise UserError(f"{MODEL}: its logits of {broken} of {len(logits)} waves are not finite; export it again")
         return logits
@@ -214,7 +216,13 @@ def _frontend(file: Path, content: bytes) -> Frontend:
         keys = printable(", ".join(sorted(found))[:_LONGEST_LABEL]) if isinstance(found, dict) else "none"
         raise UserError(f"{file}: keys {keys}; expected {', '.join(sorted(expected))}; export the bundle again")
     try:
-        return Frontend(**found)
+        frontend = Frontend(**found)
+        if not 1000 <= frontend.sample_rate <= 1_000_000 or frontend.samples < frontend.sample_rate / 10:
+            raise ValueError(
+                f"{frontend.samples} samples at {frontend.sample_rate} Hz; allowed are 1 kHz to 1 MHz, and a "
+                "tenth of a second at least"
+            )
+        return frontend
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {printable(error)}; export the bundle again") from None
 

@@ -19,7 +19,9 @@ MOST_NODES = 4096
 # Of a clip: elements of one value and of all, and multiply-accumulates. CP-Mobile has 1e5, 4e6 and 3e7.
 MOST_ELEMENTS = 1 << 22
 MOST_SUMMED = 1 << 26
-MOST_MACS = 1 << 32
+MOST_MACS = 1 << 30
+MOST_SCRATCH = 1 << 24  # values that a convolution gathers before it multiplies; the networks' have up to 2e6
+MOST_PARTS = 200_000  # messages and numbers of the file; the networks' have 3,000
 _MOST_DIMENSION = 1 << 20
 _MOST_STEP = 1024  # of a kernel, a stride, a dilation or a padding
 
@@ -82,6 +84,7 @@ _SCHEMA: Mapping[str, Mapping[int, tuple[str, str, bool]]] = {
 _WIRES = {"int": 0, "float": 5}  # all else is 2, a length and so many bytes
 _TYPES = {number: np.dtype(name) for number, name in ((1, "<f4"), (2, "u1"), (3, "i1"), (6, "<i4"), (7, "<i8"))}
 _FLOAT = 1
+_CLIPS = 7  # a number that no other dimension has by chance
 _ATTRIBUTE_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}
 
 
@@ -96,7 +99,7 @@ class Model:
 
 def read_model(content: bytes) -> Model:
     """Raises NotOurs for what `asc-ray export` would not have written."""
-    model = _parse("model", memoryview(content))
+    model = _parse("model", memoryview(content), [MOST_PARTS])
     opsets = [(opset.get("domain", ""), opset.get("version")) for opset in model["opset"]]
     if len(opsets) != 1 or opsets[0][0] not in ("", "ai.onnx"):
         raise NotOurs(f"operators of {', '.join(str(domain) for domain, _ in opsets) or 'no'} domain")
@@ -105,23 +108,29 @@ def read_model(content: bytes) -> Model:
     metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata"]}
     if len(metadata) < len(model["metadata"]):
         raise NotOurs("a key of the metadata occurs twice")
-    given, made = _check(model["graph"])
+    given, made = _check(model["graph"], 1)
+    if _check(model["graph"], _CLIPS) != (given, made):
+        raise NotOurs("a graph whose clips are not told apart")
     return Model(given, made, metadata)
 
 
-def _parse(kind: str, data: memoryview) -> Message:
+def _parse(kind: str, data: memoryview, left: list[int]) -> Message:
+    """`left`: how many more parts the file may have."""
     schema = _SCHEMA[kind]
     found: Message = {name: [] for name, _, repeated in schema.values() if repeated}
     for number, wire, value in _fields(data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise NotOurs(f"more than {MOST_PARTS:,} parts")
         if number not in schema:
             raise NotOurs(f"field {number} of a {kind}")
         name, of, repeated = schema[number]
         if of == "ints" and wire == 2:
-            found[name] += _packed(value)
+            found[name] += _packed(value, left)
             continue
         if wire != (0 if of == "ints" else _WIRES.get(of, 2)):
             raise NotOurs(f"field {number} of a {kind} in another encoding")
-        read = _value(of, value)
+        read = _value(of, value, left)
         if repeated:
             found[name].append(read)
         elif name in found:
@@ -131,7 +140,7 @@ def _parse(kind: str, data: memoryview) -> Message:
     return found
 
 
-def _value(kind: str, value: Any) -> Any:
+def _value(kind: str, value: Any, left: list[int]) -> Any:
     if kind in ("int", "ints"):
         return value
     if kind == "float":
@@ -143,7 +152,7 @@ def _value(kind: str, value: Any) -> Any:
             return str(value, "utf-8")
         except UnicodeDecodeError:
             raise NotOurs("a name that is no text") from None
-    return _parse(kind, value)
+    return _parse(kind, value, left)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
@@ -183,8 +192,11 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     raise NotOurs("a number of more than 64 bits")
 
 
-def _packed(data: memoryview) -> list[int]:
+def _packed(data: memoryview, left: list[int]) -> list[int]:
     numbers, at = [], 0
+    left[0] -= len(data)
+    if left[0] < 0:
+        raise NotOurs(f"more than {MOST_PARTS:,} parts")
     while at < len(data):
         value, at = _varint(data, at)
         numbers.append(value - ((value >> 63) << 64))
@@ -197,7 +209,7 @@ class _Weight:
     values: np.ndarray
 
 
-def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
+def _check(graph: Message, batch: int) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
     if len(graph["input"]) != 1 or len(graph["output"]) != 1:
         raise NotOurs(f"{len(graph['input'])} inputs and {len(graph['output'])} outputs; one of each is expected")
     (given, shape), (made, declared) = (_declared(graph[name][0]) for name in ("input", "output"))
@@ -205,19 +217,24 @@ def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
     for tensor in graph["weight"]:
         weights[_new(weights, tensor.get("name", ""))] = _weight(tensor)
     shapes: dict[str, Shape] = {name: weight.shape for name, weight in weights.items()}
-    shapes[_new(shapes, given)] = (1, *shape)
+    shapes[_new(shapes, given)] = (batch, *shape)
+    of_clips = {given}  # values that are computed from the input: a row for each clip
     if len(graph["node"]) > MOST_NODES:
         raise NotOurs(f"{len(graph['node']):,} nodes; allowed are {MOST_NODES:,}")
     summed = macs = 0
     for node in graph["node"]:
         name, result, work = _infer(node, shapes, weights)
-        elements = math.prod(result)
+        if not of_clips.isdisjoint(node["input"]):
+            of_clips.add(name)
+            if result[:1] != (batch,):
+                raise NotOurs(f"a {node['kind']} that mixes clips")
+        elements = math.prod(result) // batch
         summed += elements
-        macs += work
+        macs += work // batch
         if elements > MOST_ELEMENTS or summed > MOST_SUMMED or macs > MOST_MACS:
             raise NotOurs(f"a {node['kind']} of shape {result}: more memory or work than a scene classifier takes")
         shapes[_new(shapes, name)] = result
-    if shapes.get(made) != (1, *declared):
+    if shapes.get(made) != (batch, *declared) or made not in of_clips:
         raise NotOurs(f"the output {made!r} is said to have the shape {declared}, and has {shapes.get(made)}")
     return (given, shape), (made, declared)
 
@@ -324,6 +341,8 @@ def _conv(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Infer
     if attributes.get("kernel_shape", kernel) != kernel or each * attributes.get("group", 1) != channels:
         raise ValueError
     shape = [batch, out, *_window(inputs, kernel, attributes)]
+    if each * math.prod(kernel) * math.prod(shape[2:]) > MOST_SCRATCH:
+        raise NotOurs(f"a Conv of {kernel} that makes {shape}: more memory or work than a scene classifier takes")
     return shape, math.prod(shape) * each * math.prod(kernel)
 
 

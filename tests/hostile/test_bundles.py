@@ -151,6 +151,8 @@ TEXTS = {
     "a frequency that is none": (written("frontend.json", json.dumps(FRONTEND | {"fmax": float("nan")})), "fmax nan"),
     "an endless frequency": (written("frontend.json", json.dumps(FRONTEND | {"fmax": float("inf")})), "fmax inf"),
     "a frequency in a list": (frontend(fmin=[0]), "fmin [0]"),
+    "a clip of nothing": (frontend(samples=32), "a tenth of a second at least"),
+    "a rate beyond sound": (frontend(sample_rate=4_000_000, samples=4_000_000, hop=100_000), "1 kHz to 1 MHz"),
     "a rate below zero": (frontend(sample_rate=-1), "whole numbers from 1 to"),
 }
 
@@ -227,6 +229,21 @@ def work(model):
         )
 
 
+def wide_kernel(model):
+    model.graph.initializer.append(weight("wide", [1, 1, 64, 32]))
+    node("Conv", ("mel", "wide"), pads=[64, 512, 64, 512])(model)
+
+
+def mixed(model):
+    model.graph.initializer.append(weight("flat", [2], TensorProto.INT64, np.array([1, -1]).tobytes()))
+    node("Reshape", ("mel", "flat"))(model)
+
+
+def averaged(model):
+    model.graph.initializer.append(weight("first", [1], TensorProto.INT64, np.array([0]).tobytes()))
+    node("ReduceMean", ("mel", "first"))(model)
+
+
 def spoiled(value):
     def change(model):
         tensor = next(t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT)
@@ -271,6 +288,9 @@ MODELS = {
     "padding chosen by the engine": (node("MaxPool", kernel_shape=[2, 2], auto_pad="SAME_UPPER"), "auto_pad"),
     "sums of 400 TB": (broadcast, "more memory or work"),
     "an hour of work a clip": (work, "more memory or work"),
+    "a kernel as large as the clip": (wide_kernel, "more memory or work"),
+    "clips that are mixed": (mixed, "mixes clips"),
+    "a mean over clips": (averaged, "mixes clips"),
     "ten thousand nodes": (
         lambda m: m.graph.node.extend([helper.make_node("Relu", ["mel"], [f"r{i}"]) for i in range(10_000)]),
         "nodes; allowed are",

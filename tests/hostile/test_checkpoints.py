@@ -1,6 +1,7 @@
 """Checkpoints from a stranger, as `teachers.checkpoints`, `student.checkpoint` and `pretrained` name them."""
 
 import builtins
+import codecs
 import io
 import os
 import pickle
@@ -94,6 +95,8 @@ CHECKPOINTS = {
     "a file opened": ("x.pt", running(builtins.open, "CANARY", "w"), "refused: its pickle holds"),
     "an import": ("x.pt", running(__import__, "this"), "refused: its pickle holds"),
     "a module of torch": ("x.pt", saved({**STATE, "net": nn.Linear(1, 1)}), "refused: its pickle holds"),
+    "memory by a pickle": ("x.pt", saved({**STATE, "x": Call(bytearray, 1 << 40)}), "refused: its pickle holds"),
+    "time by a pickle": ("x.pt", saved({"x": Call(codecs.encode, "ab", "punycode")}), "refused: its pickle holds"),
     "a packed part": ("x.pt", packed, "its parts are packed"),
     "values that share memory": ("x.pt", expanded, "values that share memory"),
     "a pipe": ("x.pt", lambda path, canary: os.mkfifo(path), "a named pipe, and not a plain file"),

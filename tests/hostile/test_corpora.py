@@ -1,6 +1,7 @@
 """Corpora from a stranger: every row and file that cannot be is named, and nothing is waited for."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -115,6 +116,14 @@ def test_a_strangers_corpus(root, kind):
     assert len(read_corpus(root).clips) == 8
     damage(root)
     refused(lambda: read_corpus(root), str(root), message)
+
+
+def test_rows_of_nothing_are_not_all_told(root):
+    (root / "meta.csv").write_text("\t".join(META_COLUMNS) + "\n" + "x\n" * 50_000)
+    with pytest.raises(UserError) as caught:
+        read_corpus(root)
+    assert len(str(caught.value)) < 200_000
+    assert re.search(r"\n  and \d+ more\n", str(caught.value))
 
 
 def test_a_corpus_behind_links_to_themselves(tmp_path):

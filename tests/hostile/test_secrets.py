@@ -24,6 +24,8 @@ URIS = [
     "postgresql://me:a:b@hunter2@host/mlflow",
     "postgresql://host/mlflow?user=me&password=hunter2",
     "https://host/?api_token=hunter2&x=1",
+    "http://me:pa'hunter2@host",
+    "https://host/?sv=1&sig=hunter2",
     "mysql+pymysql://me:%68unter2@host/db?ssl_key=hunter2",
 ]
 
