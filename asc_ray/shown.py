@@ -45,8 +45,8 @@ def in_csv(text: str) -> str:
 
 
 def path_in_csv(name: str) -> str:
-    """As `in_csv` for the name of a file, which it stays."""
-    return printable(f"./{name}" if name[:1] in _FORMULA else name)
+    """As `in_csv` for the name of a file, which it stays; a tab in it is the writer's to quote."""
+    return printable(f"./{name}" if name[:1] in _FORMULA else name, keep="\t")
 
 
 def in_markdown(text: object) -> str:
