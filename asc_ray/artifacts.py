@@ -325,20 +325,22 @@ def exclusive(storage: Path) -> Iterator[None]:
     """
     path = storage / LOCK
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    strange = ConfigError(f"storage: {path} is no file that asc-ray makes; delete it")
     with ExitStack() as held:
         try:
             storage.mkdir(parents=True, exist_ok=True)
-            file, folder = os.open(path, flags, 0o644), os.open(storage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            folder = os.open(storage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, folder)
+            file = os.open(path, flags, 0o644)
+            held.callback(os.close, file)
         except OSError as error:
             if path.is_symlink():
-                raise ConfigError(f"storage: {path} is no file that asc-ray makes; delete it") from None
+                raise strange from None
             raise ConfigError(
                 f"storage: {storage} cannot be written ({error.strerror}); choose another folder"
             ) from None
-        held.callback(os.close, file)
-        held.callback(os.close, folder)
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise ConfigError(f"storage: {path} is no file that asc-ray makes; delete it")
+            raise strange
         _lock(path, file, folder)
         os.ftruncate(file, 0)
         owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}

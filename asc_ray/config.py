@@ -192,13 +192,13 @@ def checked(section: type[S], raw: Any, name: str) -> S:
 def _find(source: str | Path, given: str = "--config", folder: Path = Path()) -> Path:
     """A file, by its path from `folder`, or a preset, by its name."""
     for path in (folder / source, PRESETS / f"{source}.yaml"):
-        if is_there(path):
+        if _is_there(path):
             return path.resolve()
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"{given} {str(source)[:200]}: no such file; give a YAML file, or one of the presets {names}")
 
 
-def is_there(path: Path) -> bool:
+def _is_there(path: Path) -> bool:
     """Whether it is no folder: what kind of file it is, reading it tells."""
     try:
         return path.exists() and not path.is_dir()
@@ -277,7 +277,7 @@ def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
 def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = None) -> dict[str, Any]:
     """The mapping of a YAML file, or of the one with this name in a folder `beside` or among the packaged presets."""
     if Path(name).suffix:
-        if not is_there(Path(name)):
+        if not _is_there(Path(name)):
             raise ConfigError(f"{name}: no such file")
         return _compose(Path(name).resolve(), named=kind in ("network", "recipe", "search"))
     places = [parent / folder for parent in (beside, PRESETS) if parent is not None for folder in folders]
@@ -332,7 +332,8 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
     if not isinstance(teachers, dict):
         return
     systems = teachers.pop("systems", None)
-    override = _mapping(teachers.pop("override", {}), f"{path}: teachers.override")
+    override = teachers.pop("override", None)
+    override = {} if override is None else _mapping(override, f"{path}: teachers.override")
     for name, changes in override.items():
         _mapping(changes, f"{path}: teachers.override.{name}")
     if systems is None:
@@ -363,7 +364,7 @@ def _teacher_file(name: str, path: Path) -> Path:
         raise ConfigError(f"{path}: teachers.systems: {printable(name)[:100]}: expected names, and no paths")
     folders = (path.parent / "teachers", PRESETS / "teachers")
     for folder in folders:
-        if is_there(folder / f"{name}.yaml"):
+        if _is_there(folder / f"{name}.yaml"):
             return folder / f"{name}.yaml"
     known = sorted({file.stem for folder in folders for file in folder.glob("*_*.yaml")} - {"cp_resnet"})
     close = difflib.get_close_matches(name, known, 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from asc_ray import tracking
 from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, stored_files, write_atomically
@@ -24,6 +23,7 @@ from asc_ray.shown import masked
 from asc_ray.training.ensemble import read_evaluation, score
 from asc_ray.training.export import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.training.systems import StudentConfig, load_int8
+from asc_ray.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Origin:
         section = manifest["config"]["student"]
         if key := manifest["inputs"].get("sweep"):
             found = stored_file(_artifact(self.storage, "sweep", key), BEST_STUDENT)
-            best = yaml.safe_load(found.read_text())["student"]
+            best = read_yaml(found.read_text(), str(found))["student"]
             section = {**best, "seed": section["seed"]}
         return StudentConfig.model_validate(section)
 

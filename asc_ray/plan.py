@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
 from asc_ray.audio.impulse import response_files
 from asc_ray.config import Config
@@ -23,6 +21,7 @@ from asc_ray.training.evaluation import OverSeeds, over_seeds
 from asc_ray.training.loop import Recipe
 from asc_ray.training.search import changed
 from asc_ray.training.systems import INT8_FORM, StudentConfig
+from asc_ray.yaml_text import read_yaml
 
 BEST_STUDENT = "best.yaml"
 TRIALS_TABLE = "trials.csv"
@@ -201,7 +200,8 @@ class Plan:
         """The students' configurations: the sweep's best, where there is a sweep."""
         config = self.config.student
         if self.sweep is not None:
-            best = yaml.safe_load(stored_file(self.sweep.path, BEST_STUDENT).read_text())
+            found = stored_file(self.sweep.path, BEST_STUDENT)
+            best = read_yaml(found.read_text(), str(found))
             config = StudentConfig.model_validate(best["student"])
         return {name: config.model_copy(update={"seed": seed}) for name, seed in self.seeds.items()}
 

@@ -23,7 +23,7 @@ from asc_ray.shown import in_csv, path_in_csv, printable
 # A clip may be this much shorter than what the model takes: the rest is zeros, as in training.
 LENGTH_TOLERANCE = 0.1
 _BLOCK_SECONDS = 10  # read at a time: a file may hold hours
-_BLOCK_SAMPLES = 1 << 24
+_BLOCK_SAMPLES = 1 << 24  # and of all channels no more than so many
 _BATCH = 32
 # Suffixes of sound: what libsndfile reads, and what it does not, to be named as unreadable. A file without a header
 # says neither rate nor format; it comes as a stream.

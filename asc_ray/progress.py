@@ -50,7 +50,8 @@ class Progress:
         self.console.print(f"[bold]{name}[/bold] done in {time.monotonic() - start:.1f} s")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {printable(text, keep=chr(10))}", markup=False)
+        text = printable(text, keep="\n")
+        self.console.print(f"  {text}", markup=False)
 
     def skipped(self, stage: str, artifacts: Sequence[Artifact]) -> None:
         where = (

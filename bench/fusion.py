@@ -15,7 +15,6 @@ reports the peak memory of the process.
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.optimize
 import scipy.special
+from memory import peak_memory
 
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
@@ -35,13 +35,6 @@ from asc_ray.fusion.newton import Shard
 SHARD = 65_536
 
 Loss = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[float, np.ndarray]]
-
-
-def peak_memory() -> float:
-    """Of this process so far, in GB. `getrusage` has the peak of whoever started it, too."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.group(1)) / 1e6
 
 
 def made_up(rng: np.random.Generator, clips: int, systems: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ is printed: shards are a worker's unit of work, so it does not grow with the cor
 
 import argparse
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_memory
 
 from asc_ray.data.clips import SHARD, SHARD_CLIPS, write_shard
 from asc_ray.data.corpus import Clip
@@ -58,13 +58,6 @@ def compare(files: list[Path], runs: int) -> None:
         rates = sorted(len(files) / t for t in times)
         print(f"{name:8} {statistics.median(rates):7.0f} clips/s, from {rates[0]:.0f} to {rates[-1]:.0f}")
     print(f"ratio    {statistics.median(ratios):7.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
-
-
-def peak_memory() -> float:
-    """Of this process so far, in GB. `getrusage` has the peak of whoever started it, too."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.group(1)) / 1e6
 
 
 def shard(folder: Path) -> None:

@@ -80,6 +80,10 @@ def joined() -> dict[str, str]:
     return environment() | {"RAY_ADDRESS": cluster()[1]}
 
 
+def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal((count, samples), dtype=np.float32)
+
+
 @pytest.fixture
 def canary(tmp_path) -> Iterator[Path]:
     """What a payload would write if anything ran it; no test may find it."""

@@ -11,17 +11,13 @@ import sys
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import BUNDLE_LABELS, command
+from conftest import BUNDLE_LABELS, command, noise
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asc_ray.errors import UserError
 from asc_ray.predict import answer, live, seconds
 from asc_ray.runtime import Bundle
-
-
-def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:
-    return 0.1 * np.random.default_rng(seed).standard_normal((count, samples), dtype=np.float32)
 
 
 @given(length=st.integers(0, 75), cuts=st.lists(st.integers(0, 75), max_size=6))

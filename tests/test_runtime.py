@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import BUNDLE_FRONTEND, BUNDLE_LABELS, ROOT
+from conftest import BUNDLE_FRONTEND, BUNDLE_LABELS, ROOT, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,10 +29,6 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 
 def frontend(config: FrontendConfig, samples: int) -> Frontend:
     return Frontend(samples=samples, **config.model_dump(exclude={"fmax_jitter"}))
-
-
-def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:
-    return 0.1 * np.random.default_rng(seed).standard_normal((count, samples), dtype=np.float32)
 
 
 @pytest.mark.parametrize(

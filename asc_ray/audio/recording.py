@@ -24,6 +24,7 @@ from asc_ray.files import open_plain
 from asc_ray.runtime import scale_fault
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz
+MOST_CHANNELS = 128
 CUT_SHORT = 0.1  # seconds that a container may promise beyond what there is
 UNKNOWN_BYTES = 0x7FFF0000  # sizes from here stand for "until the end" in headers that were written before the data
 # Mixed down, a recording has less than this share of its channels' power: they cancel each other.
@@ -34,9 +35,6 @@ _ERRORS = (sf.SoundFileError, OSError, TypeError, ValueError)
 # What libsndfile notes while it opens a file: a size that the header has, and the one that there is; or frames.
 _PROMISED_BYTES = re.compile(r"(?:data|Data [Ss]ize|SSND|BODY|riff) *: *(\d+) \(should be (\d+)\)")
 _PROMISED_FRAMES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")
-
-
-MOST_CHANNELS = 128
 
 
 class BadAudio(UserError):

@@ -26,6 +26,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 _PREFIX = re.compile(r"^(model|net|module)\.")
 _HEAD = re.compile(r"^head(_dist)?\.")
 _NAMES_SHOWN = 6
+_OF_TENSORS = re.compile(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)")  # what plain tensors call
 _LEGACY_PICKLES = 5  # that a file of torch before 1.6 begins with
 
 
@@ -93,10 +94,7 @@ def _stored(file: Path) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
             raise ConfigError(f"{file}: cannot be read as a checkpoint (no pickle that torch knows)") from None
-        raise ConfigError(
-            f"{file}: refused: its pickle holds more than plain tensors ({found.group(1)}), and reading that can run "
-            "code. Save the state dict alone, best as safetensors"
-        ) from None
+        raise _refused(file, found.group(1)) from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read as a checkpoint ({error.strerror or error})") from None
     except ConfigError:
@@ -127,18 +125,19 @@ def _refuse_more_than_tensors(file: Path, opened: BinaryIO) -> None:
 
 
 def _refuse_calls(file: Path, stream: BinaryIO) -> None:
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            called = str(argument).replace(" ", ".")
-            plain = re.fullmatch(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)", called)
-            if opcode.name == "STACK_GLOBAL" or (opcode.name in ("GLOBAL", "INST") and not plain):
-                named = called if argument else "a name that it puts together"
-                raise ConfigError(
-                    f"{file}: refused: its pickle holds more than plain tensors ({printable(named)[:100]}), and "
-                    "reading that can run code. Save the state dict alone, best as safetensors"
-                )
-    except ValueError:  # no pickle, or none any more
-        return
+    """Raises ConfigError for the next pickle of a stream if it calls what makes no tensors, ValueError for none."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "STACK_GLOBAL":
+            raise _refused(file, "a name that it puts together")
+        if opcode.name in ("GLOBAL", "INST") and not _OF_TENSORS.fullmatch(called := str(argument).replace(" ", ".")):
+            raise _refused(file, called)
+
+
+def _refused(file: Path, called: str) -> ConfigError:
+    return ConfigError(
+        f"{file}: refused: its pickle holds more than plain tensors ({printable(called)[:100]}), and reading that can "
+        "run code. Save the state dict alone, best as safetensors"
+    )
 
 
 def _odd_kind(tensor: Tensor) -> str:
@@ -166,12 +165,7 @@ def said(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt") as stored:
             return {name: json.loads(value) for name, value in (stored.metadata() or {}).items() if name != "format"}
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        SafetensorError,
-    ):  # no file of ours; reading its tensors says what is wrong with it
+    except (OSError, ValueError, RecursionError, SafetensorError):  # no file of ours
         return {}
 
 

@@ -108,9 +108,7 @@ def read_model(content: bytes) -> Model:
     metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata"]}
     if len(metadata) < len(model["metadata"]):
         raise NotOurs("a key of the metadata occurs twice")
-    given, made = _check(model["graph"], 1)
-    if _check(model["graph"], _CLIPS) != (given, made):
-        raise NotOurs("a graph whose clips are not told apart")
+    given, made = _check(model["graph"])
     return Model(given, made, metadata)
 
 
@@ -203,24 +201,28 @@ def _packed(data: memoryview, left: list[int]) -> list[int]:
     return numbers
 
 
-@dataclass(frozen=True)
-class _Weight:
-    shape: Shape
-    values: np.ndarray
-
-
-def _check(graph: Message, batch: int) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
+def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
+    """Name and shape, without the batch, of the graph's input and output."""
     if len(graph["input"]) != 1 or len(graph["output"]) != 1:
         raise NotOurs(f"{len(graph['input'])} inputs and {len(graph['output'])} outputs; one of each is expected")
-    (given, shape), (made, declared) = (_declared(graph[name][0]) for name in ("input", "output"))
-    weights: dict[str, _Weight] = {}
-    for tensor in graph["weight"]:
-        weights[_new(weights, tensor.get("name", ""))] = _weight(tensor)
-    shapes: dict[str, Shape] = {name: weight.shape for name, weight in weights.items()}
-    shapes[_new(shapes, given)] = (batch, *shape)
-    of_clips = {given}  # values that are computed from the input: a row for each clip
     if len(graph["node"]) > MOST_NODES:
         raise NotOurs(f"{len(graph['node']):,} nodes; allowed are {MOST_NODES:,}")
+    given, made = (_declared(graph[name][0]) for name in ("input", "output"))
+    weights: dict[str, np.ndarray] = {}
+    for tensor in graph["weight"]:
+        weights[_new(weights, tensor.get("name", ""))] = _weight(tensor)
+    for batch in (1, _CLIPS):
+        _check_shapes(graph, given, made, weights, batch)
+    return given, made
+
+
+def _check_shapes(
+    graph: Message, given: tuple[str, Shape], made: tuple[str, Shape], weights: Mapping[str, np.ndarray], batch: int
+) -> None:
+    """Raises NotOurs where a value of so many clips is too large, too much work, or has no row for each clip."""
+    shapes: dict[str, Shape] = {name: weight.shape for name, weight in weights.items()}
+    shapes[_new(shapes, given[0])] = (batch, *given[1])
+    of_clips = {given[0]}  # values that are computed from the input
     summed = macs = 0
     for node in graph["node"]:
         name, result, work = _infer(node, shapes, weights)
@@ -234,9 +236,9 @@ def _check(graph: Message, batch: int) -> tuple[tuple[str, Shape], tuple[str, Sh
         if elements > MOST_ELEMENTS or summed > MOST_SUMMED or macs > MOST_MACS:
             raise NotOurs(f"a {node['kind']} of shape {result}: more memory or work than a scene classifier takes")
         shapes[_new(shapes, name)] = result
-    if shapes.get(made) != (batch, *declared) or made not in of_clips:
-        raise NotOurs(f"the output {made!r} is said to have the shape {declared}, and has {shapes.get(made)}")
-    return (given, shape), (made, declared)
+    name, declared = made
+    if shapes.get(name) != (batch, *declared) or name not in of_clips:
+        raise NotOurs(f"the output {name!r} is said to have the shape {declared}, and has {shapes.get(name)}")
 
 
 def _new(known: Mapping[str, Any], name: str) -> str:
@@ -261,7 +263,7 @@ def _sane(shape: Sequence[int]) -> Shape:
     return tuple(shape)
 
 
-def _weight(tensor: Message) -> _Weight:
+def _weight(tensor: Message) -> np.ndarray:
     dtype = _TYPES.get(tensor.get("type", 0))
     if dtype is None:
         raise NotOurs(f"a weight of ONNX's type {tensor.get('type')}")
@@ -271,10 +273,10 @@ def _weight(tensor: Message) -> _Weight:
     values = np.frombuffer(raw, dtype).reshape(shape)
     if dtype.kind == "f" and not np.isfinite(values).all():
         raise NotOurs(f"the weight {tensor.get('name')!r} is not finite")
-    return _Weight(shape, values)
+    return values
 
 
-def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, _Weight]) -> tuple[str, Shape, int]:
+def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, np.ndarray]) -> tuple[str, Shape, int]:
     """Name, shape and multiply-accumulates of what the node computes of a clip."""
     kind = node.get("kind", "")
     if node.get("domain", "") not in ("", "ai.onnx") or kind not in _OPERATORS:
@@ -304,7 +306,7 @@ def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, _We
 
 
 _Inputs = list[Shape]
-_Constants = list[_Weight | None]
+_Constants = list[np.ndarray | None]
 _Inferred = tuple[Sequence[int], int]
 
 
@@ -386,10 +388,10 @@ def _gemm(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Infer
     return [rows, columns], rows * inner * columns
 
 
-def _constant(weight: _Weight | None) -> list[int]:
-    if weight is None or weight.values.dtype.kind != "i" or weight.values.ndim > 1 or weight.values.size > 8:
+def _constant(weight: np.ndarray | None) -> list[int]:
+    if weight is None or weight.dtype.kind != "i" or weight.ndim > 1 or weight.size > 8:
         raise ValueError
-    return [int(value) for value in np.atleast_1d(weight.values)]
+    return [int(value) for value in np.atleast_1d(weight)]
 
 
 _PLACES = ("kernel_shape", "strides", "pads", "dilations", "auto_pad")

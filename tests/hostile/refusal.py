@@ -1,6 +1,7 @@
-"""How hostile input is answered."""
+"""How hostile input is put into place, and how it is answered."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,19 @@ def refused(call: Callable[[], object], *words: str, code: int = 1) -> str:
     assert len(message) < 3000
     assert len(message.splitlines()) <= 8
     return message
+
+
+def sparse(path: Path) -> None:
+    """20 GB that take no room."""
+    with path.open("wb") as file:
+        file.truncate(20 << 30)
+
+
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A damage: what `make` makes, in place of this file of a folder."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage

@@ -17,7 +17,7 @@ import soundfile as sf
 import torch
 from conftest import BUNDLE_LABELS, command
 from onnx import TensorProto, helper
-from refusal import refused
+from refusal import refused, replaced, sparse
 
 from asc_ray.runtime import Bundle, verify
 from asc_ray.training.export import seal
@@ -29,16 +29,6 @@ SUMS = "SHA256SUMS"
 def listed(folder, *lines):
     with (folder / SUMS).open("a") as sums:
         sums.writelines(f"{line}\n" for line in lines)
-
-
-def in_place(folder, name, make):
-    (folder / name).unlink()
-    make(folder / name)
-
-
-def sparse(path, size=20 << 30):
-    with path.open("wb") as file:
-        file.truncate(size)
 
 
 def bind(path):
@@ -61,27 +51,27 @@ FILES = {
         "not a list of checksums",
     ),
     "sums that are no text": (lambda f: (f / SUMS).write_bytes(b"\xff\xfe\0"), "not a list of checksums"),
-    "sums of 20 GB": (lambda f: in_place(f, SUMS, sparse), "allowed are 1,048,576"),
-    "sums in a pipe": (lambda f: in_place(f, SUMS, os.mkfifo), "a named pipe, and not a plain file"),
-    "sums behind a link": (lambda f: in_place(f, SUMS, lambda p: p.symlink_to("/dev/zero")), "a symbolic link"),
-    "labels of 20 GB": (lambda f: in_place(f, "labels.json", sparse), "labels.json: 21,474,836,480 bytes"),
-    "a model of 20 GB": (lambda f: in_place(f, "model.onnx", sparse), "model.onnx: 21,474,836,480 bytes"),
-    "labels in a pipe": (lambda f: in_place(f, "labels.json", os.mkfifo), "labels.json: a named pipe"),
-    "labels in a socket": (lambda f: in_place(f, "labels.json", bind), "labels.json: a socket"),
-    "labels in a folder": (lambda f: in_place(f, "labels.json", os.mkdir), "labels.json: a folder"),
+    "sums of 20 GB": (replaced(SUMS, sparse), "allowed are 1,048,576"),
+    "sums in a pipe": (replaced(SUMS, os.mkfifo), "a named pipe, and not a plain file"),
+    "sums behind a link": (replaced(SUMS, lambda p: p.symlink_to("/dev/zero")), "a symbolic link"),
+    "labels of 20 GB": (replaced("labels.json", sparse), "labels.json: 21,474,836,480 bytes"),
+    "a model of 20 GB": (replaced("model.onnx", sparse), "model.onnx: 21,474,836,480 bytes"),
+    "labels in a pipe": (replaced("labels.json", os.mkfifo), "labels.json: a named pipe"),
+    "labels in a socket": (replaced("labels.json", bind), "labels.json: a socket"),
+    "labels in a folder": (replaced("labels.json", os.mkdir), "labels.json: a folder"),
     "labels behind a link": (
-        lambda f: in_place(f, "labels.json", lambda p: p.symlink_to("/etc/passwd")),
+        replaced("labels.json", lambda p: p.symlink_to("/etc/passwd")),
         "labels.json: a symbolic link",
     ),
     "a model behind a link to a device": (
-        lambda f: in_place(f, "model.onnx", lambda p: p.symlink_to("/dev/zero")),
+        replaced("model.onnx", lambda p: p.symlink_to("/dev/zero")),
         "model.onnx: a symbolic link",
     ),
     "a link to itself": (
-        lambda f: in_place(f, "frontend.json", lambda p: p.symlink_to(p)),
+        replaced("frontend.json", lambda p: p.symlink_to(p)),
         "frontend.json: a symbolic link",
     ),
-    "a card that cannot be read": (lambda f: in_place(f, "card.md", os.mkfifo), "card.md: a named pipe"),
+    "a card that cannot be read": (replaced("card.md", os.mkfifo), "card.md: a named pipe"),
 }
 
 

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from refusal import refused
+from refusal import refused, sparse
 from safetensors.torch import save_file
 from torch import nn
 
@@ -77,11 +77,6 @@ def header(text, size=None):
     return make
 
 
-def sparse_file(path, canary):
-    with path.open("wb") as file:
-        file.truncate(1 << 40)
-
-
 def loop(path, canary):
     path.symlink_to(path)
 
@@ -106,7 +101,7 @@ CHECKPOINTS = {
     "links to themselves": ("x.pt", loop, "cannot be read as a checkpoint"),
     "nothing": ("x.pt", lambda path, canary: path.touch(), "cannot be read as a checkpoint"),
     "noise": ("x.pt", lambda path, canary: path.write_bytes(b"\x80\x02" + bytes(range(256))), "cannot be read as"),
-    "a terabyte of zeros": ("x.pt", sparse_file, "cannot be read as a checkpoint"),
+    "20 GB of zeros": ("x.pt", lambda path, canary: sparse(path), "cannot be read as a checkpoint"),
     "meta tensors": ("x.pt", saved({name: t.to("meta") for name, t in STATE.items()}), "layer.weight (meta)"),
     "sparse tensors": ("x.pt", saved(STATE | {"layer.weight": torch.ones(2, 3).to_sparse()}), "(sparse_coo)"),
     "compressed rows": ("x.pt", saved(STATE | {"layer.weight": torch.ones(2, 3).to_sparse_csr()}), "(sparse_csr)"),

@@ -2,11 +2,12 @@
 
 import os
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import soundfile as sf
-from refusal import refused
+from refusal import refused, replaced, sparse
 
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.corpus import META_COLUMNS, read_corpus
@@ -47,27 +48,6 @@ def row(column, value):
     return damage
 
 
-def table(make):
-    def damage(root):
-        (root / "meta.csv").unlink()
-        make(root / "meta.csv")
-
-    return damage
-
-
-def clip(make):
-    def damage(root):
-        (root / ROWS[0][0]).unlink()
-        make(root / ROWS[0][0])
-
-    return damage
-
-
-def sparse(path):
-    with path.open("wb") as file:
-        file.truncate(20 << 30)
-
-
 def linked_folder(root):
     (root / "loop").symlink_to(root / "loop")
     row(0, "loop/x.wav")(root)
@@ -77,6 +57,7 @@ def closed(root):
     write(root, [("x" * 300 + "/a.wav", *ROWS[0][1:]), *ROWS[1:]])
 
 
+table, clip = (partial(replaced, name) for name in ("meta.csv", ROWS[0][0]))
 CORPORA = {
     "a table in a pipe": (table(os.mkfifo), "meta.csv: a named pipe, and not a plain file"),
     "a table in a device": (table(lambda path: path.symlink_to("/dev/zero")), "a device, and not a plain file"),

@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
-from refusal import refused
+from refusal import refused, replaced, sparse
 
 from asc_ray import artifacts
 from asc_ray.artifacts import (
@@ -41,19 +42,7 @@ def manifest(**changes):
     return damage
 
 
-def raw(make):
-    def damage(folder):
-        (folder / "manifest.json").unlink()
-        make(folder / "manifest.json")
-
-    return damage
-
-
-def sparse(path):
-    with path.open("wb") as file:
-        file.truncate(20 << 30)
-
-
+raw = partial(replaced, "manifest.json")
 ENTRY = {"bytes": 7, "sha256": "0" * 64}
 MANIFESTS = {
     "a name above": (manifest(files={"../x": ENTRY}), "is not as it was written"),
@@ -62,8 +51,14 @@ MANIFESTS = {
     "files in a list": (manifest(files=["x"]), "is not as it was written"),
     "no stage": (manifest(stage=None), "is not as it was written"),
     "facts that are none": (manifest(facts=3), "is not as it was written"),
-    "a changed word": (raw(lambda path: path.write_text('{"stage": "clips"}')), "is not as it was written"),
-    "100,000 levels": (raw(lambda path: path.write_text("[" * 100_000)), "is not as it was written"),
+    "a changed word": (
+        raw(lambda path: path.write_text('{"stage": "clips"}')),
+        "is not as it was written",
+    ),
+    "100,000 levels": (
+        raw(lambda path: path.write_text("[" * 100_000)),
+        "is not as it was written",
+    ),
     "a pipe": (raw(os.mkfifo), "is not as it was written"),
     "a device": (raw(lambda path: path.symlink_to("/dev/zero")), "is not as it was written"),
     "20 GB": (raw(sparse), "is not as it was written"),
@@ -83,8 +78,7 @@ def test_a_strangers_manifest(artifact, kind):
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), sparse])
 def test_a_file_of_an_artifact_that_is_none(artifact, make):
-    (artifact / "data.arrow").unlink()
-    make(artifact / "data.arrow")
+    replaced("data.arrow", make)(artifact)
     refused(lambda: stored_files(artifact), "data.arrow: ")
 
 
