@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
         self.go_on = threading.Event()  # a cut body ends when this is set
         self.go_on.set()
         self.ranges = True
-        self.lengths = True
+        self.lengths: bool | str = True  # or what it says instead
         self.etag: str | None = '"1"'
 
     @property
@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if server.lengths:
-            self.send_header("Content-Length", str(len(content) - start))
+            length = server.lengths if isinstance(server.lengths, str) else str(len(content) - start)
+            self.send_header("Content-Length", length)
         if server.etag:
             self.send_header("ETag", server.etag)
         self.end_headers()
@@ -198,6 +199,12 @@ def test_a_server_without_ranges_sends_everything_again(server, out, lengths):
     fetch(server, out)
     assert_whole(out)
     assert len(server.requests) == len(PACKED) + lengths
+
+
+def test_a_length_that_is_no_number_is_none(server, out):
+    server.lengths = "many"
+    fetch(server, out)
+    assert_whole(out)
 
 
 def test_another_version_on_the_server_is_not_appended(server, out):

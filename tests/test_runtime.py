@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -125,6 +126,13 @@ def test_logits_that_are_not_finite_are_no_answer(bundle):
     seal(bundle)
     with pytest.raises(UserError, match=r"model\.onnx: its logits of 2 of 2 waves are not finite"):
         Bundle(bundle).probabilities(noise(2))
+
+
+def test_an_answer_of_another_shape_is_none(bundle):
+    opened = Bundle(bundle)
+    opened._session = SimpleNamespace(run=lambda *_: [np.zeros((1, 4), np.float32)])
+    with pytest.raises(UserError, match=r"model\.onnx: gives \(1, 4\) for 2 waves and 4 labels"):
+        opened.logits(noise(2))
 
 
 def flip(folder, name):

@@ -117,7 +117,7 @@ def markdown(comparison: Comparison) -> str:
         shown = [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)]
         rows.append([in_markdown(line.name), *shown])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"# {comparison.title}\n\n{comparison.note}\n\n{table}\n"
+    return f"# {in_markdown(comparison.title)}\n\n{in_markdown(comparison.note)}\n\n{table}\n"
 
 
 def comma_separated(comparison: Comparison) -> str:

@@ -224,6 +224,30 @@ def wide_kernel(model):
     node("Conv", ("mel", "wide"), pads=[64, 512, 64, 512])(model)
 
 
+def wide_sum(model):
+    """8 million elements of two small weights."""
+    model.graph.initializer.append(weight("a", [1, 2048, 1, 1]))
+    model.graph.initializer.append(weight("b", [1, 1, 64, 64]))
+    node("Add", ("a", "b"))(model)
+
+
+def many_sums(model):
+    """2 million elements, 40 times."""
+    model.graph.initializer.append(weight("a", [1, 2048, 1, 1]))
+    model.graph.initializer.append(weight("b", [1, 1, 32, 32]))
+    model.graph.node.insert(0, helper.make_node("Add", ["a", "b"], ["r0"]))
+    for number in range(40):
+        model.graph.node.insert(number + 1, helper.make_node("Relu", [f"r{number}"], [f"r{number + 1}"]))
+
+
+def many_products(model):
+    """A billion products of 2,048 channels by 2,048, in little memory, twice."""
+    model.graph.initializer.append(weight("plane", [1, 2048, 16, 16]))
+    model.graph.initializer.append(weight("square", [2048, 2048, 1, 1], TensorProto.INT8, bytes(1 << 22)))
+    for number in range(2):
+        model.graph.node.insert(0, helper.make_node("Conv", ["plane", "square"], [f"c{number}"]))
+
+
 def mixed(model):
     model.graph.initializer.append(weight("flat", [2], TensorProto.INT64, np.array([1, -1]).tobytes()))
     node("Reshape", ("mel", "flat"))(model)
@@ -278,6 +302,10 @@ MODELS = {
     "padding chosen by the engine": (node("MaxPool", kernel_shape=[2, 2], auto_pad="SAME_UPPER"), "auto_pad"),
     "sums of 400 TB": (broadcast, "more memory or work"),
     "an hour of work a clip": (work, "more memory or work"),
+    "a sum of eight million": (wide_sum, "a Add of shape (1, 2048, 64, 64): more memory or work"),
+    "sums of two million, forty times": (many_sums, "a Relu of shape (1, 2048, 32, 32): more memory or work"),
+    "two billion products": (many_products, "a Conv of shape (1, 2048, 16, 16): more memory or work"),
+    "a weight of 300,000 dimensions": (lambda m: first(m).dims.extend([1] * 300_000), "more than 200,000 parts"),
     "a kernel as large as the clip": (wide_kernel, "more memory or work"),
     "clips that are mixed": (mixed, "mixes clips"),
     "a mean over clips": (averaged, "mixes clips"),

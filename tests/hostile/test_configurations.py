@@ -42,6 +42,7 @@ TEXTS = {
     "a key that is a list": ("? [a, b]\n: 1", "a key that is no word"),
     "a key that yes is": ("yes: 1", "a key that is no word"),
     "a key twice in a merge": ("a: {<<: {x: 1, x: 2}}", "the key x is there twice"),
+    "a number of 60 noughts": ("a: 0b" + "0" * 60 + "1", "another value in it is none"),
     "a number in base 60": ("a: 1" + ":1" * 100_000, "another value in it is none"),
     "a teacher above": ("base: demo\nteachers: {systems: [../secret]}", "expected names, and no paths"),
     "two documents": ("--- a\n--- b", "not valid YAML"),
@@ -101,6 +102,15 @@ def test_a_base_that_is_no_configuration_is_not_read_out(tmp_path, kind):
     assert SECRET not in told
 
 
+@pytest.mark.parametrize("key", ["student.preset", "student.recipe", "sweep.preset"])
+def test_a_preset_that_is_no_configuration_is_not_read_out(tmp_path, key):
+    (tmp_path / "other.yaml").write_text(f"model: {SECRET}\nhost: {SECRET}\ntoken: {SECRET}\n")
+    told = refused(
+        lambda: load_config(TINY, [f"{key}={tmp_path}/other.yaml"]), "other.yaml is no configuration", code=2
+    )
+    assert SECRET not in told
+
+
 @pytest.mark.parametrize(("links", "names"), [(1100, 1), (22, 2)], ids=["a chain", "a doubling"])
 def test_bases_without_end(tmp_path, links, names):
     for number in range(links):
@@ -123,6 +133,11 @@ def test_bases_without_end(tmp_path, links, names):
 )
 def test_a_strangers_override(override, message):
     refused(lambda: load_config(TINY, [override]), message, code=2)
+
+
+def test_a_section_whose_lines_are_all_commented_out_changes_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"base: {TINY}\nteachers:\n  override:\n    # passt: {{}}\n")
+    assert load_config(tmp_path / "c.yaml").teachers.recipes
 
 
 def test_what_people_write_is_read():

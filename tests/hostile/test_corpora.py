@@ -10,6 +10,7 @@ import soundfile as sf
 from refusal import refused, replaced, sparse
 
 from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.audio.recording import Recording
 from asc_ray.data.corpus import META_COLUMNS, read_corpus
 from asc_ray.data.decode import decode
 from asc_ray.errors import UserError
@@ -124,6 +125,13 @@ def test_recordings_and_responses_that_are_no_files(tmp_path, make):
     results = decode([tmp_path / "a.wav"], np.zeros((1, 32_000), np.int16))
     assert "not a plain file" in str(results[0])
     refused(lambda: ImpulseBank.load(tmp_path, 32_000), "a.wav: unreadable", "not a plain file")
+
+
+def test_more_channels_than_a_recorder_has(tmp_path):
+    """A second of 1,024 channels at 1 MHz would take 4 GB, from a file of 20 kB."""
+    sf.write(tmp_path / "a.wav", np.zeros((10, 1024), np.float32), 1_000_000, subtype="FLOAT")
+    with pytest.raises(UserError, match="1024 channels; allowed are 128"):
+        Recording(tmp_path / "a.wav")
 
 
 def test_a_response_in_a_header_of_gigabytes(tmp_path):

@@ -139,6 +139,7 @@ def scratch_link(out, outside):  # noqa: F811
 
 def part_link(out, outside):  # noqa: F811
     (out / ".download" / "audio.1.zip.part").symlink_to(outside / "target")
+    (outside / "target").write_text("mine")
 
 
 def archive_link(out, outside):  # noqa: F811

@@ -1,10 +1,13 @@
 """Nothing that is written, logged or printed holds what opens a server; nothing in the package runs what it reads."""
 
 import ast
+import csv
+import io
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import TINY
@@ -13,8 +16,11 @@ from refusal import refused
 import asc_ray
 from asc_ray.config import load_config
 from asc_ray.plan import dump
+from asc_ray.report.card import Card, render_card
+from asc_ray.report.table import ComparedRow, Comparison, comma_separated, markdown
 from asc_ray.shown import in_csv, in_markdown, masked, path_in_csv, printable
 from asc_ray.tracking import Tracker
+from asc_ray.training.evaluation import evaluate
 
 pytestmark = pytest.mark.timeout(120)
 URIS = [
@@ -82,6 +88,45 @@ def test_text_from_anywhere_is_fit_for_where_it_is_shown():
     assert [in_csv(text) for text in ("=1+1", "@x", "-1", "+1", "park")] == ["'=1+1", "'@x", "'-1", "'+1", "park"]
     assert path_in_csv("=x.wav") == "./=x.wav"
     assert in_markdown("a|b <img> *c* [d](e)") == "a\\|b \\<img\\> \\*c\\* \\[d\\](e)"
+
+
+ODD = ("<img src=x onerror=y>", "=1+1", "a|b")  # devices, or scenes
+
+
+def odd_scores():
+    """Of a corpus whose devices and scenes are called what no page and no table should obey."""
+    rows = np.repeat(np.arange(len(ODD)), 2)
+    return evaluate(np.eye(len(ODD))[rows] * 5, rows, [ODD[row] for row in rows], ODD, frozenset(ODD[1:]))
+
+
+def test_odd_names_are_text_in_every_table():
+    scores = odd_scores()
+    row = ComparedRow(name="@row", parameters=1, macs=1, scores=(scores, None))
+    compared = Comparison(title="<b>", corpus="+corpus", training_clips=1, unseen_devices=ODD, rows=[row])
+    shown = markdown(compared)
+    assert "<img" not in shown.replace("\\<img", "")
+    assert "<b>" not in shown
+    assert shown.count(" | ") == shown.replace("a\\|b", "").count(" | ")
+    cells = [cell for line in csv.reader(io.StringIO(comma_separated(compared))) for cell in line]
+    assert {"'=1+1", "'@row", "'+corpus"} <= set(cells)
+    assert not [cell for cell in cells if cell.startswith(("=", "@", "+"))]
+
+
+def test_odd_names_are_text_in_a_card():
+    scores = odd_scores()
+    figures = dict.fromkeys(("parameters", "macs", "file_bytes", "training_clips", "sample_rate"), 1)
+    sizes = dict.fromkeys(("int8", "float32", "int32"), 0)
+    agreement = {"differ": 0, "clips": 1, "largest_difference": 0.0}
+    card = render_card(
+        Card(
+            title="t", version="1", network="n", labels=ODD, input=(1, 1, 2, 3), bytes=sizes, scores=scores,
+            float_scores=None, unseen=ODD[1:], validation=0.5, agreement=agreement, corpus="<b>", fingerprint="f",
+            lineage={"<b>": "key"}, operators=(), **figures,
+        )
+    )  # fmt: skip
+    assert "<img" not in card.replace("\\<img", "")
+    assert "<b>" not in card
+    assert "| (a\\|b) |" in card
 
 
 RUNS = {"eval", "exec", "compile", "__import__"}
