@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import settings
 from mlflow.tracking import MlflowClient
 from torch import nn
 
@@ -30,6 +31,10 @@ from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.tracking import default_uri
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
+
+# A deadline would be an assertion on time: a machine with other work to do misses any.
+settings.register_profile("asc-ray", deadline=None)
+settings.load_profile("asc-ray")
 
 # Worker processes of pytest-xdist ignore Ctrl-C, and the pipelines they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

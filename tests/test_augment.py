@@ -200,7 +200,7 @@ def statistics(mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (variance + 1e-6).sqrt(), mean
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     clips=st.integers(1, 8),
     shape=st.tuples(st.integers(1, 2), st.just(5), st.integers(2, 12)),

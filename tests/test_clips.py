@@ -186,7 +186,7 @@ def test_stores_that_are_none(corpus, folder, tmp_path):
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), world=st.integers(1, 9), seed=st.integers(0, 2**40), epoch=st.integers(0, 300))
 def test_every_index_once_an_epoch_for_any_world_size(data, world, seed, epoch):
     count = data.draw(st.integers(world, 200))
@@ -204,7 +204,7 @@ def test_every_index_once_an_epoch_for_any_world_size(data, world, seed, epoch):
         assert all((ours == theirs).all() for ours, theirs in zip(batches, alone, strict=True))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data(), seed=st.integers(0, 2**40), balance=st.floats(0.05, 1.0))
 def test_with_shares_every_clip_is_there_as_often_as_its_share_says(data, seed, balance):
     device = np.array(data.draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=120)))

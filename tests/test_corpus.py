@@ -360,7 +360,7 @@ def clips_of(sizes: dict[str, list[int]]) -> list[Clip]:
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.dictionaries(
         st.sampled_from(["park", "metro", "bus"]), st.lists(st.integers(1, 30), min_size=3, max_size=25), min_size=1

@@ -80,7 +80,7 @@ def test_agrees_with_the_definition(samples, shift):
     np.testing.assert_allclose(actual[:, 0].numpy(), expected, rtol=0, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(window=st.integers(2, 64), hop=st.integers(1, 70), samples=st.integers(80, 200))
 def test_any_window_and_hop_agree_with_torch_stft(window, hop, samples):
     config = SMALL.model_copy(update={"window": window, "hop": hop})

@@ -54,7 +54,7 @@ def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, ridge
     return data + ridge / 2 * (((w - 1 / len(logits)) ** 2).sum() + (b**2).sum())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     systems=st.integers(1, 5),
@@ -102,7 +102,7 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     np.testing.assert_allclose([*alone.values()], [value(t) for t in each] - pull, rtol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     systems=st.integers(2, 12),
@@ -143,7 +143,7 @@ def test_weights_that_may_not_be_negative(seed, systems, ridge, own):
     assert unbound.objective_after <= fused.objective_after + 1e-12
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 299), unique=True, max_size=6))
 def test_any_sharding_gives_the_same_fusion(seed, cuts):
     logits, labels = problem(seed, clips=300)

@@ -16,7 +16,7 @@ def random_input(shape: tuple[int, ...]) -> torch.Tensor:
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 2
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes, lambdas)
 def test_rn_is_lambda_x_plus_instance_norm(shape, lambda_start):
     x = random_input(shape)
@@ -25,7 +25,7 @@ def test_rn_is_lambda_x_plus_instance_norm(shape, lambda_start):
     torch.testing.assert_close(out, lambda_start * x + F.instance_norm(x, eps=config.eps), rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes, lambdas)
 def test_rn_frequency_is_rn_with_channel_and_frequency_exchanged(shape, lambda_start):
     x = random_input(shape)
@@ -36,7 +36,7 @@ def test_rn_frequency_is_rn_with_channel_and_frequency_exchanged(shape, lambda_s
     torch.testing.assert_close(rn_frequency(x), rn(x.transpose(1, 2)).transpose(1, 2))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(0.2, 5), st.floats(-5, 5))
 def test_in_removes_gain_and_offset_of_every_clip_and_channel(gain, offset):
     x = random_input((2, 3, 8, 6))

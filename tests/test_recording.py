@@ -221,7 +221,7 @@ def assert_as_libsndfile(path) -> None:
     assert isinstance(result, BadAudio) or out.any()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     bits=st.sampled_from([8, 16, 24, 32]),
     channels=st.integers(1, 3),
@@ -250,7 +250,7 @@ def test_whatever_a_header_says_the_fast_reader_is_right_or_stands_back(
     assert_as_libsndfile(path)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     base=st.sampled_from(["WAV", "FLAC", "OGG", "MP3", "AIFF", "AU"]),
     edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),

@@ -53,7 +53,7 @@ def test_the_front_end_is_trainings(config, sound):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     window=st.integers(2, 64),
     hop=st.integers(1, 70),

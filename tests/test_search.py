@@ -134,7 +134,6 @@ def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins():
 # --- budgets ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(data=st.data(), budget=st.integers(1, 120), lookback=st.integers(1, 6))
 def test_a_budget_of_epochs_ends_a_search_alike_whatever_ends_first(data, budget, lookback):
     sweep = SWEEP.model_copy(update={"budget": BudgetConfig(epochs=budget), "lookback": lookback})
@@ -383,7 +382,7 @@ CONDITIONAL = {
 
 
 @given(st.integers(0, 12), st.integers(0, 100))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_an_alternative_s_own_parameters_are_searched_where_it_is_chosen(number, seed):
     raw = {"space": CONDITIONAL, "seed": seed, "startup_trials": 2, "lookback": 1}
     sweep = SweepConfig.model_validate(raw)

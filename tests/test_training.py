@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import clip_store
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +58,6 @@ def test_a_scaled_schedule_stays_in_proportion(epochs, target):
     assert scaled.learning_rate == config.learning_rate
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31 - 1), st.floats(0.5, 8.0), st.floats(0.0, 1.0))
 def test_objective_is_eq_5_and_its_gradient_is_the_divergence_s(seed, tau, weight):
     g = torch.Generator().manual_seed(seed)
