@@ -100,6 +100,14 @@ def test_our_own_files_say_for_which_scenes_and_which_front_end_they_are(tmp_pat
         load_published(resnet(2), tmp_path / "other.safetensors", ABOUT)
 
 
+def test_equal_weights_make_equal_files(tmp_path):
+    """safetensors writes entries of its metadata in another order each time."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for file in files:
+        save_file({"a": torch.zeros(1)}, file, metadata(ABOUT))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def spoiled(name: str, change) -> dict:
     state = resnet(1).state_dict()
     state[name] = change(state[name].clone())

@@ -26,6 +26,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 _PREFIX = re.compile(r"^(model|net|module)\.")
 _HEAD = re.compile(r"^head(_dist)?\.")
 _NAMES_SHOWN = 6
+_ABOUT = "asc_ray"  # the entry of safetensors' metadata that is ours
 _OF_TENSORS = re.compile(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)")  # what plain tensors call
 _LEGACY_PICKLES = 5  # that a file of torch before 1.6 begins with
 
@@ -154,8 +155,11 @@ def _odd_kind(tensor: Tensor) -> str:
 
 
 def metadata(about: Mapping[str, Any]) -> dict[str, str]:
-    """What our own safetensors say of the network in them, such as its labels and its front end."""
-    return {name: json.dumps(value) for name, value in about.items()}
+    """What our own safetensors say of the network in them, such as its labels and its front end.
+
+    In one entry: safetensors writes several in another order each time, and equal trainings would differ in bytes.
+    """
+    return {_ABOUT: json.dumps(about)}
 
 
 def said(file: Path) -> dict[str, Any]:
@@ -164,7 +168,8 @@ def said(file: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: json.loads(value) for name, value in (stored.metadata() or {}).items() if name != "format"}
+            found = json.loads((stored.metadata() or {}).get(_ABOUT, "{}"))
+            return found if isinstance(found, dict) else {}
     except (OSError, ValueError, RecursionError, SafetensorError):  # no file of ours
         return {}
 

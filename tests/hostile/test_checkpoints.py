@@ -14,7 +14,7 @@ from refusal import refused, sparse
 from safetensors.torch import save_file
 from torch import nn
 
-from asc_ray.models.pretrained import load_published, read_tensors, start_from
+from asc_ray.models.pretrained import load_published, metadata, read_tensors, start_from
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -159,8 +159,8 @@ def test_what_a_start_interpolates_is_plain_too(tmp_path):
 
 def test_metadata_of_a_stranger_is_compared_and_not_believed(tmp_path):
     file = tmp_path / "x.safetensors"
-    save_file(STATE, file, {"labels": "[" * 100_000})
+    save_file(STATE, file, {"asc_ray": "[" * 100_000})
     assert not load_published(Small(), file, {"labels": ["a"]})
-    save_file(STATE, file, {"labels": '["b"]'})
+    save_file(STATE, file, metadata({"labels": ["b"]}))
     refused(lambda: load_published(Small(), file, {"labels": ["a"]}), "was trained with labels b", code=2)
     assert read_tensors(file).keys() == STATE.keys()
