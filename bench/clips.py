@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asc_ray.data.clips import ClipStore
-from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 
 
 def rates(function, arguments, clips: int) -> list[float]:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from memory import peak_memory
 
-from asc_ray.data.clips import SHARD, SHARD_CLIPS, write_shard
+from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, SHARD, SHARD_CLIPS
 from asc_ray.data.corpus import Clip
-from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
+from asc_ray.data.decode import BadAudio, decode
 from asc_ray.data.parts import note_part, part_file
+from asc_ray.data.shards import write_shard
 
 
 def recordings(folder: Path, count: int) -> list[Path]:

@@ -24,9 +24,10 @@ from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.clips import SHARD, write_shard
+from asc_ray.data.clips import SHARD
 from asc_ray.data.corpus import Corpus
 from asc_ray.data.parts import missing_parts, part_file
+from asc_ray.data.shards import write_shard
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.tracking import default_uri

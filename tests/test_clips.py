@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, step_generator
 from asc_ray.data.clips import (
+    CLIP_SAMPLES,
+    SAMPLE_RATE,
     SHARD,
     ClipStore,
-    write_shard,
 )
 from asc_ray.data.corpus import Clip, Corpus
-from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.data.parts import missing_parts, part_file
+from asc_ray.data.shards import write_shard
 from asc_ray.errors import ConfigError, UserError
 
 LABELS, DEVICES = ("metro", "park"), ("a", "s1")

@@ -14,7 +14,8 @@ from asc_ray.audio import recording
 from asc_ray.audio.recording import _read
 from asc_ray.audio.resample import fft_size, resample
 from asc_ray.data import decode as decode_module
-from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, Notes, decode
+from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
+from asc_ray.data.decode import BadAudio, Notes, decode
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "esc10"
 

@@ -7,7 +7,7 @@ and no loop over clips, and a draw gives the same batch on every device.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -72,9 +72,8 @@ class Draw:
     clip as it is.
     """
 
-    fmax_shift: float  # Hz, for LogMel
-    convolved: Tensor  # (K,) int64: the clips that DIR convolves
-    response: Tensor  # (K,) int64: with which response of the bank
+    fmax_shift: Tensor  # (B,) float32, Hz, for LogMel: the same for all clips
+    response: Tensor | None  # (B,) int64: which response of the bank DIR convolves the clip with, -1: none
     shift: Tensor | None  # (B,) int64, samples to the right
     lam: Tensor | None  # (B,) float32: mixup's weight of the clip itself
     partner: Tensor | None  # (B,) int64: whom it is mixed with
@@ -83,17 +82,27 @@ class Draw:
     style_weight: Tensor | None  # (B,) float32: Freq-MixStyle's weight of the clip's own statistics
     style_partner: Tensor | None  # (B,) int64: whose statistics they are mixed with
 
-    def to(self, device: torch.device) -> "Draw":
-        """The same draw on `device`, copied without waiting; itself if it is there already."""
-        if self.convolved.device == device:
-            return self
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                value = value.pin_memory() if device.type == "cuda" else value
-                moved[field.name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)
+    def packed(self) -> Tensor:
+        """All choices side by side, (B, C) float64, which holds every one of them exactly: one copy to a device."""
+        return torch.cat([value.double().reshape(len(value), -1) for value in self._tensors().values()], dim=1)
+
+    def unpacked(self, columns: Tensor) -> "Draw":
+        """The draw that `packed` made `columns` of, where they are, with the types of this one."""
+        parts, start = {}, 0
+        for name, value in self._tensors().items():
+            width = value[0].numel()
+            parts[name] = columns[:, start : start + width].reshape(-1, *value.shape[1:]).to(value.dtype)
+            start += width
+        return replace(self, **parts)
+
+    @property
+    def width(self) -> int:
+        """C of `packed`."""
+        return sum(value[0].numel() for value in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Augment:
@@ -120,14 +129,13 @@ class Augment:
         config, clips = self.config, len(devices)
         seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
         fmax, dir_, roll, mixup, freq, time, style = np.random.default_rng(seed).spawn(7)
-        convolved, response = self._draw_dir(dir_, energies, devices)
+        fmax_shift = FMAX_STEP * int(fmax.integers(-self._fmax_steps, self._fmax_steps + 1))
         lam, partner = _draw_mix(mixup, 1.0, config.mixup_alpha, clips) if config.mixup_alpha else (None, None)
         p, alpha = config.freq_mixstyle.p, config.freq_mixstyle.alpha
         style_weight, style_partner = _draw_mix(style, p, alpha, clips) if p else (None, None)
         return Draw(
-            fmax_shift=FMAX_STEP * int(fmax.integers(-self._fmax_steps, self._fmax_steps + 1)),
-            convolved=convolved,
-            response=response,
+            fmax_shift=torch.full((clips,), float(fmax_shift)),
+            response=self._draw_dir(dir_, energies, devices) if config.dir.p else None,
             shift=torch.from_numpy(roll.integers(-config.roll, config.roll + 1, clips)) if config.roll else None,
             lam=lam,
             partner=partner,
@@ -137,7 +145,7 @@ class Augment:
             style_partner=style_partner,
         )
 
-    def _draw_dir(self, rng: np.random.Generator, energies: Tensor, devices: list[str]) -> tuple[Tensor, Tensor]:
+    def _draw_dir(self, rng: np.random.Generator, energies: Tensor, devices: list[str]) -> Tensor:
         """Eq. 3: a clip is convolved if E(x) > T, with probability p; without a threshold, whatever its energy."""
         chosen = torch.from_numpy(rng.random(len(devices)) < self.config.dir.p)
         response = torch.from_numpy(rng.integers(len(self._bank.names), size=len(devices)))
@@ -145,15 +153,13 @@ class Augment:
             chosen &= torch.tensor([device in self.config.dir.apply_to for device in devices], dtype=torch.bool)
         if self._threshold is not None:
             chosen &= energies.double() > self._threshold
-        return chosen.nonzero()[:, 0], response[chosen]
+        return torch.where(chosen, response, -1)
 
     @torch.no_grad()
     def wave(self, wave: Tensor, draw: Draw) -> Tensor:
         """Waveforms (B, T) float32 -> (B, T): DIR, roll and mixup as drawn; the input is left as it is."""
-        draw = draw.to(wave.device)
-        if len(draw.convolved):
-            convolved = self._convolve(wave.index_select(0, draw.convolved), draw.response)
-            wave = wave.index_copy(0, draw.convolved, convolved)
+        if draw.response is not None:
+            wave = self._convolved(wave, draw.response)
         if draw.shift is not None:
             wave = _roll(wave, draw.shift)
         if draw.lam is not None and draw.partner is not None:
@@ -163,7 +169,6 @@ class Augment:
     @torch.no_grad()
     def mel(self, mel: Tensor, draw: Draw) -> Tensor:
         """Log-mels (B, 1, F, T) as LogMel gives them -> (B, 1, F, T): masks, then Freq-MixStyle, as drawn."""
-        draw = draw.to(mel.device)
         if draw.freq_mask is not None:
             mel = mel.masked_fill(_masked(draw.freq_mask, mel.shape[2])[:, None, :, None], MASKED)
         if draw.time_mask is not None:
@@ -171,6 +176,15 @@ class Augment:
         if draw.style_weight is not None and draw.style_partner is not None:
             mel = _freq_mixstyle(mel, draw.style_weight, draw.style_partner)
         return mel
+
+    def _convolved(self, wave: Tensor, response: Tensor) -> Tensor:
+        """(B, T) with those clips convolved that have a response (B,)."""
+        if wave.device.type != "cpu":  # how many there are is not known there: all are convolved, and some are taken
+            return torch.where((response >= 0)[:, None], self._convolve(wave, response.clamp(min=0)), wave)
+        chosen = (response >= 0).nonzero()[:, 0]
+        if not len(chosen):
+            return wave
+        return wave.index_copy(0, chosen, self._convolve(wave[chosen], response[chosen]))
 
     def _convolve(self, wave: Tensor, response: Tensor) -> Tensor:
         """(K, T) with the responses (K,) of the bank, cut to T samples."""

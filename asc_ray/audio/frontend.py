@@ -18,12 +18,14 @@ MASKED = (0.0 + 4.5) / 5.0
 # Shifts of the upper mel edge are multiples of this many Hz, so that a run meets few mel banks and each is built once.
 FMAX_STEP = 50.0
 
-# Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero.
+# Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero. A GPU
+# computes faster than it starts computing.
 _GROUP = 16
+_GPU_GROUP = 64
 # Clips per pass on the CPU: a pass's spectra stay in the L2 cache, which is worth a factor of 2.5 over whole batches.
 _CPU_SLAB = 4
 
-_Group = tuple[int, int, Tensor]
+_Group = tuple[int, int, Tensor]  # (start, stop) in the row of squares and weights (stop - start, mels of the group)
 
 
 class FrontendConfig(Section):
@@ -64,18 +66,23 @@ class LogMel(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("window", torch.hann_window(config.window, periodic=False), persistent=False)
-        self._banks: dict[tuple[float, torch.device], list[_Group]] = {}
+        self._banks: dict[float, list[_Group]] = {}
+        self._shifted: list[_Group] = []
 
     @torch.no_grad()
-    def forward(self, wave: Tensor, fmax_shift: float = 0.0) -> Tensor:
+    def forward(self, wave: Tensor, fmax_shift: Tensor | None = None) -> Tensor:
         """(B, T) float32 in +-1 -> (B, 1, mels, 1 + (T - 1) // hop) float32.
 
-        fmax_shift: Hz added to the upper mel edge (training), rounded to FMAX_STEP and held at the Nyquist frequency.
+        fmax_shift: (B,) Hz added to the upper mel edge (training), the first clip's for all of them, a multiple of
+        FMAX_STEP within the configured range; the edge is held at the Nyquist frequency.
         Raises ValueError where T is too short for the reflected edges of the centred STFT.
         """
         if wave.shape[1] <= self.config.window // 2 + 1:
             raise ValueError(f"a clip of {wave.shape[1]} samples is too short for a window of {self.config.window}")
-        bank = self._bank(fmax_shift, wave.device)
+        if wave.device.type == "cpu":
+            bank = self._bank(0.0 if fmax_shift is None else float(fmax_shift[0]))
+        else:
+            bank = self._bank_there(wave.device, fmax_shift)
         slab = _CPU_SLAB if wave.device.type == "cpu" else max(1, len(wave))
         return torch.cat([self._transform(part, bank) for part in wave.split(slab)])[:, None]
 
@@ -96,19 +103,38 @@ class LogMel(nn.Module):
         mel = mel.add_(1e-5).log_().add_(4.5).div_(5.0)
         return mel.view(clips, count, config.mels).transpose(1, 2).contiguous()
 
-    def _bank(self, fmax_shift: float, device: torch.device) -> list[_Group]:
-        """The mel bank in groups: (start, stop) in the row of squares and the (stop - start, mels of the group)."""
-        shift = round(fmax_shift / FMAX_STEP) * FMAX_STEP
-        key = (shift, device)
-        if key not in self._banks:
-            c = self.config
-            bank = mel_bank(c.sample_rate, c.n_fft, c.mels, c.fmin, min(c.fmax + shift, c.sample_rate / 2))
-            self._banks[key] = [_band(group, device) for group in torch.from_numpy(bank).split(_GROUP)]
-        return self._banks[key]
+    def _bank(self, fmax_shift: float) -> list[_Group]:
+        """The mel bank in groups, on the host."""
+        if fmax_shift not in self._banks:
+            self._banks[fmax_shift] = _groups(self._matrix(fmax_shift)[None], _GROUP)
+        return [(start, stop, weights[0]) for start, stop, weights in self._banks[fmax_shift]]
+
+    def _bank_there(self, device: torch.device, fmax_shift: Tensor | None) -> list[_Group]:
+        """The mel bank in groups on a GPU, where all shifted ones lie and a tensor says which."""
+        most = int(self.config.fmax_jitter / 2 / FMAX_STEP)
+        if not self._shifted:
+            banks = torch.stack([self._matrix(FMAX_STEP * steps) for steps in range(-most, most + 1)])
+            groups = _groups(banks, _GPU_GROUP)
+            self._shifted = [(start, stop, weights.to(device)) for start, stop, weights in groups]
+        if fmax_shift is None:
+            return [(start, stop, weights[most]) for start, stop, weights in self._shifted]
+        which = (fmax_shift[:1] / FMAX_STEP).round().long() + most
+        return [(start, stop, weights.index_select(0, which)[0]) for start, stop, weights in self._shifted]
+
+    def _matrix(self, fmax_shift: float) -> Tensor:
+        c = self.config
+        return torch.from_numpy(
+            mel_bank(c.sample_rate, c.n_fft, c.mels, c.fmin, min(c.fmax + fmax_shift, c.sample_rate / 2))
+        )
 
 
-def _band(bank: Tensor, device: torch.device) -> _Group:
-    used = bank.any(dim=0).nonzero()
-    start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-    weights = bank[:, start:stop].T.repeat_interleave(2, dim=0)
-    return 2 * start, 2 * stop, weights.contiguous().to(device)
+def _groups(banks: Tensor, mels: int) -> list[_Group]:
+    """Of banks (N, mels, bins): for each group of mels the bins that any of the N uses, with weights (N, 2 bins, mels)
+    that have every row twice."""
+    groups = []
+    for bank in banks.split(mels, dim=1):
+        used = bank.amax(dim=(0, 1)).nonzero()
+        start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        weights = bank[..., start:stop].transpose(1, 2).repeat_interleave(2, dim=1).contiguous()
+        groups.append((2 * start, 2 * stop, weights))
+    return groups

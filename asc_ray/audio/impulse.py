@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
-from asc_ray.audio.recording import BadAudio, check_rate
 from asc_ray.audio.resample import resample
 from asc_ray.errors import UserError
 from asc_ray.files import open_plain
@@ -49,6 +47,10 @@ def response_files(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path, sample_rate: int) -> ImpulseBank:
+    import soundfile  # a training on stored clips does without
+
+    from asc_ray.audio.recording import BadAudio, check_rate
+
     paths = response_files(folder)
     responses: list[Tensor] = []
     refused: list[str] = []

@@ -7,7 +7,6 @@ cut or extended to the new rate and transformed back, which takes half the time 
 from math import ceil, gcd
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,6 +29,8 @@ class Resampler:
     """
 
     def __init__(self, samples: int, rate: int, target: int) -> None:
+        import soxr  # a training on stored clips does without
+
         step, new_step = rate // gcd(rate, target), target // gcd(rate, target)
         multiple = fft_size(ceil((samples + rate * _GUARD) / step))  # the sizes have the ratio of the rates
         self.size, self._new_size = multiple * step, multiple * new_step

@@ -12,10 +12,11 @@ from asc_ray.artifacts import Artifact
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
-from asc_ray.data.clips import SHARD, SPLITS, ClipStore, write_shard
+from asc_ray.data.clips import SHARD, SPLITS, ClipStore
 from asc_ray.data.corpus import BadClip, Clip, Corpus, Faults
 from asc_ray.data.logits import read_logits
 from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_file
+from asc_ray.data.shards import write_shard
 from asc_ray.errors import UserError
 from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank
 from asc_ray.training.loop import Recipe

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from asc_ray.data.clips import open_clips
-from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.data.clips import CLIP_SAMPLES, open_clips
 
 READERS = 4
 AHEAD = 4  # batches

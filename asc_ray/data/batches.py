@@ -14,8 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from asc_ray.data.clips import ClipStore
-from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 from asc_ray.errors import ConfigError
 from asc_ray.section import Section
 
@@ -124,11 +123,7 @@ class Waves:
                 self._resident[part[0] : part[-1] + 1] = torch.from_numpy(store.pcm(rows[part]))
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """(B, 32000) float32 in [-1, 1) of each batch of positions in `rows`; int16 crosses the bus."""
-        for pcm in self._pcm(batches):
-            yield pcm.to(torch.float32).div_(32768)
-
-    def _pcm(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """(B, 32000) int16 of each batch of positions in `rows`; `waveform` makes waves of it."""
         if self.mode == "resident":
             for batch in batches:
                 yield self._resident.index_select(0, moved(torch.from_numpy(batch), self._device))
@@ -140,6 +135,11 @@ class Waves:
             read = map(self._store.pcm, rows)
         for pcm in read:
             yield moved(torch.from_numpy(pcm), self._device)
+
+
+def waveform(pcm: Tensor) -> Tensor:
+    """(B, T) int16 to float32 in [-1, 1)."""
+    return pcm.to(torch.float32).div_(32768)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

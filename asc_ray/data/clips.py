@@ -1,9 +1,7 @@
 """The clip store: one-second clips as int16 PCM at 32 kHz in memory-mapped Arrow files."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,43 +10,25 @@ import pyarrow as pa
 
 from asc_ray.artifacts import stored_files
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.corpus import BadClip, Clip
-from asc_ray.data.decode import CLIP_SAMPLES, SAMPLE_RATE, BadAudio, decode
+from asc_ray.data.corpus import Clip
 from asc_ray.errors import UserError
 
+SAMPLE_RATE = 32_000
+CLIP_SAMPLES = 32_000
 SHARD = "shard"  # the files' prefix
 SHARD_CLIPS = 4_096
 SPLITS = ("train", "test")
 
 
-@dataclass(frozen=True)
-class ShardReport:
-    notes: dict[str, int]  # how many clips were resampled, padded, ...
-    bad: list[BadClip]  # left out
-
-
-def write_shard(
-    root: Path, clips: Sequence[Clip], labels: Sequence[str], devices: Sequence[str], file: Path, *, fingerprint: str
-) -> ShardReport:
-    """Decode `clips` of the corpus in `root` into one Arrow IPC file; the same input gives the same bytes.
+def write_clips(
+    file: Path, clips: Sequence[Clip], pcm: np.ndarray, labels: Sequence[str], devices: Sequence[str], fingerprint: str
+) -> None:
+    """Clips and their samples (N, 32000) int16 as one Arrow IPC file; the same input gives the same bytes.
 
     Columns: clip_id utf8; scene, device, location, split dictionary<int32, utf8>; energy float32, the sum of
     (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Schema metadata: labels and devices (JSON, the dictionaries'
-    order), sample_rate, corpus (its fingerprint). Bad clips are left out and reported; refusing them is the caller's.
+    order), sample_rate, corpus (its fingerprint).
     """
-    pcm = np.empty((len(clips), CLIP_SAMPLES), dtype=np.int16)
-    results = decode([root / clip.clip_id for clip in clips], pcm)
-    notes: Counter[str] = Counter()
-    kept: list[Clip] = []
-    bad: list[BadClip] = []
-    for row, (clip, result) in enumerate(zip(clips, results, strict=True)):
-        if isinstance(result, BadAudio):
-            bad.append(BadClip(clip.clip_id, str(result)))
-            continue
-        pcm[len(kept)] = pcm[row]
-        notes.update(result)
-        kept.append(clip)
-    pcm = pcm[: len(kept)]
 
     def dictionary(values: list[str], vocabulary: Sequence[str]) -> pa.Array:
         index = {value: position for position, value in enumerate(vocabulary)}
@@ -56,16 +36,16 @@ def write_shard(
             pa.array([index[value] for value in values], pa.int32()), pa.array(vocabulary, pa.string())
         )
 
-    locations = [clip.location for clip in kept]
+    locations = [clip.location for clip in clips]
     # Sums of squared integers: exact in float64, so no order of summation shows in the result.
     energy = [float(np.dot(wave, wave)) / 32768**2 for wave in (row.astype(np.float64) for row in pcm)]
     batch = pa.RecordBatch.from_pydict(
         {
-            "clip_id": pa.array([clip.clip_id for clip in kept], pa.string()),
-            "scene": dictionary([clip.scene for clip in kept], labels),
-            "device": dictionary([clip.device for clip in kept], devices),
+            "clip_id": pa.array([clip.clip_id for clip in clips], pa.string()),
+            "scene": dictionary([clip.scene for clip in clips], labels),
+            "device": dictionary([clip.device for clip in clips], devices),
             "location": dictionary(locations, sorted(set(locations))),
-            "split": dictionary([clip.split for clip in kept], SPLITS),
+            "split": dictionary([clip.split for clip in clips], SPLITS),
             "energy": pa.array(np.array(energy, dtype=np.float32)),
             "pcm": pa.FixedSizeListArray.from_arrays(pa.array(pcm.reshape(-1)), CLIP_SAMPLES),
         },
@@ -77,7 +57,6 @@ def write_shard(
         },
     )
     write_batch(batch, file)
-    return ShardReport(dict(sorted(notes.items())), bad)
 
 
 def open_clips(folder: Path) -> "ClipStore":

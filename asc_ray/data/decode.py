@@ -12,10 +12,9 @@ import torch
 
 from asc_ray.audio.recording import BadAudio, Recording, cancels, check_rate, check_scale
 from asc_ray.audio.resample import Resampler
+from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.files import open_plain
 
-SAMPLE_RATE = 32_000
-CLIP_SAMPLES = 32_000
 LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second: padded or cropped
 QUIET = 10  # steps of 16 bits: a clip that is nowhere louder (-70 dB) is noted
 # Seconds read of a clip: the resampling filter hears what little follows the first one.

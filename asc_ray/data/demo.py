@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 from pydantic import Field
 
 from asc_ray.errors import UserError
@@ -277,6 +276,8 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
     The same configuration gives the same bytes; the default makes 800 training and 900 test clips (150 MB). Raises
     UserError where `out` is a file or a folder that is not empty.
     """
+    import soundfile as sf  # reading a corpus' configuration does without
+
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; name a new folder for the demo corpus")
     for folder in ("audio", "evaluation_setup", "dirs"):

@@ -33,6 +33,8 @@ class InstanceNorm(nn.Module):
         self.over, self.eps = over, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:  # bf16 has no digits left for the difference where the mean is many deviations
+            return self.forward(x.float()).to(x.dtype)
         centred = x - x.mean(self.over, keepdim=True)
         variance = (centred * centred).mean(self.over, keepdim=True)
         return centred * torch.rsqrt(variance + self.eps)
@@ -49,6 +51,8 @@ class ResidualNorm(InstanceNorm):
         self.lambda_ = nn.Parameter(torch.tensor(lambda_start))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            return self.forward(x.float()).to(x.dtype)
         return self.lambda_ * x + super().forward(x)
 
 

@@ -1,5 +1,6 @@
 """PaSST: the transformer teacher of CP-JKU's DCASE 2023 system, with its state-dict names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -102,11 +103,9 @@ class Block(nn.Module):
 class Passt(nn.Module):
     """(B, 1, mels, T) log-mel to logits (B, classes), for patch <= T <= frames.
 
-    In training, structured and unstructured patchout and the random offset into the time grid are drawn from
-    `generator` (CPU), once for the whole batch; evaluation is deterministic.
+    In training, structured and unstructured patchout and the random offset into the time grid are given, once for the
+    whole batch, as `choices` drew them; evaluation is deterministic.
     """
-
-    stochastic = True
 
     def __init__(self, config: PasstConfig, classes: int):
         super().__init__()
@@ -133,50 +132,59 @@ class Passt(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def tokens(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """(B, 1, mels, T) to the patches that enter the transformer, with positions: (B, rows * columns, width)."""
+    def choices(self, frames: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """What is drawn for a training batch of so many frames, on the host: where its columns of patches stand in the
+        time grid, and which columns, rows and single patches are kept; int64 each."""
         config, (rows, columns) = self.config, self.config.grid
+        taken = (frames - config.patch) // config.stride + 1
+        if taken <= config.patchout_time:
+            raise ValueError(
+                f"patchout_time = {config.patchout_time} leaves none of the {taken} columns of patches of this input; "
+                f"allowed: 0 to {taken - 1}"
+            )
+        offset = int(torch.randint(columns - taken + 1, (), generator=generator)) if taken < columns else 0
+        kept_columns = _kept(taken, config.patchout_time, generator)
+        kept_rows = _kept(rows, config.patchout_freq, generator)
+        patches = len(kept_columns) * len(kept_rows)
+        if patches <= config.patchout:
+            raise ValueError(
+                f"patchout = {config.patchout} leaves none of the {patches} patches that are left of this input"
+            )
+        return torch.arange(taken) + offset, kept_columns, kept_rows, _kept(patches, config.patchout, generator)
+
+    def tokens(self, x: torch.Tensor, choices: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """(B, 1, mels, T) to the patches that enter the transformer, with positions: (B, rows * columns, width)."""
+        config = self.config
         if x.shape[2] != config.mels or not config.patch <= x.shape[3] <= config.frames:
             raise ValueError(
                 f"PaSST got {x.shape[2]} mels x {x.shape[3]} frames; its configuration takes {config.mels} mels and "
                 f"{config.patch} to {config.frames} frames: set model.mels and model.frames to the front end's"
             )
-        x = self.patch_embed(x)  # (B, width, rows, taken)
-        taken = x.shape[3]
-        if taken <= config.patchout_time and self.training:
-            raise ValueError(
-                f"patchout_time = {config.patchout_time} leaves none of the {taken} columns of patches of this input; "
-                f"allowed: 0 to {taken - 1}"
-            )
-        offset = 0
-        if self.training and taken < columns:
-            offset = int(torch.randint(columns - taken + 1, (), generator=_required(generator)))
-        x = x + self.time_new_pos_embed[..., offset : offset + taken] + self.freq_new_pos_embed
-        if self.training and config.patchout_time:
-            x = x[..., _kept(taken, config.patchout_time, generator).to(x.device, non_blocking=True)]
-        if self.training and config.patchout_freq:
-            x = x[:, :, _kept(rows, config.patchout_freq, generator).to(x.device, non_blocking=True)]
+        x = self.patch_embed(x)  # (B, width, rows, columns)
+        if not self.training:
+            x = x + self.time_new_pos_embed[..., : x.shape[3]] + self.freq_new_pos_embed
+            return x.flatten(2).transpose(1, 2)
+        assert choices, (
+            "PaSST in training draws patchout and position: pass model(x, *model.choices(frames, generator))"
+        )
+        positions, kept_columns, kept_rows, kept = choices
+        x = x + self.time_new_pos_embed.index_select(3, positions) + self.freq_new_pos_embed
+        if config.patchout_time:
+            x = x.index_select(3, kept_columns)
+        if config.patchout_freq:
+            x = x.index_select(2, kept_rows)
         x = x.flatten(2).transpose(1, 2)
-        if self.training and config.patchout:
-            if x.shape[1] <= config.patchout:
-                raise ValueError(
-                    f"patchout = {config.patchout} leaves none of the {x.shape[1]} patches that are left of this input"
-                )
-            x = x[:, _kept(x.shape[1], config.patchout, generator).to(x.device, non_blocking=True)]
-        return x
+        return x.index_select(1, kept) if config.patchout else x
 
-    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        patches = self.tokens(x, generator)
+    def forward(self, x: torch.Tensor, *choices: torch.Tensor) -> torch.Tensor:
+        patches = self.tokens(x, choices)
         extra = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
         x = self.norm(self.blocks(torch.cat([extra.expand(len(x), -1, -1), patches], 1)))
         return self.head((x[:, 0] + x[:, 1]) / 2)
 
 
-def _required(generator: torch.Generator | None) -> torch.Generator:
-    assert generator is not None, "PaSST in training draws patchout and position: pass model(x, generator)"
-    return generator
-
-
-def _kept(size: int, left_out: int, generator: torch.Generator | None) -> torch.Tensor:
-    """A sorted random subset of range(size), `left_out` short of it."""
-    return torch.randperm(size, generator=_required(generator))[: size - left_out].sort().values
+def _kept(size: int, left_out: int, generator: torch.Generator) -> torch.Tensor:
+    """A sorted random subset of range(size), `left_out` short of it; drawn only where something is left out."""
+    if not left_out:
+        return torch.arange(size)
+    return torch.randperm(size, generator=generator)[: size - left_out].sort().values

@@ -91,6 +91,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, field = name.split(".", 1)
         state.setdefault(int(index), {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, fields in optimizer.state.items():  # fused optimizers want the parameter's own layout
+        for name, value in fields.items():
+            if value.shape == parameter.shape:
+                fields[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _name(epoch: int) -> str:

@@ -79,6 +79,11 @@ class Objective(nn.Module):
             share = (learned.start - learned.low) / (learned.high - learned.low)
             self.raw = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the loss depends on `progress`."""
+        return self.config is not None and isinstance(self.config.label_weight, ScheduledWeight)
+
     def label_weight(self, progress: float) -> Tensor | float:
         """lambda at `progress`, 0 in the first epoch and 1 in the last."""
         weight = self.config.label_weight if self.config else 1.0

@@ -12,8 +12,7 @@ from torch import nn
 
 from asc_ray.artifacts import file_sha256, stored_file, write_atomically
 from asc_ray.audio.frontend import FrontendConfig, LogMel
-from asc_ray.data.clips import ClipStore
-from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 from asc_ray.errors import UserError
 from asc_ray.runtime import CHECKSUMS, FRONTEND, LABELS, MODEL, PRODUCER, Bundle
 from asc_ray.runtime.frontend import Frontend

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from asc_ray.audio.augment import Augment, AugmentConfig, check_masks
+from asc_ray.audio.augment import Augment, AugmentConfig, Draw, check_masks
 from asc_ray.audio.frontend import FrontendConfig, LogMel
-from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, moved, step_generator
-from asc_ray.data.clips import ClipStore
-from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, moved, step_generator, waveform
+from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.dcase22_baseline import FRAMES, MELS, DCASE22BaselineConfig
 from asc_ray.models.passt import PasstConfig
@@ -29,11 +28,13 @@ from asc_ray.training import parallel
 from asc_ray.training.checkpoints import best_epoch, load_checkpoint, restore_optimizer, save_checkpoint
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.distillation import DistillationConfig, Objective
+from asc_ray.training.gpu import Replayed, on_gpu
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
 
 # Within an epoch too, for on a large corpus it can last an hour.
 CHECKPOINT_SECONDS = 300.0
 
+Precision = Literal["bf16", "tf32", "fp32"]
 Metrics = dict[str, float]
 OnEpoch = Callable[[Metrics], None]
 
@@ -85,6 +86,8 @@ class Recipe(Section):
         0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: as many clips of every device"
     )
     compile: bool = Field(False, description="torch.compile the network; where that fails, it trains without")
+    precision: Precision = Field("bf16", description="of the network's training on a GPU; on a CPU it is fp32")
+    deterministic: bool = Field(False, description="the same bits in every run on a GPU, slower; on a CPU they are")
     select: Literal["last", "best"] = Field(
         "last", description="which weights are the result: the last epoch's, or those best on the validation part"
     )
@@ -149,8 +152,7 @@ def fit(
     gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
     set_training: Callable[[nn.Module, bool], object] = nn.Module.train,
-    before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
-    mixed_precision: bool = True,
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> list[Metrics]:
     """Train `model` in place on the store's clips `train`; returns the metrics of every epoch.
@@ -159,7 +161,6 @@ def fit(
     newest intact one, and ends with the weights that an uninterrupted run has. `on_epoch` hears of restored epochs too,
     so a listener needs no memory of its own. `soft_logits` (clips of the store, K) are the teachers' logits, needed
     where `distillation` is given. `gpus`: what this process may compute on, a part of one GPU for less than 1.
-    `mixed_precision` is bf16 on CUDA, and nothing elsewhere.
 
     In a torch.distributed group all ranks call this alike. The first one alone has the result, and writes
     checkpoints and is heard by `on_epoch`.
@@ -177,67 +178,68 @@ def fit(
     if rank == 0:
         for metrics in history:
             on_epoch(metrics)
-    front_end = LogMel(recipe.frontend).to(device)
     trainer = _Trainer(
         model=model,
         optimizer=optimizer,
-        front_end=front_end,
+        front_end=LogMel(recipe.frontend).to(device),
         augment=Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy),
         store=data.store,
         soft=None if soft_logits is None else torch.from_numpy(soft_logits),
         objective=objective,
         clip_norm=settings.clip_norm,
         accumulate=settings.accumulate,
-        autocast=mixed_precision and device.type == "cuda",
+        precision="fp32" if device.type == "cpu" else recipe.precision,
     )
-    if recipe.compile and len(history) < settings.epochs:
-        set_training(model, True)
-        trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
-    waves = data.waves(train, device, gpus)
-    shares = device_shares(data.store.device[train], recipe.balance)
+    with on_gpu(device, recipe.precision == "tf32", recipe.deterministic):
+        if recipe.compile and len(history) < settings.epochs:
+            set_training(model, True)
+            trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
+        waves = data.waves(train, device, gpus)
+        shares = device_shares(data.store.device[train], recipe.balance)
 
-    for epoch in range(len(history), settings.epochs):
-        start = saved = time.perf_counter()
-        factor = learning_rate_factor(epoch, settings.schedule)
-        trainer.progress = epoch / max(1, settings.epochs - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        set_training(model, True)
-        before_epoch(model, epoch)
-        batches = epoch_batches(
-            len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world, shares=shares
-        )
-        clips = [train[batch] for batch in batches]
-        first = len(steps)
-        results = [torch.tensor(values, device=device) for values in steps]
-        steps = []
-        delivered = waves.batches([batch[rank::world] for batch in batches[first:]])
-        for step in range(first, len(batches)):
-            with record_function("data"):
-                wave = parallel.gathered(next(delivered), len(clips[step]))
-            results.append(trainer.step(wave, clips[step], step_generator(recipe.seed, epoch, step)))
-            if rank == 0 and time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
-                sums = _finite(results, epoch, data.store, clips)
-                save_checkpoint(folder, trained, optimizer, history, sums.tolist())
-                saved = time.perf_counter()
-        sums = _finite(results, epoch, data.store, clips)
-        seconds = time.perf_counter() - start
-        set_training(model, False)
-        _average(trained, settings, epoch)
-        metrics = {
-            "epoch": epoch + 1,
-            "learning_rate": settings.learning_rate * factor,
-            "loss": float(sums[:, 0].sum() / sums[:, 1].sum()),
-            "train_accuracy": float(sums[:, 2].sum() / sums[:, 1].sum()),
-            **_validated(model, front_end, data, device, epoch),
-            **trainer.notes(),
-            "clips_per_second": sum(map(len, batches[first:])) / seconds,
-        }
-        metrics |= _times(time.perf_counter() - start, len(batches) - first, len(batches), settings.epochs - epoch - 1)
-        history.append(metrics)
-        if rank == 0:
-            save_checkpoint(folder, trained, optimizer, history)
-            on_epoch(metrics)
+        for epoch in range(len(history), settings.epochs):
+            start = saved = time.perf_counter()
+            factor = learning_rate_factor(epoch, settings.schedule)
+            trainer.begin_epoch(epoch / max(1, settings.epochs - 1), settings.learning_rate * factor, before_epoch)
+            set_training(model, True)
+            if before_epoch:
+                before_epoch(model, epoch)
+            batches = epoch_batches(
+                len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world, shares=shares
+            )
+            clips = [train[batch] for batch in batches]
+            first = len(steps)
+            results = [torch.tensor(values, device=device) for values in steps]
+            steps = []
+            delivered = waves.batches([batch[rank::world] for batch in batches[first:]])
+            for step in range(first, len(batches)):
+                with record_function("data"):
+                    pcm = parallel.gathered(next(delivered), len(clips[step]))
+                results.append(trainer.step(pcm, clips[step], step_generator(recipe.seed, epoch, step)))
+                if rank == 0 and time.perf_counter() - saved > checkpoint_seconds and step + 1 < len(batches):
+                    sums = _finite(results, epoch, data.store, clips)
+                    save_checkpoint(folder, trained, optimizer, history, sums.tolist())
+                    saved = time.perf_counter()
+            sums = _finite(results, epoch, data.store, clips)
+            seconds = time.perf_counter() - start
+            set_training(model, False)
+            _average(trained, settings, epoch)
+            metrics = {
+                "epoch": epoch + 1,
+                "learning_rate": settings.learning_rate * factor,
+                "loss": float(sums[:, 0].sum() / sums[:, 1].sum()),
+                "train_accuracy": float(sums[:, 2].sum() / sums[:, 1].sum()),
+                **_validated(model, trainer.front_end, data, device, epoch),
+                **trainer.notes(),
+                "clips_per_second": sum(map(len, batches[first:])) / seconds,
+            }
+            metrics |= _times(
+                time.perf_counter() - start, len(batches) - first, len(batches), settings.epochs - epoch - 1
+            )
+            history.append(metrics)
+            if rank == 0:
+                save_checkpoint(folder, trained, optimizer, history)
+                on_epoch(metrics)
     if rank == 0 and recipe.select == "best":
         _restore_best(folder, trained, history)
     set_training(model, False)
@@ -264,7 +266,9 @@ def _optimizer(
     if own := list(objective.parameters()):  # decay would draw a learned lambda to the middle of its bounds
         groups.append({"params": own, "weight_decay": 0.0})
     kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda")
+    gpu = device.type != "cpu"
+    rate = torch.tensor(settings.learning_rate, device=device) if gpu else settings.learning_rate
+    return kind(groups, lr=rate, weight_decay=settings.weight_decay, fused=gpu, capturable=gpu)
 
 
 def _resumed(
@@ -321,25 +325,28 @@ class _Trainer:
         objective: Objective,
         clip_norm: float,
         accumulate: int,
-        autocast: bool,
+        precision: Precision,
     ) -> None:
         self.model, self.optimizer, self.front_end, self.augment = model, optimizer, front_end, augment
         self.store, self.soft, self.objective, self.progress = store, soft, objective, 0.0
-        self.clip_norm, self.accumulate, self.autocast = clip_norm, accumulate, autocast
+        self.clip_norm, self.accumulate, self.precision = clip_norm, accumulate, precision
         self.compiled: bool | None = None  # None: it was not asked for
         self.rank, self.world = parallel.rank(), parallel.world()
         self._distributed: Any = parallel.distributed(model)
         self._forward: Callable[..., Tensor] = self._distributed
-        self._one_hot = torch.eye(len(store.labels), device=next(model.parameters()).device)
+        self._device = next(model.parameters()).device
+        self._one_hot = torch.eye(len(store.labels), device=self._device)
+        self._draw: Draw | None = None  # what the columns of a plan mean, the same in every step
+        self._computed: Callable[..., Tensor] = self._compute
 
     def compile(self, batch_size: int) -> None:
         """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
         state = copy.deepcopy(self.model.state_dict())
-        device = next(self.model.parameters()).device
         forward = torch.compile(self._forward, dynamic=False)  # dynamic shapes would depend on which batch came first
-        mel = self.front_end(torch.zeros(batch_size, CLIP_SAMPLES, device=device))
+        mel = self.front_end(torch.zeros(batch_size, CLIP_SAMPLES, device=self._device))
+        choices = [moved(value, self._device) for value in self._choices(torch.Generator())]
         try:
-            self._logits(forward, mel, torch.Generator()).sum().backward()
+            self._logits(forward, mel, choices).sum().backward()
         except Exception as error:  # compilers fail in their own ways, for lack of a C++ compiler to begin with
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.compiled = False
@@ -349,6 +356,18 @@ class _Trainer:
         self.model.load_state_dict(state)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def begin_epoch(self, progress: float, learning_rate: float, changed: object) -> None:
+        """`progress`: 0 in the first epoch and 1 in the last; `changed`: whether the network computes otherwise."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        recorded = isinstance(self._computed, Replayed) and not (changed or self.objective.scheduled)
+        if self._device.type == "cuda" and self.world == 1 and not recorded:
+            self._computed = Replayed(self._compute)
+        self.progress = progress
+
     @torch.no_grad()
     def notes(self) -> Metrics:
         """What an epoch's metrics say of the training itself."""
@@ -357,52 +376,77 @@ class _Trainer:
             notes["label_weight"] = float(self.objective.label_weight(self.progress))
         return notes
 
-    def step(self, wave: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
+    def step(self, pcm: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
         """One update on the store's `clips`; (summed loss, clips, right answers), without waiting for the device.
 
-        The clips and their waves are of the whole batch. It goes through the network in parts: first by rank, and then
-        by `accumulate`; the gradient is that of its mean loss.
+        The clips and their samples (B, 32000) int16 are of the whole batch. It goes through the network in parts: first
+        by rank, and then by `accumulate`; the gradient is that of its mean loss.
         """
-        store, device = self.store, wave.device
         with record_function("augmentation"):
-            energies, devices = torch.from_numpy(store.energy[clips]), store.device[clips].tolist()
-            draw = self.augment.draw(energies, devices, generator).to(device)
-            wave = self.augment.wave(wave, draw)
+            energies, devices = torch.from_numpy(self.store.energy[clips]), self.store.device[clips].tolist()
+            self._draw = self.augment.draw(energies, devices, generator)
+            columns = [self._draw.packed(), torch.from_numpy(self.store.scene[clips])[:, None].double()]
+            if self.soft is not None:
+                columns.append(self.soft[torch.from_numpy(clips)].double())
+            choices = [values for _ in range(self._parts(len(clips))) for values in self._choices(generator)]
+            plan = torch.cat(columns, dim=1)
+            inputs = [moved(value, pcm.device) for value in (plan, *choices)]
+        return self._computed(pcm, *inputs)
+
+    def _compute(self, pcm: Tensor, plan: Tensor, *choices: Tensor) -> Tensor:
+        """What a step does on the device, without a look at any value there. `plan` (B, ...) is what `step` put there:
+        the draw, scene and soft logits of each clip; `choices` are the network's own for each part."""
+        assert self._draw is not None
+        with record_function("augmentation"):
+            drawn, scene, soft = plan.split([self._draw.width, 1, plan.shape[1] - self._draw.width - 1], dim=1)
+            draw, scene = self._draw.unpacked(drawn), scene[:, 0].long()
+            wave = self.augment.wave(waveform(pcm), draw)
         with record_function("front end"):
             mel = self.front_end(wave, draw.fmax_shift)
         with record_function("augmentation"):
             mel = self.augment.mel(mel, draw)
-            scene = moved(torch.from_numpy(store.scene[clips]), device)
             target = self._one_hot[scene]
-            teacher = None if self.soft is None else moved(self.soft[torch.from_numpy(clips)], device)
+            teacher = None if self.soft is None else soft.float()
             if draw.lam is not None:
                 lam, partner = draw.lam[:, None], draw.partner
                 target = lam * target + (1 - lam) * target[partner]
                 teacher = None if teacher is None else self.objective.mixed(teacher, lam, partner)
         self.optimizer.zero_grad(set_to_none=True)
-        result = torch.zeros(3, device=device)
-        parts = min(self.accumulate, len(clips) // self.world)
+        result = torch.zeros(3, device=pcm.device)
+        parts = self._parts(len(pcm))
         for part in range(parts):
             own = slice(self.rank + part * self.world, None, parts * self.world)
+            some = choices[part * len(choices) // parts : (part + 1) * len(choices) // parts]
             with nullcontext() if part == parts - 1 or self.world == 1 else self._distributed.no_sync():
                 with record_function("forward"):
-                    logits = self._logits(self._forward, mel[own], generator)
-                    soft = None if teacher is None else teacher[own]
-                    loss = self.objective(logits, target[own], soft, self.progress)["total"]
+                    logits = self._logits(self._forward, mel[own], some)
+                    loss = self.objective(
+                        logits, target[own], None if teacher is None else teacher[own], self.progress
+                    )["total"]
                 with record_function("backward"):
                     # DistributedDataParallel averages over the ranks what is a sum.
-                    (loss.sum() * (self.world / len(clips))).backward()
+                    (loss.sum() * (self.world / len(pcm))).backward()
             right = (logits.detach().argmax(1) == scene[own]).float()
             result += torch.stack([loss.detach().sum(), torch.ones_like(right).sum(), right.sum()])
         with record_function("optimizer"):
+            for parameter in self.objective.parameters():  # a learned lambda, in no DistributedDataParallel
+                if parameter.grad is not None:
+                    parallel.summed(parameter.grad).div_(self.world)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             self.optimizer.step()
         return parallel.summed(result)
 
-    def _logits(self, forward: Callable[..., Tensor], mel: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.autocast(mel.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            mel = mel.contiguous(memory_format=torch.channels_last)
-            logits = forward(mel, generator) if getattr(self.model, "stochastic", False) else forward(mel)
+    def _parts(self, clips: int) -> int:
+        return min(self.accumulate, clips // self.world)
+
+    def _choices(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What the network draws for itself in training, on the host."""
+        draw = getattr(self.model, "choices", None)
+        return draw(self.front_end.config.frames(CLIP_SAMPLES), generator) if draw else ()
+
+    def _logits(self, forward: Callable[..., Tensor], mel: Tensor, choices: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(mel.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = forward(mel.contiguous(memory_format=torch.channels_last), *choices)
         return logits.float()
 
 
@@ -486,8 +530,8 @@ def predict_all(
 ) -> Tensor:
     """`predict` of several networks behind one front end: (S, N, K). `bf16` runs the networks in mixed precision."""
     outputs = []
-    for wave in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
-        mel = front_end(wave).contiguous(memory_format=torch.channels_last)
+    for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
+        mel = front_end(waveform(pcm)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             outputs.append(torch.stack([model(mel).float() for model in models]))
     return torch.cat(outputs, dim=1).cpu()

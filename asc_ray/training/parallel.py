@@ -29,7 +29,8 @@ def gathered(piece: Tensor, count: int) -> Tensor:
     padded = piece.new_zeros(size, *piece.shape[1:])
     padded[: len(piece)] = piece
     pieces = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(pieces, padded)
+    # As bytes, for no backend knows int16.
+    dist.all_gather([one.view(torch.uint8) for one in pieces], padded.view(torch.uint8))
     return torch.stack(pieces, dim=1).flatten(0, 1)[:count]
 
 
@@ -53,9 +54,12 @@ def distributed(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel, its batch norms over the whole batch; the model itself for one rank."""
     if world() == 1:
         return model
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GlobalBatchNorm2d  # weights, statistics and names stay what and where they are
+    if next(model.parameters()).device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = GlobalBatchNorm2d  # weights, statistics and names stay what and where they are
     return nn.parallel.DistributedDataParallel(model)
 
 
@@ -72,7 +76,7 @@ class _Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of all ranks; torch's SyncBatchNorm has no form for the CPU."""
+    """torch's SyncBatchNorm, which has no form for the CPU: in training the statistics are those of all ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -67,16 +67,60 @@ QUANTIZE = (
 )
 
 
-class FakeQuantizeActivation(FakeQuantize):
+class RangeFollower(FakeQuantize):
+    """torchao's fake quantization to the bit, without its looks at values, each of which waits for a GPU.
+
+    The first batch's minimum and maximum are the range, later ones move it by the observer's averaging constant.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.follows = True
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        super().enable_observer(enabled)
+        self.follows = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if self.follows:
+            self._follow(x.detach())
+        return self._rounded(x)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        observer: Any = self.activation_post_process
+        low, high = torch.aminmax(x.flatten(1), dim=1) if self.is_per_channel else torch.aminmax(x)
+        for own, new, none in ((observer.min_val, low, torch.inf), (observer.max_val, high, -torch.inf)):
+            if own.shape != new.shape:  # of channels, before the first batch
+                own.resize_(new.shape).fill_(none)
+            own.copy_(torch.where(own == none, new, own + observer.averaging_constant * (new - own)))
+        low, high = observer.min_val.clamp(max=0), observer.max_val.clamp(min=0)
+        steps = float(observer.quant_max - observer.quant_min)
+        if self.is_per_channel:  # symmetric
+            scale = torch.maximum(torch.maximum(-low, high) / (steps / 2), observer.eps)
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = torch.maximum((high - low) / steps, observer.eps)
+            zero_point = (observer.quant_min - torch.round(low / scale)).clamp(observer.quant_min, observer.quant_max)
+        self.scale.resize_(scale.numel()).copy_(scale)
+        self.zero_point.resize_(scale.numel()).copy_(zero_point)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        # A zero point that is a whole number is looked at by torch; the channels' are all zero.
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point.float(), self.ch_axis, self.quant_min, self.quant_max
+        )
+
+
+class FakeQuantizeActivation(RangeFollower):
     """The range falls on 0..127, and what exceeds it is cut off at 255, as engines do that know no smaller uint8."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.quant_max = 255  # of the rounding here and after conversion; the observer keeps 127
-        self.enable_fake_quant(False)  # in the base class, which would cut off at 127
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x.float())  # autocast may bring another type
+    def _rounded(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
@@ -95,7 +139,7 @@ WEIGHT = QuantizationSpec(
     quant_max=127,
     qscheme=torch.per_channel_symmetric,
     ch_axis=0,
-    observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver),
+    observer_or_fake_quant_ctr=RangeFollower.with_args(observer=MovingAveragePerChannelMinMaxObserver),
 )
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from asc_ray.artifacts import Artifact, read_manifest, stored_file, write_record
 from asc_ray.audio.frontend import LogMel
-from asc_ray.data.decode import CLIP_SAMPLES
+from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.data.logits import write_logits
 from asc_ray.data.parts import note_part
 from asc_ray.errors import ConfigError, UserError
@@ -275,8 +275,11 @@ def _fit_int8(
     settings = config.optimizer.scaled_to(qat.epochs).model_copy(
         update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay, "average_epochs": 1}
     )
-    # The last weights, whatever the student's: the best may be of an epoch before the observers were frozen.
-    recipe = config.model_copy(update={"optimizer": settings, "select": "last"})
+    # The last weights, whatever the student's: the best may be of an epoch before the observers were frozen. The steps
+    # of fake quantization are finer than those of bf16. And a graph whose form changes twice an epoch is not compiled.
+    precision = "fp32" if config.precision == "bf16" else config.precision
+    own = {"optimizer": settings, "select": "last", "precision": precision, "compile": False}
+    recipe = config.model_copy(update=own)
 
     def freeze_at_the_end(module: nn.Module, epoch: int) -> None:
         if epoch >= qat.epochs - qat.frozen_epochs:
@@ -298,7 +301,6 @@ def _fit_int8(
         on_epoch=_noted(folder, recipe, on_epoch),
         set_training=quantization.set_training,
         before_epoch=freeze_at_the_end,
-        mixed_precision=False,  # the steps of fake quantization are finer than those of bf16
     )
 
 

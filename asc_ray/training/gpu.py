@@ -1,0 +1,68 @@
+"""What a training does on a GPU and nowhere else: its arithmetic, and steps that are recorded and replayed.
+
+A step of a student is some three hundred kernels of microseconds each, and starting them one by one from Python takes
+longer than computing them. So they are recorded once as a CUDA graph, which is then started as a whole.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+@contextmanager
+def on_gpu(device: torch.device, tf32: bool, deterministic: bool) -> Iterator[None]:
+    """What a training runs in: a stream of its own, as recording asks for, float32 that is rounded to TF32 in products
+    only where it is asked for, and algorithms that give the same bits every time; on a CPU nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    strict = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be so
+            torch.use_deterministic_algorithms(True)
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class Replayed:
+    """A function of tensors of unchanging shapes on a GPU: called plainly first, recorded by the second call.
+
+    It must not read from the device, or depend on anything but its arguments that changes from call to call. Calls
+    with another number of rows, as of an epoch's last batch, are plain ones. Used within `on_gpu`.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._inputs: tuple[Tensor, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output = torch.empty(0)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if not self._inputs:
+            self._inputs = inputs
+            return self._function(*inputs)
+        if [value.shape for value in inputs] != [value.shape for value in self._inputs]:
+            return self._function(*inputs)
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self._output = self._function(*self._inputs)
+            self._graph = graph
+        for own, value in zip(self._inputs, inputs, strict=True):
+            own.copy_(value, non_blocking=True)
+        self._graph.replay()
+        return self._output.clone()

@@ -1,0 +1,638 @@
+"""What a GPU makes of the numeric core: is it right there, how fast is it, and how far from what the card allows.
+
+    python bench/gpu.py --out DIR [--device cuda|cpu] [--only NAME ...] [--minutes 8]
+
+Needs torch, numpy, pyarrow, pydantic and safetensors alone, beside them torchaudio and torchao for what compares with
+or needs them. It makes a clip store of noise, runs every part below in turn, prints one table, and writes DIR/gpu.json.
+Parts that no longer fit into the minutes are named and left out. On a CPU everything is smaller, and the figures mean
+nothing but that it runs; kernels and bytes of a step are the same anywhere.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from asc_ray.audio.augment import Augment, AugmentConfig
+from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.batches import DataConfig, moved, step_generator
+from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
+from asc_ray.data.corpus import Clip
+from asc_ray.data.parts import part_file
+from asc_ray.models.registry import build, folded
+from asc_ray.training import loop
+from asc_ray.training.dataset import Dataset
+from asc_ray.training.loop import Recipe, fit, predict_all
+
+SCENES, DEVICES = 10, ("a", "b", "c", "s1", "s2", "s3")
+TAU22 = 139_620, 29_680  # clips for training and for the test
+STUDENT_AUGMENT = {
+    "roll": 4000,
+    "dir": {"p": 0.6, "apply_to": "all"},
+    "freq_mixstyle": {"p": 0.4},
+    "freq_mask": 48,
+    "time_mask": 8,
+}
+PASST_FRONTEND = {"n_fft": 1024, "window": 800, "hop": 320, "mels": 128}
+STUDENTS = ("sm1", "sm2", "sm3", "sm4")
+NETWORKS = (*STUDENTS, "cp_mobile", "bsconv_cnn", "dcase22_baseline", "cp_resnet", "passt")
+SMALL_PASST = {"width": 96, "depth": 2, "heads": 3}
+
+
+def recipe(name: str, batch: int, epochs: int, small: bool = False, **changes: Any) -> Recipe:
+    """A network on its own front end, with the student's whole augmentation or its teacher's."""
+    settings: dict[str, Any] = {
+        "model": {"name": "ds_flexinet", "size": name} if name in STUDENTS else {"name": name},
+        "augment": STUDENT_AUGMENT,
+        "optimizer": {"epochs": epochs, "batch_size": batch, "schedule": {"warm_up": 0}},
+    }
+    if name == "cp_resnet":
+        settings |= {"frontend": {"hop": 750}, "augment": {"roll": 4000, "freq_mixstyle": {"p": 0.8}, "freq_mask": 48}}
+    if name == "dcase22_baseline":
+        frontend = {"n_fft": 2048, "window": 1280, "hop": 639, "mels": 40}
+        settings |= {"frontend": frontend, "augment": STUDENT_AUGMENT | {"freq_mask": 8}}
+    if name == "passt":
+        augment = {"roll": 10_000, "freq_mixstyle": {"p": 0.4}, "freq_mask": 48, "time_mask": 20}
+        settings |= {"frontend": PASST_FRONTEND, "augment": augment}
+        settings["optimizer"]["learning_rate"] = 1e-5
+        if small:
+            settings["model"] |= SMALL_PASST
+    return Recipe.model_validate(settings | changes)
+
+
+def noise(folder: Path, clips: int, bank: ImpulseBank) -> Dataset:
+    """A clip store of noise, louder with the scene, a tenth of it to validate on."""
+    rng = np.random.default_rng(0)
+    scenes = np.arange(clips) % SCENES
+    for start in range(0, clips, 4096):
+        some = np.arange(start, min(clips, start + 4096))
+        level = 300 * 1.4 ** scenes[some, None]
+        pcm = (rng.standard_normal((len(some), CLIP_SAMPLES), dtype=np.float32) * level).astype(np.int16)
+        rows = [
+            Clip(f"{n}.wav", str(scenes[n]), DEVICES[n // SCENES % len(DEVICES)], f"place-{n % 97}", "train")
+            for n in some.tolist()
+        ]
+        labels = tuple(map(str, range(SCENES)))
+        write_clips(part_file(folder, SHARD, start), rows, pcm, labels, DEVICES, "noise")
+    store = ClipStore(folder)
+    rows = np.arange(clips)
+    parts = {"train": rows[rows % 10 > 0], "validation": rows[rows % 10 == 0][:256]}
+    return Dataset(store, parts, bank, DataConfig(), None)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is started on a device: operators that compute or copy, and the bytes they take and give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        taken = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        given = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        pointers = {value.untyped_storage().data_ptr() for value in taken}
+        in_place = operator._schema.is_mutable
+        viewed = not in_place and given and all(value.untyped_storage().data_ptr() in pointers for value in given)
+        if given and not viewed and "empty" not in str(operator):
+            foreach = "_foreach" in str(operator) or "_fused" in str(operator)
+            self.kernels += 1
+            self.bytes += sum(map(size_of, taken if foreach else taken + given))
+        return result
+
+
+def size_of(value: Tensor) -> int:
+    """Bytes, of an overlapping view those that there are."""
+    return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.device = torch.device(options.device)
+        self.gpu = self.device.type == "cuda"
+        self.out, self.only = options.out, options.only
+        self.until = time.perf_counter() + 60 * options.minutes
+        self.folder = folder
+        self.bank = ImpulseBank.load(None)
+        self.data = noise(folder, 18_432 if self.gpu else 480, self.bank)
+        self.results: dict[str, Any] = {}
+        self.rows: list[tuple[str, str, str]] = []
+        self.bandwidth = self.flops = float("nan")
+
+    def row(self, what: str, figure: str, asked: str = "") -> None:
+        self.rows.append((what, figure, asked))
+        print(f"{what:56} {figure:44} {asked}", flush=True)
+
+    def run(self) -> None:
+        for part in PARTS:
+            name = part.__name__
+            if self.only and name not in self.only and name != "ceilings":
+                continue
+            if time.perf_counter() > self.until:
+                self.row(name, "left out: the minutes are over")
+                continue
+            start = time.perf_counter()
+            try:
+                part(self)
+            except Exception:  # the next part may still work, and the card is there now
+                self.row(name, "FAILED: " + traceback.format_exc().strip().splitlines()[-1][:200])
+                traceback.print_exc(limit=-6, file=sys.stdout)
+            self.results.setdefault("seconds", {})[name] = time.perf_counter() - start
+            if self.gpu:
+                torch.cuda.empty_cache()
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "gpu.json").write_text(json.dumps({"rows": self.rows, **self.results}, indent=1))
+
+    def train(
+        self, own: Recipe, clips: int | None = None, **arguments: Any
+    ) -> tuple[nn.Module, list[dict[str, float]]]:
+        """A network and its history after `fit` on so many of the clips."""
+        model = build(own.model, SCENES, own.seed)
+        train = self.data.parts["train"][:clips]
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            history = fit(model, own, self.data, train, Path(folder), gpus=float(self.gpu), **arguments)
+        return model, history
+
+    def seconds(self, function: Callable[[], object], runs: int = 20) -> float:
+        """Median of so many calls after some that are not counted, by the device's own clock."""
+        for _ in range(3):
+            function()
+        times = []
+        for _ in range(runs if self.gpu else 3):
+            if self.gpu:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
+            else:
+                begin = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+
+def ceilings(bench: Bench) -> None:
+    """What the card moves and multiplies at most."""
+    size = 1 << 30 if bench.gpu else 1 << 26
+    source = torch.randn(size // 4, device=bench.device)
+    target = torch.empty_like(source)
+    bench.bandwidth = 2 * size / bench.seconds(lambda: target.copy_(source))
+    side = 8192 if bench.gpu else 1024
+    a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    bench.flops = 2 * side**3 / bench.seconds(lambda: a @ b)
+    name = torch.cuda.get_device_name() if bench.gpu else f"CPU, {torch.get_num_threads()} threads"
+    bench.results |= {"device": name, "torch": torch.__version__, "bandwidth": bench.bandwidth, "bf16": bench.flops}
+    bench.row(
+        f"{name}, torch {torch.__version__}",
+        f"{bench.bandwidth / 1e12:.2f} TB/s, {bench.flops / 1e12:.0f} bf16 TFLOP/s",
+    )
+
+
+def right(bench: Bench) -> None:
+    """Each network's losses over 20 steps, four of an epoch, against the CPU's, in float32 and bf16."""
+    batch, epochs = 32, 5
+    found = bench.results["loss curves"] = {}
+    for name in NETWORKS:
+        own = recipe(name, batch, epochs, small=True, precision="fp32")
+        model = build(own.model, SCENES)
+        curves = {}
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            history = fit(model, own, bench.data, bench.data.parts["train"][: 4 * batch], Path(folder), gpus=0.0)
+        curves["cpu"] = [metrics["loss"] for metrics in history]
+        for precision in ("fp32", "tf32", "bf16") if bench.gpu else ("fp32",):
+            _, history = bench.train(own.model_copy(update={"precision": precision}), 4 * batch)
+            curves[precision] = [metrics["loss"] for metrics in history]
+        found[name] = curves
+        distances = {
+            precision: max(abs(a - b) / abs(b) for a, b in zip(curve, curves["cpu"], strict=True))
+            for precision, curve in curves.items()
+            if precision != "cpu"
+        }
+        figures = ", ".join(f"{precision} {distance:.0e}" for precision, distance in distances.items())
+        bench.row(f"losses of 20 steps, {name}: furthest from the CPU's", figures)
+
+
+def no_waiting(bench: Bench) -> None:
+    """A synchronization within a step is an error, but in the first one, which lays tables down."""
+    step, seen = loop._Trainer.step, set()
+
+    def strict(self: Any, *arguments: Any) -> Tensor:
+        if id(self) not in seen:
+            seen.add(id(self))
+            return step(self, *arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    clean = []
+    for name in NETWORKS if bench.gpu else ():
+        loop._Trainer.step = strict
+        try:
+            for replayed in (True, False):
+                with nullcontext() if replayed else plain_steps():
+                    bench.train(recipe(name, 32, 1, small=True), 32 * 4)
+            clean.append(name)
+        except RuntimeError as error:
+            bench.row(f"a step of {name} waits for the card", str(error).splitlines()[0][:100])
+        finally:
+            loop._Trainer.step = step
+    bench.row("no step waits for the card", ", ".join(clean) or "not seen")
+
+
+class Plain:
+    """In the place of `Replayed`: every step kernel by kernel."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+@contextmanager
+def plain_steps() -> Iterator[None]:
+    """Steps that are not recorded and replayed."""
+    replayed = loop.Replayed
+    loop.Replayed = Plain  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        loop.Replayed = replayed  # type: ignore[misc]
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> float:
+    """The largest difference of any weight, relative to the largest weight of its tensor."""
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return max(float((x - y).abs().max() / y.abs().max().clamp(min=1e-12)) for x, y in pairs if x.is_floating_point())
+
+
+def same_again(bench: Bench) -> None:
+    """Two runs, one of them broken off half-way and resumed, with deterministic algorithms and without."""
+    for name in ("sm2", "cp_mobile", "cp_resnet", "passt"):
+        for deterministic in (True, False):
+            own = recipe(name, 32, 4, small=True, deterministic=deterministic)
+            clips = 32 * 6
+            first, _ = bench.train(own, clips)
+            again, _ = bench.train(own, clips)
+            train = bench.data.parts["train"][:clips]
+            with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+
+                def stop(metrics: dict[str, float]) -> None:
+                    if metrics["epoch"] == 2:
+                        raise KeyboardInterrupt
+
+                resumed = build(own.model, SCENES)
+                try:
+                    fit(resumed, own, bench.data, train, Path(folder), gpus=float(bench.gpu), on_epoch=stop)
+                except KeyboardInterrupt:
+                    resumed = build(own.model, SCENES)
+                    fit(resumed, own, bench.data, train, Path(folder), gpus=float(bench.gpu))
+            figures = f"again {same_weights(again, first):.0e}, resumed {same_weights(resumed, first):.0e}"
+            kind = "deterministic" if deterministic else "as it comes"
+            bench.row(f"weights of {name}, {kind}: difference", figures, "0" if deterministic else "")
+
+
+def _rank(rank: int, folder: str, device: str, state: dict[str, Tensor]) -> None:
+    """One of two processes that share a card."""
+    store = ClipStore(Path(folder))
+    rows = np.arange(len(store))
+    data = Dataset(
+        store, {"train": rows[:192], "validation": rows[192:224]}, ImpulseBank.load(None), DataConfig(), None
+    )
+    own = recipe("cp_resnet", 32, 2, precision="fp32")
+    if rank >= 0:
+        rendezvous = f"file://{folder}/rendezvous"
+        torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    model = build(own.model, SCENES)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        history = fit(model, own, data, data.parts["train"], Path(checkpoints), gpus=float(device == "cuda"))
+    if rank <= 0:
+        state |= {key: value.cpu() for key, value in model.state_dict().items()}
+        state["losses"] = torch.tensor([metrics["loss"] for metrics in history])
+    if rank >= 0:
+        torch.distributed.destroy_process_group()
+        torch.save(state, f"{folder}/rank-{rank}.pt")
+
+
+def ranks(bench: Bench) -> None:
+    """Two processes on one card, over gloo: torch's SyncBatchNorm, and the gradients of the whole batch."""
+    alone: dict[str, Tensor] = {}
+    _rank(-1, str(bench.folder), bench.device.type, alone)
+    torch.multiprocessing.spawn(_rank, (str(bench.folder), bench.device.type, {}), nprocs=2)
+    both = torch.load(bench.folder / "rank-0.pt")
+    worst = max(
+        float((both[key] - value).abs().max() / value.abs().max().clamp(min=1e-12))
+        for key, value in alone.items()
+        if value.is_floating_point()
+    )
+    losses = float((both["losses"] - alone["losses"]).abs().max())
+    bench.row("two ranks and one, CP-ResNet, 12 steps: difference", f"losses {losses:.0e}, weights {worst:.0e}", "1e-3")
+
+
+def step_counts(bench: Bench) -> None:
+    """Kernels, bytes and FLOP of a step, and the clips/s that they allow."""
+    batch = 64
+    found = bench.results["steps"] = {}
+    compute = loop._Trainer._compute
+    for name in ("sm2", "sm4", "cp_mobile", "cp_resnet", "passt"):
+        count, calls = Counted(), 0
+
+        def counted(
+            self: Any, *arguments: Tensor, count: Counted = count, flop: list[int] = (found_flop := [0])
+        ) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls != 2:
+                return compute(self, *arguments)
+            with FlopCounterMode(display=False) as flops, count:
+                result = compute(self, *arguments)
+            flop[0] = flops.get_total_flops()
+            return result
+
+        loop._Trainer._compute = counted
+        try:
+            with plain_steps():
+                bench.train(recipe(name, batch, 1, small=not bench.gpu), 2 * batch)
+        finally:
+            loop._Trainer._compute = compute
+        found[name] = {"kernels": count.kernels, "bytes": count.bytes, "flop": found_flop[0], "batch": batch}
+        allowed = batch / max(count.bytes / 3e12, found_flop[0] / 7e14, count.kernels * 2.5e-6)
+        bench.row(
+            f"step of {name}, batch {batch}",
+            f"{count.kernels} kernels, {count.bytes / batch / 1e6:.1f} MB and {found_flop[0] / batch / 1e9:.3f} GFLOP a clip",
+            f"at 3 TB/s, 700 TFLOP/s, 2.5 us a kernel: {allowed:,.0f} clips/s",
+        )
+
+
+def whole_loop(bench: Bench, name: str, batch: int, asked: str = "", plainly: bool = False, **changes: Any) -> float:
+    """clips/s of `fit`, median of the epochs after the first, and memory."""
+    epochs, clips = (5, 64 * batch if name != "passt" else 40 * batch) if bench.gpu else (2, 2 * batch)
+    if bench.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with plain_steps() if plainly else nullcontext():
+        _, history = bench.train(recipe(name, batch, epochs, small=not bench.gpu, **changes), clips)
+    rate = statistics.median(metrics["clips_per_second"] for metrics in history[1:])
+    memory = torch.cuda.max_memory_allocated() / 1e9 if bench.gpu else float("nan")
+    how = ["kernel by kernel"] * plainly + [f"{key} {value}" for key, value in changes.items()]
+    label = ", ".join([f"training {name}, batch {batch}", *how])
+    first = history[0]["seconds"]
+    bench.row(label, f"{rate:,.0f} clips/s; first epoch {first:.1f} s; {memory:.1f} GB", asked)
+    bench.results.setdefault("training", {})[label] = [metrics["clips_per_second"] for metrics in history]
+    return rate
+
+
+def students(bench: Bench) -> None:
+    for batch in (64, 256) if bench.gpu else (32,):
+        whole_loop(bench, "sm2", batch, plainly=True)
+        whole_loop(bench, "sm2", batch, "asked: 40,000" if batch == 256 else "")
+    for name in ("sm4", "cp_mobile") if bench.gpu else ("sm4",):
+        whole_loop(bench, name, 256 if bench.gpu else 32)
+
+
+def compiled(bench: Bench) -> None:
+    for name, batch in (("sm2", 256), ("sm2", 64), ("sm4", 256), ("passt", 80)) if bench.gpu else ():
+        whole_loop(bench, name, batch, compile=True)
+
+
+def where(bench: Bench) -> None:
+    """The shares of a step by the device's time, kernel by kernel, and the longest kernels."""
+    if not bench.gpu:
+        return
+    compute = loop._Trainer._compute
+    for name, batch, compile_ in (
+        ("sm2", 256, False),
+        ("sm2", 256, True),
+        ("cp_resnet", 256, False),
+        ("passt", 80, False),
+    ):
+        profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        calls = 0
+
+        def watched(self: Any, *arguments: Tensor, profiler: Any = profiler) -> Tensor:
+            """Steps 2 to 9 of eleven."""
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                profiler.start()
+            result = compute(self, *arguments)
+            if calls == 9:
+                torch.cuda.synchronize()
+                profiler.stop()
+            return result
+
+        loop._Trainer._compute = watched
+        try:
+            with plain_steps():
+                bench.train(recipe(name, batch, 1, compile=compile_), 11 * batch)
+        finally:
+            loop._Trainer._compute = compute
+        events = profiler.key_averages()
+        parts = dict.fromkeys(("data", "augmentation", "front end", "forward", "backward", "optimizer"), 0.0)
+        for event in events:
+            if event.key in parts and event.device_type == torch.autograd.DeviceType.CPU:
+                parts[event.key] = event.device_time_total
+        whole = sum(parts.values())
+        shares = ", ".join(f"{part} {100 * spent / whole:.0f}" for part, spent in parts.items())
+        bench.row(f"shares of {name}'s device time, %", shares, "asked: data and augmentation < 20")
+        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = sorted(kernels, key=lambda event: -event.self_device_time_total)
+        bench.results.setdefault("kernels", {})[name + ", compiled" * compile_] = [
+            (event.key[:160], event.count, event.self_device_time_total) for event in kernels[:40]
+        ]
+        for event in kernels[:14]:
+            print(
+                f"    {event.self_device_time_total / 8 / 1e3:8.3f} ms a step, {event.count / 8:5.1f} of {event.key[:110]}"
+            )
+
+
+def front_ends(bench: Bench) -> None:
+    batch = 256 if bench.gpu else 16
+    wave = 0.1 * torch.randn(batch, CLIP_SAMPLES, device=bench.device)
+    shift = torch.full((batch,), 150.0, device=bench.device)
+    for name, config in {
+        "student": FrontendConfig(),
+        "CP-ResNet": FrontendConfig(hop=750),
+        "PaSST": FrontendConfig.model_validate(PASST_FRONTEND),
+    }.items():
+        front_end = LogMel(config).to(bench.device)
+        reference = LogMel(config)(wave[:4].cpu(), shift[:4].cpu())
+        worst = float((front_end(wave[:4], shift[:4]).cpu() - reference).abs().max())
+        rate = batch / bench.seconds(lambda front_end=front_end: front_end(wave, shift))
+        other = torchaudio_rate(bench, config, wave)
+        bytes_least = CLIP_SAMPLES * 2 + config.mels * config.frames(CLIP_SAMPLES) * 4
+        bench.row(
+            f"front end, {name}",
+            f"{rate:,.0f} clips/s, {worst:.0e} from the CPU's{other}",
+            ("asked: 200,000; " if name == "student" else "") + f"floor {bench.bandwidth / bytes_least:,.0f}",
+        )
+
+
+def torchaudio_rate(bench: Bench, config: FrontendConfig, wave: Tensor) -> str:
+    try:
+        from torchaudio.transforms import MelSpectrogram
+    except ImportError:
+        return ""
+    theirs = MelSpectrogram(
+        config.sample_rate, config.n_fft, config.window, config.hop, config.fmin, config.fmax, n_mels=config.mels
+    ).to(bench.device)
+    rate = len(wave) / bench.seconds(lambda: theirs(wave).add_(1e-5).log_())
+    return f"; torchaudio's {rate:,.0f}"
+
+
+def augmentation(bench: Bench) -> None:
+    batch = 256 if bench.gpu else 16
+    config = AugmentConfig.model_validate(STUDENT_AUGMENT)
+    augment = Augment(config, FrontendConfig(), bench.bank, 1.0)
+    wave = 0.1 * torch.randn(batch, CLIP_SAMPLES, device=bench.device)
+    mel = torch.randn(batch, 1, 256, 64, device=bench.device)
+    host = augment.draw(torch.ones(batch), ["a"] * batch, step_generator(0, 0, 0))
+    draw = host.unpacked(host.packed().to(bench.device))
+    seconds = bench.seconds(lambda: augment.mel(mel, draw) + augment.wave(wave, draw).sum())
+    bench.row("augmentation on the device", f"{batch / seconds:,.0f} clips/s")
+    start = time.perf_counter()
+    for step in range(50):
+        drawn = augment.draw(torch.ones(batch), ["a"] * batch, step_generator(0, 0, step))
+        moved(drawn.packed(), bench.device)
+    bench.row(f"drawing a batch of {batch} on the host", f"{(time.perf_counter() - start) / 50 * 1e6:.0f} us a step")
+
+
+def teachers(bench: Bench) -> None:
+    whole_loop(bench, "cp_resnet", 256 if bench.gpu else 8, "asked: 50,000")
+    if bench.gpu:
+        whole_loop(bench, "cp_resnet", 256, plainly=True)
+    for plainly in (True, False):
+        rate = whole_loop(bench, "passt", 80 if bench.gpu else 4, plainly=plainly)
+        if bench.gpu:
+            flop = bench.results["steps"]["passt"]["flop"] / bench.results["steps"]["passt"]["batch"]
+            share = rate * flop / bench.flops
+            bench.row(f"  of the bf16 ceiling ({flop / 1e9:.1f} GFLOP a clip)", f"{100 * share:.1f} %", "asked: 35 %")
+
+
+def ensemble(bench: Bench) -> None:
+    """Twelve teachers' logits, as the stage `logits` makes them."""
+    clips, batch = (4096, 256) if bench.gpu else (16, 8)
+    rows, total = np.arange(clips), 0.0
+    for name, count in (("cp_resnet", 6), ("passt", 6)):
+        own = recipe(name, batch, 1, small=not bench.gpu)
+        models = [folded(build(own.model, SCENES, seed)) for seed in range(count)]
+        models = [model.to(bench.device, memory_format=torch.channels_last) for model in models]
+        front_end = LogMel(own.frontend).to(bench.device)
+        for bf16 in (True, False) if bench.gpu else (False,):
+            predict_all(models, front_end, bench.data.store, rows[: 2 * batch], bench.device, batch, bf16)
+            start = time.perf_counter()
+            predict_all(models, front_end, bench.data.store, rows, bench.device, batch, bf16)
+            spent = time.perf_counter() - start
+            kind = "bf16" if bf16 else "fp32"
+            bench.row(f"logits of six {name}, {kind}", f"{clips / spent:,.0f} clips/s")
+            total += spent if bf16 or not bench.gpu else 0.0
+        del models
+    minutes = total / clips * sum(TAU22) / 60
+    bench.row("logits of twelve teachers of TAU22 (169,300 clips), bf16", f"{minutes:.2f} minutes", "asked: 3")
+    bench.row("twelve teachers about one view of a clip", f"{clips / total:,.0f} clips/s")
+
+
+def loader_loop(bench: Bench) -> None:
+    """A training of sm2 as it is usually written: a clip at a time from loader processes, then stft and the network."""
+    from torch.utils.data import DataLoader
+    from torch.utils.data import Dataset as Clips
+
+    batch, steps = (256, 24) if bench.gpu else (16, 2)
+    store = bench.data.store
+
+    class OneByOne(Clips):
+        def __len__(self) -> int:
+            return batch * steps
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            rng = np.random.default_rng(index)
+            wave = store.pcm(np.array([index % len(store)]))[0].astype(np.float32) / 32768
+            if rng.random() < 0.6:
+                response = bench.bank.responses[rng.integers(len(bench.bank.names))].numpy()
+                size = len(wave) + len(response) - 1
+                wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[: len(wave)]
+            wave = np.roll(wave, rng.integers(-4000, 4001)).astype(np.float32)
+            return torch.from_numpy(wave), int(store.scene[index % len(store)])
+
+    own = recipe("sm2", batch, 1)
+    model = build(own.model, SCENES).to(bench.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    front_end = LogMel(own.frontend).to(bench.device)
+    loader = DataLoader(OneByOne(), batch, num_workers=12 if bench.gpu else 0, pin_memory=bench.gpu)
+    start = time.perf_counter()
+    for number, (wave, scene) in enumerate(loader):
+        if number == 4 and bench.gpu:
+            start = time.perf_counter()
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
+            logits = model(front_end(wave.to(bench.device, non_blocking=True)))
+        loss = nn.functional.cross_entropy(logits.float(), scene.to(bench.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+    rate = batch * (steps - 4 if bench.gpu else steps) / (time.perf_counter() - start)
+    bench.row(f"sm2 by a plain loop, {loader.num_workers} loader processes, our front end", f"{rate:,.0f} clips/s")
+
+
+def int8_steps(bench: Bench) -> None:
+    """Quantization-aware training of sm2."""
+    try:
+        from asc_ray.training import quantization
+    except ImportError:
+        bench.row("int8 training of sm2", "torchao is not installed")
+        return
+    batch = 256 if bench.gpu else 16
+    for precision in ("fp32", "tf32") if bench.gpu else ("fp32",):
+        own = recipe("sm2", batch, 4 if bench.gpu else 2, precision=precision)
+        prepared = quantization.prepare(build(own.model, SCENES), torch.zeros(2, 1, 256, 64))
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            history = fit(
+                prepared, own, bench.data, bench.data.parts["train"][: 64 * batch if bench.gpu else batch], Path(folder),
+                gpus=float(bench.gpu), set_training=quantization.set_training,
+                before_epoch=lambda model, epoch: quantization.freeze(model) if epoch == 3 else None,
+            )  # fmt: skip
+        rates = [f"{metrics['clips_per_second']:,.0f}" for metrics in history]
+        bench.row(
+            f"int8 training of sm2, batch {batch}, {precision}, the last epoch frozen", ", ".join(rates) + " clips/s"
+        )
+        bench.row("  losses", ", ".join(f"{metrics['loss']:.4f}" for metrics in history))
+
+
+PARTS = (
+    ceilings, right, no_waiting, same_again, ranks, step_counts, students, where, front_ends, augmentation, teachers,
+    ensemble, int8_steps, loader_loop, compiled,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="*", default=[], choices=[part.__name__ for part in PARTS])
+    parser.add_argument("--minutes", type=float, default=7.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        Bench(options, Path(folder)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A device that is none: tensors say that they are on it, and lie in the host's memory.
+
+What a GPU would do on its own is computed on the CPU, and what would stop it is an error: a value that the host wants to
+know, and a tensor that was left on the host. Kernels and bytes are counted as they would be started and moved there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "rehearsal"
+# Operators whose result, or its shape, the host has to wait for.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique", "unique", "bincount")
+
+
+class _Module:
+    """What torch asks a kind of devices."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+DEVICE = torch.device(NAME, 0)
+
+
+class HostWaits(AssertionError):
+    """Within a step the host wants to know what is on the device, or the device what is on the host."""
+
+
+class There(Tensor):
+    """A tensor that says it is on the device; `here` is where it lies."""
+
+    here: Tensor
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> "There":
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, here.size(), strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device=DEVICE
+        )
+
+    def __init__(self, here: Tensor) -> None:
+        self.here = here
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"There({self.here!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{operator} outside Rehearsal")
+
+
+class _Made(TorchFunctionMode):
+    """torch.tensor builds on the host and copies, where no other mode hears of it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor and kwargs.get("device") is not None:
+            return function(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
+        return function(*args, **kwargs)
+
+
+class Rehearsal(TorchDispatchMode):
+    """All that is done with the device while this is entered; within `strict` nothing may wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._strict = False
+        self._made = _Made()
+        self.kernels: list[str] = []
+        self.bytes = 0
+
+    def __enter__(self) -> "Rehearsal":
+        self._made.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._made.__exit__(*error)
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """Counts anew, and raises HostWaits."""
+        self._strict, self.kernels, self.bytes = True, [], 0
+        try:
+            yield
+        finally:
+            self._strict = False
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        there = [value for value in given if isinstance(value, There)]
+        asked = kwargs.get("device")
+        to_device = torch.device(asked).type == NAME if asked is not None else bool(there)
+        if not there and not to_device:
+            return operator(*args, **kwargs)
+        if self._strict:
+            self._check(operator, args, given, to_device)
+        if asked is not None:
+            kwargs["device"] = torch.device("cpu")
+        wrapped = {id(value.here): value for value in there}
+        result = operator(*tree_map(_here, args), **tree_map(_here, kwargs))
+        if operator._schema.name == "aten::copy_" and not isinstance(args[0], There):
+            return args[0]
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self._count(operator, there, made)
+        if not to_device:
+            return result
+
+        def put(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return wrapped[id(value)] if id(value) in wrapped else There(value)
+
+        return tree_map(put, result)
+
+    def _check(self, operator: Any, args: Any, given: list[Tensor], to_device: bool) -> None:
+        name = operator.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+        if name.startswith(WAITING) or any(index is not None and index.dtype == torch.bool for index in indices):
+            raise HostWaits(f"{name} needs a value from the device")
+        if not to_device or (name == "copy_" and not isinstance(args[0], There)):
+            raise HostWaits(f"{name} brings a tensor of the device to the host")
+        left = [tuple(value.shape) for value in given if not isinstance(value, There) and value.dim()]
+        if left:
+            raise HostWaits(f"{name} takes a tensor that was left on the host, {left[0]}")
+
+    def _count(self, operator: Any, there: list["There"], made: list[Tensor]) -> None:
+        places = {value.here.untyped_storage().data_ptr() for value in there}
+        viewed = not operator._schema.is_mutable and all(value.untyped_storage().data_ptr() in places for value in made)
+        if viewed or "empty" in operator._schema.name:
+            return
+        self.kernels.append(operator._schema.name.removeprefix("aten::"))
+        moved = [value.here for value in there] + ([] if operator._schema.is_mutable else made)
+        self.bytes += sum(min(value.numel() * value.element_size(), value.untyped_storage().nbytes()) for value in moved)
+
+
+def _here(value: Any) -> Any:
+    return value.here if isinstance(value, There) else value

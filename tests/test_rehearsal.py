@@ -1,0 +1,215 @@
+"""Every kind of step on a device that is none (bench/rehearsal.py): nothing in it waits for the host, or is left there.
+
+The device is registered with torch for a whole process, so the trainings run in one of their own.
+"""
+
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.batches import DataConfig
+from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
+from asc_ray.data.corpus import Clip
+from asc_ray.data.parts import part_file
+from asc_ray.models.registry import build, folded
+from asc_ray.training import loop
+from asc_ray.training.dataset import Dataset
+from asc_ray.training.distillation import DistillationConfig
+from asc_ray.training.loop import Recipe, fit, predict_all, validate
+
+CLASSES = 4
+SHORT = {"n_fft": 1024, "window": 800, "hop": 1000, "mels": 64}
+AUGMENT: dict[str, Any] = {
+    "roll": 4000,
+    "dir": {"p": 0.6, "apply_to": "all"},
+    "freq_mixstyle": {"p": 0.5},
+    "freq_mask": 8,
+    "time_mask": 4,
+}
+PASST = {"name": "passt", "width": 24, "depth": 2, "heads": 2, "mels": 64, "stride": 10, "patchout_freq": 2}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "sm1": {"model": {"name": "ds_flexinet", "size": "sm1"}},
+    "frequency": {"model": {"name": "ds_flexinet", "size": "sm1", "normalization": {"kind": "rn_frequency"}}},
+    "cp_mobile": {"model": {"name": "cp_mobile", "width": 8}},
+    "bsconv": {"model": {"name": "bsconv_cnn", "stem": 8, "channels": [8, 16]}},
+    "baseline": {
+        "model": {"name": "dcase22_baseline"},
+        "frontend": {"n_fft": 2048, "window": 1280, "hop": 639, "mels": 40},
+    },
+    "cp_resnet": {"model": {"name": "cp_resnet", "width": 4}},
+    "passt": {"model": PASST | {"patchout_time": 1, "patchout": 1}},
+}
+SCHEDULED, LEARNED = {"start": 0.5, "end": 0.1}, {"start": 0.5}
+KINDS: dict[str, dict[str, Any]] = {
+    **{name: {"recipe": network} for name, network in NETWORKS.items()},
+    **{f"{name}, taught": {"recipe": network, "label_weight": 0.3} for name, network in NETWORKS.items()},
+    "mixup": {"recipe": {"augment": AUGMENT | {"mixup_alpha": 0.3}}, "label_weight": 0.3},
+    "in parts": {"recipe": NETWORKS["passt"] | {"optimizer": {"accumulate": 2}}},
+    "scheduled lambda": {"recipe": {}, "label_weight": SCHEDULED},
+    "learned lambda": {"recipe": {}, "label_weight": LEARNED},
+    "adam, balanced, averaged": {"recipe": {"balance": 0.5, "optimizer": {"kind": "adam", "average_epochs": 2}}},
+    "resident": {"recipe": {}, "mode": "resident"},
+    "stream": {"recipe": {}, "mode": "stream"},
+    "int8": {"recipe": {}, "int8": True},
+    "int8, taught": {"recipe": NETWORKS["cp_mobile"], "int8": True, "label_weight": LEARNED},
+}
+
+
+def noise(folder: Path, mode: str = "mapped") -> Dataset:
+    rng = np.random.default_rng(0)
+    pcm = (rng.standard_normal((28, CLIP_SAMPLES)) * 3000).astype(np.int16)
+    rows = [Clip(f"{n}.wav", str(n % CLASSES), "ab"[n % 2], f"place-{n % 5}", "train") for n in range(28)]
+    write_clips(part_file(folder, SHARD, 0), rows, pcm, [str(n) for n in range(CLASSES)], "ab", "noise")
+    store = ClipStore(folder)
+    parts = {"train": np.arange(20), "validation": np.arange(20, 28)}
+    config = DataConfig.model_validate({"mode": mode})
+    return Dataset(store, parts, ImpulseBank.load(None), config, lambda _, batches: map(store.pcm, batches))
+
+
+def rehearsed(kind: str) -> dict[str, Any]:
+    """Train two epochs of three steps on the device; what the steps started, and how it compares with the CPU."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import rehearsal
+
+    torch.set_num_threads(1)
+    given = {"label_weight": None, "mode": "mapped", "int8": False} | KINDS[kind]
+    raw = {"model": NETWORKS["sm1"]["model"], "frontend": SHORT, "augment": AUGMENT} | given["recipe"]
+    raw["optimizer"] = {"epochs": 2, "batch_size": 8} | raw.get("optimizer", {})
+    recipe = Recipe.model_validate(raw)
+    steps: list[list[str]] = []
+
+    def train(on_device: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        arguments: dict[str, Any] = {}
+        if given["label_weight"] is not None:
+            arguments["distillation"] = DistillationConfig(label_weight=given["label_weight"])
+            arguments["soft_logits"] = np.random.default_rng(1).standard_normal((28, CLASSES)).astype(np.float32)
+        model = build(recipe.model, CLASSES)
+        if given["int8"]:
+            from asc_ray.training import quantization
+
+            frontend = recipe.frontend
+            model = quantization.prepare(model, torch.zeros(2, 1, frontend.mels, frontend.frames(CLIP_SAMPLES)))
+            quantization.set_training(model, True)
+            model(torch.randn(2, 1, frontend.mels, frontend.frames(CLIP_SAMPLES)))  # the channels' ranges have no shape yet
+            arguments["set_training"] = quantization.set_training
+            arguments["before_epoch"] = lambda model, epoch: quantization.freeze(model) if epoch else None
+        with tempfile.TemporaryDirectory() as folder:
+            data = noise(Path(folder), given["mode"])
+            history = fit(model, recipe, data, data.parts["train"], Path(folder) / "checkpoints", **arguments)
+            state = {name: getattr(value, "here", value) for name, value in model.state_dict().items()}
+            if on_device:
+                front_end = LogMel(recipe.frontend).to(rehearsal.DEVICE)
+                state["validated"] = torch.tensor(list(validate(model, front_end, data, rehearsal.DEVICE).values()))
+        if on_device and given["int8"]:
+            from asc_ray.training import quantization
+
+            quantization.convert(model.cpu())
+        return history, state
+
+    compute, device = loop._Trainer._compute, loop.training_device
+    on_cpu, _ = train(False)
+    with rehearsal.Rehearsal() as device_mode:
+
+        def strictly(self: Any, *arguments: torch.Tensor) -> torch.Tensor:
+            """The first step lays down tables."""
+            if not steps:
+                steps.append([])
+                return compute(self, *arguments)
+            with device_mode.strict():
+                result = compute(self, *arguments)
+            steps.append(device_mode.kernels)
+            return result
+
+        loop._Trainer._compute = strictly
+        loop.training_device = lambda gpus: rehearsal.DEVICE
+        try:
+            there, state = train(True)
+        finally:
+            loop._Trainer._compute, loop.training_device = compute, device
+    differences = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(there, on_cpu, strict=True)]
+    return {"kernels": [len(step) for step in steps], "difference": max(differences)}
+
+
+def ensemble() -> float:
+    """The largest difference of an inference of several networks on the device to that on the CPU."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import rehearsal
+
+    recipe = Recipe.model_validate({"model": PASST, "frontend": SHORT})
+    with tempfile.TemporaryDirectory() as folder:
+        data = noise(Path(folder))
+        rows = data.parts["train"]
+
+        def predicted(device: torch.device) -> torch.Tensor:
+            models = [folded(build(recipe.model, CLASSES, seed)).to(device) for seed in range(2)]
+            return predict_all(models, LogMel(recipe.frontend).to(device), data.store, rows, device, 8)
+
+        expected = predicted(torch.device("cpu"))
+        with rehearsal.Rehearsal():
+            found = predicted(rehearsal.DEVICE)
+    return float((found - expected).abs().max())
+
+
+def misuse(name: str) -> str:
+    """What is said where a step does what it must not."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import rehearsal
+
+    with rehearsal.Rehearsal() as device_mode:
+        there = torch.arange(4.0).to(rehearsal.DEVICE)
+        try:
+            with device_mode.strict():
+                {
+                    "item": lambda: float(there.sum()),
+                    "mask": lambda: there[there > 1],
+                    "left": lambda: there + torch.ones(4),
+                    "fetched": there.cpu,
+                    "copied": lambda: torch.empty(4).copy_(there),
+                    "shape": there.nonzero,
+                }[name]()
+        except rehearsal.HostWaits as error:
+            return str(error)
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
+def process():
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_the_host_and_all_compute_what_the_cpu_does(process, kind):
+    found = process.submit(rehearsed, kind).result()
+    assert len(found["kernels"]) == 6, "two epochs of three steps"
+    assert min(found["kernels"][1:]) > 50
+    assert found["difference"] < 2e-3
+
+
+def test_an_ensemble_answers_there_as_on_the_cpu(process):
+    assert process.submit(ensemble).result() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("item", "needs a value"),
+        ("mask", "needs a value"),
+        ("shape", "needs a value"),
+        ("left", "left on the host"),
+        ("fetched", "to the host"),
+        ("copied", "to the host"),
+    ],
+)
+def test_the_rehearsal_sees_what_it_is_to_see(process, name, said):
+    assert said in process.submit(misuse, name).result()
