@@ -168,7 +168,7 @@ def _artifact(kind: str, name: str, spec: TableConfig, plans: Mapping[str, Plan]
         for row, plan in plans.items()
         for model in _compared(plan, spec.int8)
     }
-    key = content_key(stage=kind, config=dump(spec), inputs=inputs)
+    key = content_key(stage=kind, config=spec.for_key(), inputs=inputs)
     lead = next(iter(plans.values()))
     return Artifact(lead.config.storage, kind, f"{kind.removesuffix('s')}-{name}", key, dump(spec), inputs)
 

@@ -111,9 +111,9 @@ class Plan:
         self.evaluation = self._artifact("evaluation", "ensemble", {}, {**fused, "fusion": self.fusion.key})
         evaluated = {name: artifact.key for name, artifact in self.evaluations.items()}
         self.report = self._artifact("report", config.name, {}, {"ensemble": self.evaluation.key, **evaluated})
-        searched = config.sweep and {"sweep": dump(config.sweep), "limits": dump(config.limits)}
+        searched = config.sweep and {"sweep": config.sweep.for_key(), "limits": config.limits.for_key()}
         sections = {"precision": config.logits.precision, "sweep": searched}
-        sections |= {name: dump(getattr(config, name)) for name in ("partition", "student", "qat")} | fusion
+        sections |= {name: getattr(config, name).for_key() for name in ("partition", "student", "qat")} | fusion
         # The configuration's own key, whichever systems are left out.
         inputs = {name: teacher.key for own in trainings.values() for name, teacher in own.items()}
         self.key = content_key(stage="pipeline", config=sections, inputs=inputs)
@@ -123,7 +123,7 @@ class Plan:
         config = self.config
         learned = {**base, "soft_target": self.fusion.key if config.taught else "none"}
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
-        student = {"student": dump(config.student), "partition": self._division()}
+        student = {"student": config.student.for_key(), "partition": self._division()}
         del student["student"]["seeds"]
         if file := config.student.checkpoint:
             if config.sweep:
@@ -133,7 +133,7 @@ class Plan:
             student["student"]["checkpoint"] = file_sha256(file)
         self.sweep: Artifact | None = None
         if config.sweep:
-            search = {**student, "sweep": dump(config.sweep), "limits": dump(config.limits)}
+            search = {**student, "sweep": config.sweep.for_key(), "limits": config.limits.for_key()}
             self.sweep = self._artifact("sweep", "sweep", search, learned)
             learned = {**learned, "sweep": self.sweep.key}
         self.seeds = {_of_seed("student", seed, len(seeds)): seed for seed in seeds}
@@ -145,7 +145,7 @@ class Plan:
         }
         self.int8 = {
             _int8(name): self._artifact(
-                "int8", "student", {"qat": dump(config.qat), "form": INT8_FORM}, {"student": artifact.key}
+                "int8", "student", {"qat": config.qat.for_key(), "form": INT8_FORM}, {"student": artifact.key}
             )
             for name, artifact in self.students.items()
         }
@@ -237,24 +237,24 @@ class Plan:
         check_prior(self.config.fusion.class_prior, corpus.labels)
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
-        section = config if isinstance(config, dict) else dump(config)
+        section = config if isinstance(config, dict) else config.for_key()
         key = content_key(stage=stage, config=section, inputs=dict(inputs))
         return Artifact(self.config.storage, stage, name, key, section, dict(inputs))
 
     def _division(self) -> dict[str, Any]:
         """How the training clips are divided, as keys have it."""
-        fusion, parts = self.config.fusion, dump(self.config.partition)
+        fusion, parts = self.config.fusion, self.config.partition.for_key()
         if fusion.data == "holdout":
             return parts
         del parts["fusion"]
         return parts | ({"folds": fusion.folds} if fusion.data == "crossfit" else {})
 
     def _teacher(self, name: str, recipe: Recipe, fold: int | None, inputs: Mapping[str, str]) -> Artifact:
-        section: dict[str, Any] = {"recipe": dump(recipe), "partition": self._division()}
+        section: dict[str, Any] = {"recipe": recipe.for_key(), "partition": self._division()}
         if fold is not None:
             section["fold"] = fold
         if name in self.imported:  # of the recipe, what its logits depend on
-            own = {"model": dump(recipe.model), "frontend": dump(recipe.frontend)}
+            own = {"model": recipe.model.for_key(), "frontend": recipe.frontend.for_key()}
             section = {"recipe": own, "imported": file_sha256(self.imported[name])}
         elif start := getattr(recipe.model, "pretrained", None):
             if not start.is_file():

@@ -2,10 +2,11 @@
 
     python bench/gpu.py --out DIR [--device cuda|cpu] [--only NAME ...] [--minutes 8]
 
-Needs torch, numpy, pyarrow, pydantic and safetensors alone, beside them torchaudio and torchao for what compares with
-or needs them. It makes a clip store of noise, runs every part below in turn, prints one table, and writes DIR/gpu.json.
-Parts that no longer fit into the minutes are named and left out. On a CPU everything is smaller, and the figures mean
-nothing but that it runs; kernels and bytes of a step are the same anywhere.
+Needs torch, numpy, pyarrow, pydantic and safetensors alone; with torchaudio and torchao there, it compares with the one
+and trains int8 with the other. It makes a clip store of noise, runs every part below in turn, prints a table as it
+goes, and writes DIR/gpu.json. Parts that no longer fit into the minutes are named and left out. Without a card
+everything is smaller, and the figures say that it runs and no more; but the kernels and bytes of a step are counted as a
+card would start and move them (bench/rehearsal.py), and beside an H100's ceilings they say what it could do.
 """
 
 import argparse
@@ -17,12 +18,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rehearsal import Rehearsal, moved_bytes
 from torch import Tensor, nn
+from torch.func import functional_call, replace_all_batch_norm_modules_, stack_module_state, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from asc_ray.audio.augment import Augment, AugmentConfig
 from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.audio.impulse import ImpulseBank
-from asc_ray.data.batches import DataConfig, moved, step_generator
+from asc_ray.data.batches import DataConfig, moved, step_generator, waveform
 from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
 from asc_ray.data.corpus import Clip
 from asc_ray.data.parts import part_file
@@ -41,6 +45,8 @@ from asc_ray.training.dataset import Dataset
 from asc_ray.training.loop import Recipe, fit, predict_all
 
 SCENES, DEVICES = 10, ("a", "b", "c", "s1", "s2", "s3")
+H100 = 2.97e12, 7.86e14  # bytes/s of a copy and FLOP/s of a product in bf16, measured by this program
+RANGES = {"data", "augmentation", "front end", "forward", "backward", "optimizer"}
 TAU22 = 139_620, 29_680  # clips for training and for the test
 STUDENT_AUGMENT = {
     "roll": 4000,
@@ -97,29 +103,28 @@ def noise(folder: Path, clips: int, bank: ImpulseBank) -> Dataset:
 
 
 class Counted(TorchDispatchMode):
-    """Counts what is started on a device: operators that compute or copy, and the bytes they take and give."""
+    """Counts what is started on a card: operators that compute or copy, and the bytes they take and give."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.bytes = 0
+        self.kernels: list[str] = []
+        self.bytes = 0
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        with self:
+            yield
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
-        taken = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        given = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        pointers = {value.untyped_storage().data_ptr() for value in taken}
-        in_place = operator._schema.is_mutable
-        viewed = not in_place and given and all(value.untyped_storage().data_ptr() in pointers for value in given)
-        if given and not viewed and "empty" not in str(operator):
-            foreach = "_foreach" in str(operator) or "_fused" in str(operator)
-            self.kernels += 1
-            self.bytes += sum(map(size_of, taken if foreach else taken + given))
+        taken, made = (
+            [value for value in tree_leaves(tree) if isinstance(value, Tensor)] for tree in ((args, kwargs), result)
+        )
+        size = moved_bytes(operator, taken, made)
+        if size is not None:
+            self.kernels.append(operator._schema.name)
+            self.bytes += size
         return result
-
-
-def size_of(value: Tensor) -> int:
-    """Bytes, of an overlapping view those that there are."""
-    return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
 
 
 class Bench:
@@ -130,7 +135,7 @@ class Bench:
         self.until = time.perf_counter() + 60 * options.minutes
         self.folder = folder
         self.bank = ImpulseBank.load(None)
-        self.data = noise(folder, 18_432 if self.gpu else 480, self.bank)
+        self.data = noise(folder, 18_432 if self.gpu else 240, self.bank)
         self.results: dict[str, Any] = {}
         self.rows: list[tuple[str, str, str]] = []
         self.bandwidth = self.flops = float("nan")
@@ -170,22 +175,27 @@ class Bench:
         return model, history
 
     def seconds(self, function: Callable[[], object], runs: int = 20) -> float:
-        """Median of so many calls after some that are not counted, by the device's own clock."""
-        for _ in range(3):
+        """Median of so many calls after three; on a card recorded and replayed, by the card's own clock."""
+        if not self.gpu:
             function()
-        times = []
-        for _ in range(runs if self.gpu else 3):
-            if self.gpu:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                function()
+            times = []
+            for _ in range(runs):
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
-                function()
+                graph.replay()
                 end.record()
                 end.synchronize()
                 times.append(start.elapsed_time(end) / 1e3)
-            else:
-                begin = time.perf_counter()
-                function()
-                times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
 
@@ -208,9 +218,9 @@ def ceilings(bench: Bench) -> None:
 
 def right(bench: Bench) -> None:
     """Each network's losses over 20 steps, four of an epoch, against the CPU's, in float32 and bf16."""
-    batch, epochs = 32, 5
+    batch, epochs = 16, 5
     found = bench.results["loss curves"] = {}
-    for name in NETWORKS:
+    for name in NETWORKS if bench.gpu else ("sm1", "passt"):
         own = recipe(name, batch, epochs, small=True, precision="fp32")
         model = build(own.model, SCENES)
         curves = {}
@@ -288,7 +298,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> float:
 
 def same_again(bench: Bench) -> None:
     """Two runs, one of them broken off half-way and resumed, with deterministic algorithms and without."""
-    for name in ("sm2", "cp_mobile", "cp_resnet", "passt"):
+    for name in ("sm2", "cp_mobile", "cp_resnet", "passt") if bench.gpu else ("sm1",):
         for deterministic in (True, False):
             own = recipe(name, 32, 4, small=True, deterministic=deterministic)
             clips = 32 * 6
@@ -340,129 +350,131 @@ def ranks(bench: Bench) -> None:
     _rank(-1, str(bench.folder), bench.device.type, alone)
     torch.multiprocessing.spawn(_rank, (str(bench.folder), bench.device.type, {}), nprocs=2)
     both = torch.load(bench.folder / "rank-0.pt")
-    worst = max(
-        float((both[key] - value).abs().max() / value.abs().max().clamp(min=1e-12))
-        for key, value in alone.items()
-        if value.is_floating_point()
-    )
     losses = float((both["losses"] - alone["losses"]).abs().max())
-    bench.row("two ranks and one, CP-ResNet, 12 steps: difference", f"losses {losses:.0e}, weights {worst:.0e}", "1e-3")
+    bench.row("two ranks and one, CP-ResNet, 12 steps", f"mean losses differ by {losses:.0e}", "asked: 1e-3")
 
 
 def step_counts(bench: Bench) -> None:
-    """Kernels, bytes and FLOP of a step, and the clips/s that they allow."""
-    batch = 64
+    """Kernels, bytes and FLOP of a step as its operators are started one by one, and the clips/s that they allow."""
+    batch = 64 if bench.gpu else 4
     found = bench.results["steps"] = {}
-    compute = loop._Trainer._compute
+    compute, device = loop._Trainer._compute, loop.training_device
+    bandwidth, flops = (bench.bandwidth, bench.flops) if bench.gpu else H100
     for name in ("sm2", "sm4", "cp_mobile", "cp_resnet", "passt"):
-        count, calls = Counted(), 0
+        count: Counted | Rehearsal = Counted() if bench.gpu else Rehearsal()
+        flop = calls = 0
 
-        def counted(
-            self: Any, *arguments: Tensor, count: Counted = count, flop: list[int] = (found_flop := [0])
-        ) -> Tensor:
-            nonlocal calls
+        def counted(self: Any, *arguments: Tensor, count: Counted | Rehearsal = count) -> Tensor:
+            """The second step; the first lays tables down."""
+            nonlocal flop, calls
             calls += 1
             if calls != 2:
                 return compute(self, *arguments)
-            with FlopCounterMode(display=False) as flops, count:
+            with FlopCounterMode(display=False) as counter, count.strict():
                 result = compute(self, *arguments)
-            flop[0] = flops.get_total_flops()
+            flop = counter.get_total_flops()
             return result
 
         loop._Trainer._compute = counted
         try:
-            with plain_steps():
-                bench.train(recipe(name, batch, 1, small=not bench.gpu), 2 * batch)
+            with plain_steps(), nullcontext() if bench.gpu else count:
+                if isinstance(count, Rehearsal):
+                    loop.training_device = lambda gpus, count=count: count.device
+                bench.train(recipe(name, batch, 1), 2 * batch)
         finally:
-            loop._Trainer._compute = compute
-        found[name] = {"kernels": count.kernels, "bytes": count.bytes, "flop": found_flop[0], "batch": batch}
-        allowed = batch / max(count.bytes / 3e12, found_flop[0] / 7e14, count.kernels * 2.5e-6)
+            loop._Trainer._compute, loop.training_device = compute, device
+        kernels = len(count.kernels)
+        found[name] = {"kernels": kernels, "bytes": count.bytes / batch, "flop": flop / batch, "batch": batch}
+        allowed = 1 / max(count.bytes / batch / bandwidth, flop / batch / flops)
         bench.row(
             f"step of {name}, batch {batch}",
-            f"{count.kernels} kernels, {count.bytes / batch / 1e6:.1f} MB and {found_flop[0] / batch / 1e9:.3f} GFLOP a clip",
-            f"at 3 TB/s, 700 TFLOP/s, 2.5 us a kernel: {allowed:,.0f} clips/s",
+            f"{kernels} kernels; {count.bytes / batch / 1e6:.1f} MB, {flop / batch / 1e9:.3f} GFLOP a clip",
+            f"bytes and FLOP allow {allowed:,.0f} clips/s",
         )
 
 
 def whole_loop(bench: Bench, name: str, batch: int, asked: str = "", plainly: bool = False, **changes: Any) -> float:
     """clips/s of `fit`, median of the epochs after the first, and memory."""
-    epochs, clips = (5, 64 * batch if name != "passt" else 40 * batch) if bench.gpu else (2, 2 * batch)
+    steps = 40 if name == "passt" else 64
+    epochs, clips = (3 if plainly else 5, min(steps * batch, 16_384)) if bench.gpu else (2, 2 * batch)
     if bench.gpu:
         torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
     with plain_steps() if plainly else nullcontext():
         _, history = bench.train(recipe(name, batch, epochs, small=not bench.gpu, **changes), clips)
+    spent = time.perf_counter() - start - sum(metrics["seconds"] for metrics in history)
     rate = statistics.median(metrics["clips_per_second"] for metrics in history[1:])
-    memory = torch.cuda.max_memory_allocated() / 1e9 if bench.gpu else float("nan")
-    how = ["kernel by kernel"] * plainly + [f"{key} {value}" for key, value in changes.items()]
+    memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if bench.gpu else ""
+    how = ["kernel by kernel"] * plainly + [
+        key if value is True else f"{key} {value}" for key, value in changes.items()
+    ]
     label = ", ".join([f"training {name}, batch {batch}", *how])
-    first = history[0]["seconds"]
-    bench.row(label, f"{rate:,.0f} clips/s; first epoch {first:.1f} s; {memory:.1f} GB", asked)
+    bench.row(label, f"{rate:,.0f} clips/s; {spent:.0f} s before the first epoch; {memory}", asked)
     bench.results.setdefault("training", {})[label] = [metrics["clips_per_second"] for metrics in history]
+    if steps := bench.results.get("steps", {}).get(name):
+        floor = max(steps["bytes"] / bench.bandwidth, steps["flop"] / bench.flops)
+        bench.results["training"][f"{label}, of the floor"] = floor * rate
     return rate
 
 
 def students(bench: Bench) -> None:
-    for batch in (64, 256) if bench.gpu else (32,):
+    for batch in (64, 256, 1024) if bench.gpu else (8,):
         whole_loop(bench, "sm2", batch, plainly=True)
-        whole_loop(bench, "sm2", batch, "asked: 40,000" if batch == 256 else "")
+        rate = whole_loop(bench, "sm2", batch, "asked: 40,000" if batch == 256 else "")
+        share = rate * augmentation_seconds(bench, batch)
+        bench.row("  of it, augmentation and fetching", f"{100 * share:.1f} %", "asked: below 20 %")
     for name in ("sm4", "cp_mobile") if bench.gpu else ("sm4",):
-        whole_loop(bench, name, 256 if bench.gpu else 32)
+        whole_loop(bench, name, 256 if bench.gpu else 8)
+    whole_loop(bench, "sm2", 256 if bench.gpu else 8, deterministic=True)
 
 
 def compiled(bench: Bench) -> None:
-    for name, batch in (("sm2", 256), ("sm2", 64), ("sm4", 256), ("passt", 80)) if bench.gpu else ():
-        whole_loop(bench, name, batch, compile=True)
-
-
-def where(bench: Bench) -> None:
-    """The shares of a step by the device's time, kernel by kernel, and the longest kernels."""
+    """And the kernels of a step as the profiler sees them, compiled or not."""
     if not bench.gpu:
         return
+    kernels_of(bench, "sm2", 256)
+    for name, batch in (("sm2", 256), ("sm2", 64), ("sm4", 256), ("passt", 80), ("passt", 256)):
+        rate = whole_loop(bench, name, batch, "asked: 35 %" if name == "passt" else "", compile=True)
+        if name == "passt":
+            bf16_share(bench, rate)
+        if (name, batch) == ("sm2", 256):
+            share = rate * augmentation_seconds(bench, batch)
+            bench.row("  of it, augmentation and fetching", f"{100 * share:.1f} %", "asked: below 20 %")
+    for name, batch in (("sm2", 256), ("passt", 80)):
+        kernels_of(bench, name, batch, compile=True)
+
+
+def kernels_of(bench: Bench, name: str, batch: int, **changes: Any) -> None:
+    """What eight steps start on the card, kernel by kernel, and how long each takes."""
     compute = loop._Trainer._compute
-    for name, batch, compile_ in (
-        ("sm2", 256, False),
-        ("sm2", 256, True),
-        ("cp_resnet", 256, False),
-        ("passt", 80, False),
-    ):
-        profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-        calls = 0
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    calls = 0
 
-        def watched(self: Any, *arguments: Tensor, profiler: Any = profiler) -> Tensor:
-            """Steps 2 to 9 of eleven."""
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                profiler.start()
-            result = compute(self, *arguments)
-            if calls == 9:
-                torch.cuda.synchronize()
-                profiler.stop()
-            return result
+    def watched(self: Any, *arguments: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            torch.cuda.synchronize()
+            profiler.start()
+        result = compute(self, *arguments)
+        if calls == 9:
+            torch.cuda.synchronize()
+            profiler.stop()
+        return result
 
-        loop._Trainer._compute = watched
-        try:
-            with plain_steps():
-                bench.train(recipe(name, batch, 1, compile=compile_), 11 * batch)
-        finally:
-            loop._Trainer._compute = compute
-        events = profiler.key_averages()
-        parts = dict.fromkeys(("data", "augmentation", "front end", "forward", "backward", "optimizer"), 0.0)
-        for event in events:
-            if event.key in parts and event.device_type == torch.autograd.DeviceType.CPU:
-                parts[event.key] = event.device_time_total
-        whole = sum(parts.values())
-        shares = ", ".join(f"{part} {100 * spent / whole:.0f}" for part, spent in parts.items())
-        bench.row(f"shares of {name}'s device time, %", shares, "asked: data and augmentation < 20")
-        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = sorted(kernels, key=lambda event: -event.self_device_time_total)
-        bench.results.setdefault("kernels", {})[name + ", compiled" * compile_] = [
-            (event.key[:160], event.count, event.self_device_time_total) for event in kernels[:40]
-        ]
-        for event in kernels[:14]:
-            print(
-                f"    {event.self_device_time_total / 8 / 1e3:8.3f} ms a step, {event.count / 8:5.1f} of {event.key[:110]}"
-            )
+    loop._Trainer._compute = watched
+    try:
+        with plain_steps():
+            bench.train(recipe(name, batch, 1, **changes), 10 * batch)
+    finally:
+        loop._Trainer._compute = compute
+    events = [event for event in profiler.key_averages() if event.self_device_time_total and event.key not in RANGES]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    spent, count = sum(event.self_device_time_total for event in events) / 8e3, sum(event.count for event in events) / 8
+    label = ", ".join([f"{name}, batch {batch}", *changes])
+    bench.row(f"kernels of a step of {label}", f"{count:.0f}, {spent:.2f} ms together")
+    rows = [(event.key[:160], event.count / 8, event.self_device_time_total / 8e3) for event in events]
+    bench.results.setdefault("kernels", {})[label] = rows[:40]
 
 
 def front_ends(bench: Bench) -> None:
@@ -499,33 +511,108 @@ def torchaudio_rate(bench: Bench, config: FrontendConfig, wave: Tensor) -> str:
     return f"; torchaudio's {rate:,.0f}"
 
 
-def augmentation(bench: Bench) -> None:
-    batch = 256 if bench.gpu else 16
-    config = AugmentConfig.model_validate(STUDENT_AUGMENT)
-    augment = Augment(config, FrontendConfig(), bench.bank, 1.0)
-    wave = 0.1 * torch.randn(batch, CLIP_SAMPLES, device=bench.device)
+def augmentation_seconds(bench: Bench, batch: int) -> float:
+    """Of a clip: fetching from the resident split, converting, and all that is drawn, on the device."""
+    augment = Augment(AugmentConfig.model_validate(STUDENT_AUGMENT), FrontendConfig(), bench.bank, 1.0)
+    pcm = torch.zeros(2 * batch, CLIP_SAMPLES, dtype=torch.int16, device=bench.device)
+    rows = torch.randperm(2 * batch, device=bench.device)[:batch]
     mel = torch.randn(batch, 1, 256, 64, device=bench.device)
     host = augment.draw(torch.ones(batch), ["a"] * batch, step_generator(0, 0, 0))
-    draw = host.unpacked(host.packed().to(bench.device))
-    seconds = bench.seconds(lambda: augment.mel(mel, draw) + augment.wave(wave, draw).sum())
-    bench.row("augmentation on the device", f"{batch / seconds:,.0f} clips/s")
+    columns = host.packed().to(bench.device)
+
+    def all_of_it() -> tuple[Tensor, Tensor]:
+        draw = host.unpacked(columns)
+        return augment.wave(waveform(pcm.index_select(0, rows)), draw), augment.mel(mel, draw)
+
+    return bench.seconds(all_of_it) / batch
+
+
+def augmentation(bench: Bench) -> None:
+    batch = 256 if bench.gpu else 8
+    bench.row("fetching and augmentation on the device", f"{1 / augmentation_seconds(bench, batch):,.0f} clips/s")
+    augment = Augment(AugmentConfig.model_validate(STUDENT_AUGMENT), FrontendConfig(), bench.bank, 1.0)
     start = time.perf_counter()
     for step in range(50):
         drawn = augment.draw(torch.ones(batch), ["a"] * batch, step_generator(0, 0, step))
         moved(drawn.packed(), bench.device)
-    bench.row(f"drawing a batch of {batch} on the host", f"{(time.perf_counter() - start) / 50 * 1e6:.0f} us a step")
+    bench.row(
+        f"drawing for a batch of {batch} on the host", f"{(time.perf_counter() - start) / 50 * 1e6:.0f} us a step"
+    )
+
+
+def bf16_share(bench: Bench, rate: float) -> None:
+    flop = bench.results["steps"]["passt"]["flop"]
+    bench.row(f"  of the bf16 ceiling ({flop / 1e9:.1f} GFLOP a clip)", f"{100 * rate * flop / bench.flops:.1f} %")
 
 
 def teachers(bench: Bench) -> None:
     whole_loop(bench, "cp_resnet", 256 if bench.gpu else 8, "asked: 50,000")
-    if bench.gpu:
-        whole_loop(bench, "cp_resnet", 256, plainly=True)
-    for plainly in (True, False):
-        rate = whole_loop(bench, "passt", 80 if bench.gpu else 4, plainly=plainly)
+    for plainly in (True, False) if bench.gpu else (False,):
+        rate = whole_loop(bench, "passt", 80 if bench.gpu else 4, "asked: 35 %", plainly=plainly)
         if bench.gpu:
-            flop = bench.results["steps"]["passt"]["flop"] / bench.results["steps"]["passt"]["batch"]
-            share = rate * flop / bench.flops
-            bench.row(f"  of the bf16 ceiling ({flop / 1e9:.1f} GFLOP a clip)", f"{100 * share:.1f} %", "asked: 35 %")
+            bf16_share(bench, rate)
+
+
+def several(bench: Bench) -> None:
+    """Students of one shape at once: stacked weights in one step (vmap), and two processes that share the card."""
+    batch, seeds = (64, 4) if bench.gpu else (4, 2)
+    own = recipe("sm2", batch, 1)
+    mel = torch.randn(batch, 1, 256, 64, device=bench.device).contiguous(memory_format=torch.channels_last)
+    target = torch.arange(batch, device=bench.device) % SCENES
+
+    def stepped(models: list[nn.Module]) -> Callable[[], None]:
+        parameters, buffers = stack_module_state([replace_all_batch_norm_modules_(model) for model in models])
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, fused=bench.gpu, capturable=bench.gpu)
+
+        def one(weights: dict[str, Tensor], state: dict[str, Tensor], mel: Tensor) -> Tensor:
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
+                logits = functional_call(models[0], (weights, state), (mel,))
+            return nn.functional.cross_entropy(logits.float(), target)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            vmap(one)(parameters, buffers, mel.expand(len(models), *mel.shape)).sum().backward()
+            optimizer.step()
+
+        return step
+
+    def alone() -> Callable[[], None]:
+        model = build(own.model, SCENES).to(bench.device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.gpu, capturable=bench.gpu)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
+                logits = model(mel)
+            nn.functional.cross_entropy(logits.float(), target).backward()
+            optimizer.step()
+
+        return step
+
+    one = batch / bench.seconds(alone())
+    models = [build(own.model, SCENES, seed).to(bench.device).train() for seed in range(seeds)]
+    more = seeds * batch / bench.seconds(stepped(models))
+    bench.row(f"networks' steps of {seeds} seeds of sm2, batch {batch}", f"stacked {more:,.0f}, one {one:,.0f} clips/s")
+    with get_context("spawn").Pool(2) as pool:
+        work = (str(bench.folder), bench.device.type, 64 if bench.gpu else 4)
+        rates = {number: sum(pool.starmap(_share, [work] * number)) for number in (1, 2)}
+    bench.row(
+        "trainings of sm2, batch 64, in processes", ", ".join(f"{n}: {rate:,.0f} clips/s" for n, rate in rates.items())
+    )
+
+
+def _share(folder: str, device: str, batch: int) -> float:
+    """clips/s of a training in a process of its own."""
+    store = ClipStore(Path(folder))
+    rows = np.arange(len(store))
+    data = Dataset(
+        store, {"train": rows[: 64 * batch], "validation": rows[:64]}, ImpulseBank.load(None), DataConfig(), None
+    )
+    own = recipe("sm2", batch, 12 if device == "cuda" else 2)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        model = build(own.model, SCENES)
+        history = fit(model, own, data, data.parts["train"], Path(checkpoints), gpus=float(device == "cuda"))
+    return statistics.median(metrics["clips_per_second"] for metrics in history[1:])
 
 
 def ensemble(bench: Bench) -> None:
@@ -605,8 +692,9 @@ def int8_steps(bench: Bench) -> None:
         own = recipe("sm2", batch, 4 if bench.gpu else 2, precision=precision)
         prepared = quantization.prepare(build(own.model, SCENES), torch.zeros(2, 1, 256, 64))
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            train = bench.data.parts["train"][: 64 * batch if bench.gpu else batch]
             history = fit(
-                prepared, own, bench.data, bench.data.parts["train"][: 64 * batch if bench.gpu else batch], Path(folder),
+                prepared, own, bench.data, train, Path(folder),
                 gpus=float(bench.gpu), set_training=quantization.set_training,
                 before_epoch=lambda model, epoch: quantization.freeze(model) if epoch == 3 else None,
             )  # fmt: skip
@@ -618,8 +706,8 @@ def int8_steps(bench: Bench) -> None:
 
 
 PARTS = (
-    ceilings, right, no_waiting, same_again, ranks, step_counts, students, where, front_ends, augmentation, teachers,
-    ensemble, int8_steps, loader_loop, compiled,
+    ceilings, right, no_waiting, same_again, ranks, step_counts, students, front_ends, augmentation, teachers, ensemble,
+    int8_steps, loader_loop, compiled, several,
 )  # fmt: skip
 
 

@@ -1,16 +1,18 @@
 """A device that is none: tensors say that they are on it, and lie in the host's memory.
 
-What a GPU would do on its own is computed on the CPU, and what would stop it is an error: a value that the host wants to
-know, and a tensor that was left on the host. Kernels and bytes are counted as they would be started and moved there.
+What a GPU would do on its own is computed on the CPU, and what would stop it is an error: a value that the host wants
+to know, and a tensor that was left on the host. Kernels and bytes are counted as they would be started and moved there.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -45,8 +47,35 @@ class _Module:
         return [torch.bfloat16]
 
 
-_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-DEVICE = torch.device(NAME, 0)
+@cache
+def device() -> torch.device:
+    """Registers the device with torch, for the rest of the process and for nothing else: real ones stop working."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    _AUTOCAST_FALLBACK.fallback(torch.library.fallthrough_kernel, _AUTOCAST)
+    _in_bf16(torch.ops.aten.conv2d.default)
+    _in_bf16(torch.ops.aten.linear.default)
+    _foreach_utils._foreach_supported_types.append(There)  # one kernel for many tensors, as on a GPU
+    return torch.device(NAME, 0)
+
+
+_AUTOCAST = "AutocastPrivateUse1"
+_AUTOCAST_FALLBACK = torch.library.Library("_", "IMPL")
+_AUTOCAST_OPERATORS = torch.library.Library("aten", "IMPL")
+
+
+def _in_bf16(operator: Any) -> None:
+    """What torch.autocast computes in bf16 on a GPU, and on this device only where it is told to."""
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(torch.bfloat16) if floating else value
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator(*tree_map(cast, args), **kwargs)
+
+    _AUTOCAST_OPERATORS.impl(operator._schema.name, kernel, _AUTOCAST)
 
 
 class HostWaits(AssertionError):
@@ -61,7 +90,12 @@ class There(Tensor):
     @staticmethod
     def __new__(cls, here: Tensor) -> "There":
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, here.size(), strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device=DEVICE
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=device(),
         )
 
     def __init__(self, here: Tensor) -> None:
@@ -90,6 +124,7 @@ class Rehearsal(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.device = device()
         self._strict = False
         self._made = _Made()
         self.kernels: list[str] = []
@@ -130,7 +165,10 @@ class Rehearsal(TorchDispatchMode):
         if operator._schema.name == "aten::copy_" and not isinstance(args[0], There):
             return args[0]
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        self._count(operator, there, made)
+        size = moved_bytes(operator, [value.here for value in there], made) if self._strict else None
+        if size is not None:
+            self.kernels.append(operator._schema.name.removeprefix("aten::"))
+            self.bytes += size
         if not to_device:
             return result
 
@@ -152,14 +190,19 @@ class Rehearsal(TorchDispatchMode):
         if left:
             raise HostWaits(f"{name} takes a tensor that was left on the host, {left[0]}")
 
-    def _count(self, operator: Any, there: list["There"], made: list[Tensor]) -> None:
-        places = {value.here.untyped_storage().data_ptr() for value in there}
-        viewed = not operator._schema.is_mutable and all(value.untyped_storage().data_ptr() in places for value in made)
-        if viewed or "empty" in operator._schema.name:
-            return
-        self.kernels.append(operator._schema.name.removeprefix("aten::"))
-        moved = [value.here for value in there] + ([] if operator._schema.is_mutable else made)
-        self.bytes += sum(min(value.numel() * value.element_size(), value.untyped_storage().nbytes()) for value in moved)
+
+def moved_bytes(operator: Any, taken: list[Tensor], made: list[Tensor]) -> int | None:
+    """Of a call that starts something on a device, with what it took and gave; None for one that starts nothing."""
+    places = {value.untyped_storage().data_ptr() for value in taken}
+    mutable = operator._schema.is_mutable
+    if not mutable and all(value.untyped_storage().data_ptr() in places for value in made):
+        return None  # a view
+    if "empty" in operator._schema.name:
+        return None
+    return sum(
+        min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+        for value in taken + ([] if mutable else made)
+    )
 
 
 def _here(value: Any) -> Any:

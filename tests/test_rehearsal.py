@@ -51,8 +51,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 SCHEDULED, LEARNED = {"start": 0.5, "end": 0.1}, {"start": 0.5}
 KINDS: dict[str, dict[str, Any]] = {
-    **{name: {"recipe": network} for name, network in NETWORKS.items()},
-    **{f"{name}, taught": {"recipe": network, "label_weight": 0.3} for name, network in NETWORKS.items()},
+    "bf16": {"recipe": {"precision": "bf16"}, "label_weight": LEARNED},
+    "bf16 of a transformer": {"recipe": NETWORKS["passt"] | {"precision": "bf16"}},
+    "labels alone": {"recipe": {}},
+    **{name: {"recipe": network, "label_weight": 0.3} for name, network in NETWORKS.items()},
     "mixup": {"recipe": {"augment": AUGMENT | {"mixup_alpha": 0.3}}, "label_weight": 0.3},
     "in parts": {"recipe": NETWORKS["passt"] | {"optimizer": {"accumulate": 2}}},
     "scheduled lambda": {"recipe": {}, "label_weight": SCHEDULED},
@@ -83,7 +85,8 @@ def rehearsed(kind: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     given = {"label_weight": None, "mode": "mapped", "int8": False} | KINDS[kind]
-    raw = {"model": NETWORKS["sm1"]["model"], "frontend": SHORT, "augment": AUGMENT} | given["recipe"]
+    raw = {"model": NETWORKS["sm1"]["model"], "frontend": SHORT, "augment": AUGMENT, "precision": "fp32"}
+    raw |= given["recipe"]
     raw["optimizer"] = {"epochs": 2, "batch_size": 8} | raw.get("optimizer", {})
     recipe = Recipe.model_validate(raw)
     steps: list[list[str]] = []
@@ -97,10 +100,10 @@ def rehearsed(kind: str) -> dict[str, Any]:
         if given["int8"]:
             from asc_ray.training import quantization
 
-            frontend = recipe.frontend
-            model = quantization.prepare(model, torch.zeros(2, 1, frontend.mels, frontend.frames(CLIP_SAMPLES)))
+            example = torch.randn(2, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+            model = quantization.prepare(model, example)
             quantization.set_training(model, True)
-            model(torch.randn(2, 1, frontend.mels, frontend.frames(CLIP_SAMPLES)))  # the channels' ranges have no shape yet
+            model(example)  # before the first batch the channels' ranges have no shape
             arguments["set_training"] = quantization.set_training
             arguments["before_epoch"] = lambda model, epoch: quantization.freeze(model) if epoch else None
         with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +111,8 @@ def rehearsed(kind: str) -> dict[str, Any]:
             history = fit(model, recipe, data, data.parts["train"], Path(folder) / "checkpoints", **arguments)
             state = {name: getattr(value, "here", value) for name, value in model.state_dict().items()}
             if on_device:
-                front_end = LogMel(recipe.frontend).to(rehearsal.DEVICE)
-                state["validated"] = torch.tensor(list(validate(model, front_end, data, rehearsal.DEVICE).values()))
+                front_end = LogMel(recipe.frontend).to(rehearsal.device())
+                state["validated"] = torch.tensor(list(validate(model, front_end, data, rehearsal.device()).values()))
         if on_device and given["int8"]:
             from asc_ray.training import quantization
 
@@ -131,7 +134,7 @@ def rehearsed(kind: str) -> dict[str, Any]:
             return result
 
         loop._Trainer._compute = strictly
-        loop.training_device = lambda gpus: rehearsal.DEVICE
+        loop.training_device = lambda gpus: rehearsal.device()
         try:
             there, state = train(True)
         finally:
@@ -156,7 +159,7 @@ def ensemble() -> float:
 
         expected = predicted(torch.device("cpu"))
         with rehearsal.Rehearsal():
-            found = predicted(rehearsal.DEVICE)
+            found = predicted(rehearsal.device())
     return float((found - expected).abs().max())
 
 
@@ -166,7 +169,7 @@ def misuse(name: str) -> str:
     import rehearsal
 
     with rehearsal.Rehearsal() as device_mode:
-        there = torch.arange(4.0).to(rehearsal.DEVICE)
+        there = torch.arange(4.0).to(rehearsal.device())
         try:
             with device_mode.strict():
                 {
@@ -193,7 +196,7 @@ def test_no_step_waits_for_the_host_and_all_compute_what_the_cpu_does(process, k
     found = process.submit(rehearsed, kind).result()
     assert len(found["kernels"]) == 6, "two epochs of three steps"
     assert min(found["kernels"][1:]) > 50
-    assert found["difference"] < 2e-3
+    assert found["difference"] < (3e-2 if "bf16" in kind else 5e-3 if "int8" in kind else 2e-4)
 
 
 def test_an_ensemble_answers_there_as_on_the_cpu(process):

@@ -81,10 +81,13 @@ class LogMel(nn.Module):
             raise ValueError(f"a clip of {wave.shape[1]} samples is too short for a window of {self.config.window}")
         if wave.device.type == "cpu":
             bank = self._bank(0.0 if fmax_shift is None else float(fmax_shift[0]))
-        else:
-            bank = self._bank_there(wave.device, fmax_shift)
-        slab = _CPU_SLAB if wave.device.type == "cpu" else max(1, len(wave))
-        return torch.cat([self._transform(part, bank) for part in wave.split(slab)])[:, None]
+            return torch.cat([self._transform(part, bank) for part in wave.split(_CPU_SLAB)])[:, None]
+        tf32 = torch.backends.cuda.matmul.allow_tf32  # which a training may ask for, and a log-mel does not
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            return self._transform(wave, self._bank_there(wave.device, fmax_shift))[:, None]
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
 
     def _transform(self, wave: Tensor, bank: list[_Group]) -> Tensor:
         config = self.config

@@ -78,6 +78,7 @@ class OptimizerConfig(Section):
 class Recipe(Section):
     """All that defines one training but its data."""
 
+    later = frozenset({"precision", "deterministic"})
     model: ModelConfig = Field(discriminator="name")
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
