@@ -4,9 +4,9 @@
 
 Needs torch, numpy, pyarrow, pydantic and safetensors alone; with torchaudio and torchao there, it compares with the one
 and trains int8 with the other. It makes a clip store of noise, runs every part below in turn, prints a table as it
-goes, and writes DIR/gpu.json. Parts that no longer fit into the minutes are named and left out. Without a card
-everything is smaller, and the figures say that it runs and no more; but the kernels and bytes of a step are counted as a
-card would start and move them (bench/rehearsal.py), and beside an H100's ceilings they say what it could do.
+goes, and writes DIR/gpu.json. Parts that no longer fit into the minutes are named and left out. Without a card all is
+smaller, and the figures say that it runs and no more; but the kernels and bytes of a step are counted as a card would
+start and move them (bench/rehearsal.py), and beside an H100's ceilings they say what it could do.
 """
 
 import argparse
@@ -553,6 +553,13 @@ def teachers(bench: Bench) -> None:
             bf16_share(bench, rate)
 
 
+def precisions(bench: Bench) -> None:
+    """What TF32 and bf16 are worth."""
+    for name, batch in (("sm2", 256), ("cp_resnet", 256), ("passt", 80)) if bench.gpu else (("sm2", 8),):
+        for precision in ("fp32", "tf32", "bf16"):
+            whole_loop(bench, name, batch, precision=precision)
+
+
 def several(bench: Bench) -> None:
     """Students of one shape at once: stacked weights in one step (vmap), and two processes that share the card."""
     batch, seeds = (64, 4) if bench.gpu else (4, 2)
@@ -707,7 +714,7 @@ def int8_steps(bench: Bench) -> None:
 
 PARTS = (
     ceilings, right, no_waiting, same_again, ranks, step_counts, students, front_ends, augmentation, teachers, ensemble,
-    int8_steps, loader_loop, compiled, several,
+    int8_steps, loader_loop, precisions, compiled, several,
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Short runs of the benchmarks: each measures something and says it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -94,3 +95,19 @@ def test_int8():
     for form in ("wave to scene, int8", "front end", "onnxruntime, int8", "onnxruntime, float32", "torch, float32"):
         median, late = re.search(rf"{form} +([\d.]+) ms  p99 +([\d.]+) ms", output).groups()
         assert 0 < float(median) <= float(late)
+
+
+def test_gpu_without_one(tmp_path):
+    output = run(
+        "gpu", "--device", "cpu", "--out", tmp_path, "--only", "same_again", "students", "front_ends", "teachers"
+    )
+    assert "FAILED" not in output
+    for line in (
+        "weights of sm1, as it comes: difference +again 0e",
+        "training sm2, batch 8 ",
+        "training passt, batch 4",
+    ):
+        assert re.search(line, output), line
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["training"]["training sm2, batch 8"][-1] > 0
+    assert len(found["rows"]) == len(output.splitlines())

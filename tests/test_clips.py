@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, step_generator
+from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, step_generator, waveform
 from asc_ray.data.clips import (
     CLIP_SAMPLES,
     SAMPLE_RATE,
@@ -89,8 +89,8 @@ def test_pcm_is_bit_equal_and_in_the_order_asked_for(corpus, folder):
     assert store.pcm(indices, out=out) is out
     assert (out == expected).all()
     assert (store.pcm(indices) == expected).all()
-    (wave,) = Waves(store, indices, torch.device("cpu")).batches([np.arange(len(indices))])
-    assert (wave.numpy() == np.array(expected) / np.float32(32768)).all()
+    (pcm,) = Waves(store, indices, torch.device("cpu")).batches([np.arange(len(indices))])
+    assert (waveform(pcm).numpy() == np.array(expected) / np.float32(32768)).all()
     with pytest.raises(IndexError):
         store.pcm(np.array([7]))
     with pytest.raises(IndexError):

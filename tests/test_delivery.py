@@ -14,7 +14,7 @@ from conftest import clip_store
 
 from asc_ray import artifacts
 from asc_ray.artifacts import Artifact, mirrored
-from asc_ray.data.batches import DataConfig, Waves, delivery, epoch_batches
+from asc_ray.data.batches import DataConfig, Waves, delivery, epoch_batches, waveform
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, ClipStore
 from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.errors import ConfigError, UserError
@@ -54,7 +54,7 @@ def streamed(folder: Path, rows: np.ndarray, given: list[np.ndarray]) -> list[np
     from asc_ray.cluster.stream import stream
 
     waves = Waves(ClipStore(folder), rows, CPU, DataConfig(mode="stream"), stream)
-    return [wave.numpy() for wave in waves.batches(given)]
+    return [waveform(pcm).numpy() for pcm in waves.batches(given)]
 
 
 @pytest.mark.parametrize("epoch", [0, 5])
@@ -66,8 +66,8 @@ def test_mapped_resident_and_streamed_batches_are_the_same(folder, cluster, epoc
     resident = Waves(store, rows, CPU, DataConfig(mode="resident")).batches(given)
     there = ray.get(streamed.remote(folder, rows, given))
     for wanted, a, b, c in zip(expected, mapped, resident, there, strict=True):
-        assert (a.numpy() == wanted).all()
-        assert (b.numpy() == wanted).all()
+        assert (waveform(a).numpy() == wanted).all()
+        assert (waveform(b).numpy() == wanted).all()
         assert (c == wanted).all()
 
 

@@ -17,6 +17,7 @@ from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
 from asc_ray.section import Section
+from asc_ray.training.loop import Recipe
 from asc_ray.training.space import Parameter
 
 # What is made from what; a changed key changes all that follow.
@@ -355,3 +356,16 @@ def test_weights_from_elsewhere_count_by_their_contents_and_with_the_front_end(t
     assert differing(tmp_path, [NO_SWEEP], taken["one"]) == following("student")
     assert differing(tmp_path, taken["one"], taken["same"]) == set()
     assert differing(tmp_path, taken["one"], taken["other"]) == following("student")
+
+
+def test_fields_that_came_later_are_in_no_key_while_they_have_their_default():
+    """What was made before they were there is recognized: recipes are nested, and a search has one, too."""
+    config = load_config(TINY)
+    plan = Plan(config)
+    sections = [plan.students["student"].config["student"], next(iter(plan.teachers.values())).config["recipe"]]
+    assert Recipe.later == {"precision", "deterministic"}
+    assert not any(Recipe.later & set(section) for section in sections)
+    students = [Plan(load_config(TINY, [f"student.deterministic={value}"])).students for value in ("false", "true")]
+    assert students[0]["student"].key == plan.students["student"].key != students[1]["student"].key
+    assert students[1]["student"].config["student"]["deterministic"] is True
+    assert "deterministic" in config.student.model_dump()

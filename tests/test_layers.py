@@ -70,3 +70,20 @@ def test_reading_a_configuration_imports_neither_ray_nor_mlflow():
     code = "import sys, asc_ray.config, asc_ray.status; print({'ray', 'mlflow'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_a_training_on_stored_clips_needs_torch_and_few_others():
+    """So that bench/gpu.py runs where a card is and little else: what else is installed here is not to be found."""
+    import subprocess
+    import sys
+
+    code = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name in {"ray", "mlflow", "soundfile", "soxr", "torchao", "torchinfo", "onnx", "pandas", "yaml"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Nothing())
+import asc_ray.training.loop, asc_ray.training.dataset, asc_ray.models.registry
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

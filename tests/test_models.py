@@ -168,8 +168,8 @@ def test_small_networks_train_and_evaluate_clip_by_clip(case):
     config, (mels, frames) = SHRUNKEN[case]
     model = build(config, classes=7, seed=3)
     x = mel(4, 1, mels, frames)
-    draws = {"generator": torch.Generator().manual_seed(0)} if getattr(model, "stochastic", False) else {}
-    logits = model(x, **draws)
+    choices = model.choices(frames, torch.Generator().manual_seed(0)) if isinstance(model, Passt) else ()
+    logits = model(x, *choices)
     assert logits.shape == (4, 7)
     logits.square().add(logits).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -207,7 +207,7 @@ def test_patchout_keeps_the_right_number_of_patches(freq, time, anywhere, tokens
     left_out = {"patchout_freq": freq, "patchout_time": time, "patchout": anywhere}
     model = Passt(SMALL_PASST.model_copy(update=left_out), classes=10)
     x = mel(2, 1, 128, 100)
-    assert model.tokens(x, torch.Generator().manual_seed(0)).shape == (2, tokens, 24)
+    assert model.tokens(x, model.choices(100, torch.Generator().manual_seed(0))).shape == (2, tokens, 24)
     assert model.eval().tokens(x).shape == (2, 12 * 9, 24)
 
 
@@ -222,7 +222,7 @@ def test_patchout_leaves_out_whole_rows_and_keeps_their_order():
     kept = set()
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        tokens = model.tokens(mel(2, 1, 128, 100), generator)
+        tokens = model.tokens(mel(2, 1, 128, 100), model.choices(100, generator))
         rows = tokens[0, ::columns, 0].tolist()
         assert rows == sorted(set(rows))
         assert torch.equal(tokens, torch.tensor(rows).repeat_interleave(columns).view(1, -1, 1).expand(2, -1, 24))
@@ -232,23 +232,23 @@ def test_patchout_leaves_out_whole_rows_and_keeps_their_order():
 
 def test_unstructured_patchout_leaves_out_any_patches_and_keeps_their_order():
     model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0, "patchout": 50}), classes=10)
-    model.patch_embed = torch.nn.Identity()  # a token's value is then the patch it comes from
-    with torch.no_grad():
-        model.time_new_pos_embed.zero_()
-        model.freq_new_pos_embed.zero_()
-    patches = torch.arange(12.0 * 128).view(1, 1, 12, 128).expand(1, 24, 12, 128)
+    with torch.no_grad():  # a token's value is then the patch it comes from
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.bias.zero_()
+        model.time_new_pos_embed.copy_(torch.arange(float(SMALL_PASST.grid[1])).view(1, 1, 1, -1).expand(1, 24, 1, -1))
+        model.freq_new_pos_embed.copy_(100 * torch.arange(12.0).view(1, 1, 12, 1).expand(1, 24, 12, 1))
     kept = set()
     generator = torch.Generator().manual_seed(0)
-    model.config = model.config.model_copy(update={"mels": 12, "patch": 1})
     for _ in range(5):
-        found = model.tokens(patches[..., :9], generator)[0, :, 0].tolist()
+        offset, *kinds = model.choices(100, generator)
+        found = model.tokens(mel(1, 1, 128, 100), (offset - offset[0], *kinds))[0, :, 0].tolist()
         assert len(found) == 12 * 9 - 50
         assert found == sorted(set(found))
         kept.update(found)
     assert len(kept) > 80
     model.config = model.config.model_copy(update={"patchout": 108})
     with pytest.raises(ValueError, match="patchout = 108 leaves none of the 108 patches"):
-        model.tokens(patches[..., :9], generator)
+        model.choices(100, generator)
 
 
 def test_time_offset_is_random_in_training_and_zero_in_evaluation():
@@ -261,7 +261,7 @@ def test_time_offset_is_random_in_training_and_zero_in_evaluation():
         model.time_new_pos_embed.copy_(torch.arange(float(columns)).expand(1, 24, 1, columns))
     generator = torch.Generator().manual_seed(0)
     x = mel(1, 1, 128, 100)
-    offsets = {int(model.tokens(x, generator)[0, 0, 0]) for _ in range(200)}
+    offsets = {int(model.tokens(x, model.choices(100, generator))[0, 0, 0]) for _ in range(200)}
     assert offsets == set(range(columns - 9 + 1))
     assert model.eval().tokens(x)[0, :9, 0].tolist() == list(range(9))
 
@@ -269,7 +269,7 @@ def test_time_offset_is_random_in_training_and_zero_in_evaluation():
 def test_passt_training_repeats_with_the_generator():
     model = build(SMALL_PASST, classes=10)
     x = mel(2, 1, 128, 100)
-    first, again, other = (model(x, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    first, again, other = (model(x, *model.choices(100, torch.Generator().manual_seed(seed))) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     with pytest.raises(AssertionError, match="generator"):

@@ -58,3 +58,14 @@ def test_lambda_is_the_only_parameter_and_learns():
 @pytest.mark.parametrize(("kind", "parameters"), [("rn", 1), ("rn_frequency", 1), ("in", 0), ("bn", 8), ("none", 0)])
 def test_parameters_by_kind(kind, parameters):
     assert sum(p.numel() for p in normalization(NormalizationConfig(kind=kind), 4).parameters()) == parameters
+
+
+@pytest.mark.parametrize("kind", ["rn", "rn_frequency", "in"])
+def test_in_half_precision_the_statistics_are_of_float32(kind):
+    """Where the mean is thirty deviations, a difference in bf16 would be of three steps."""
+    layer = normalization(NormalizationConfig(kind=kind, lambda_start=0.0), 4)
+    x = (30 + random_input((2, 4, 16, 8))).bfloat16()
+    exact = layer.double()(x.double())
+    found = layer.float()(x).detach()
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).abs().max()) < 0.02

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchao.quantization.pt2e import FakeQuantize
 
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.frontend import FrontendConfig
@@ -398,3 +399,30 @@ def test_onnxruntime_agrees(trained, tmp_path):
         expected = trained.int8(x[:size])
         assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.99
         assert (found - expected).abs().mean() < 0.002 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (quantization.FakeQuantizeActivation, quantization.ACTIVATION),
+        (quantization.RangeFollower, quantization.WEIGHT),
+    ],
+)
+def test_ranges_are_torchaos_to_the_bit(kind, settings):
+    """What follows ranges without a look at values gives the same scales, zero points and roundings."""
+    own = settings.observer_or_fake_quant_ctr.p.keywords
+    about = {name: getattr(settings, name) for name in ("dtype", "quant_min", "quant_max", "qscheme")} | own
+    if settings.ch_axis is not None:
+        about["ch_axis"] = settings.ch_axis
+    ours, theirs = kind(**about), FakeQuantize(**about)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1.0, 3.0, 0.1, 0.0, 2.0):
+        x = size * torch.randn(5, 3, 4, 4, generator=generator) + 0.2 * size
+        expected, found = theirs(x), ours(x)
+        assert torch.equal(ours.scale, theirs.scale)
+        assert torch.equal(ours.zero_point, theirs.zero_point)
+        assert torch.equal(found.clamp(max=float(expected.max())), expected), "activations are cut off later"
+    ours.enable_observer(False)
+    scale = ours.scale.clone()
+    ours(100 * x)
+    assert torch.equal(ours.scale, scale)

@@ -78,75 +78,73 @@ def noise(folder: Path, mode: str = "mapped") -> Dataset:
     return Dataset(store, parts, ImpulseBank.load(None), config, lambda _, batches: map(store.pcm, batches))
 
 
-def rehearsed(kind: str) -> dict[str, Any]:
-    """Train two epochs of three steps on the device; what the steps started, and how it compares with the CPU."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    import rehearsal
-
-    torch.set_num_threads(1)
+def asked(kind: str) -> tuple[dict[str, Any], Recipe]:
     given = {"label_weight": None, "mode": "mapped", "int8": False} | KINDS[kind]
     raw = {"model": NETWORKS["sm1"]["model"], "frontend": SHORT, "augment": AUGMENT, "precision": "fp32"}
     raw |= given["recipe"]
     raw["optimizer"] = {"epochs": 2, "batch_size": 8} | raw.get("optimizer", {})
-    recipe = Recipe.model_validate(raw)
-    steps: list[list[str]] = []
+    return given, Recipe.model_validate(raw)
 
-    def train(on_device: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        arguments: dict[str, Any] = {}
-        if given["label_weight"] is not None:
-            arguments["distillation"] = DistillationConfig(label_weight=given["label_weight"])
-            arguments["soft_logits"] = np.random.default_rng(1).standard_normal((28, CLASSES)).astype(np.float32)
-        model = build(recipe.model, CLASSES)
-        if given["int8"]:
-            from asc_ray.training import quantization
 
-            example = torch.randn(2, 1, 64, 32, generator=torch.Generator().manual_seed(0))
-            model = quantization.prepare(model, example)
-            quantization.set_training(model, True)
-            model(example)  # before the first batch the channels' ranges have no shape
-            arguments["set_training"] = quantization.set_training
-            arguments["before_epoch"] = lambda model, epoch: quantization.freeze(model) if epoch else None
-        with tempfile.TemporaryDirectory() as folder:
-            data = noise(Path(folder), given["mode"])
-            history = fit(model, recipe, data, data.parts["train"], Path(folder) / "checkpoints", **arguments)
-            state = {name: getattr(value, "here", value) for name, value in model.state_dict().items()}
-            if on_device:
-                front_end = LogMel(recipe.frontend).to(rehearsal.device())
-                state["validated"] = torch.tensor(list(validate(model, front_end, data, rehearsal.device()).values()))
-        if on_device and given["int8"]:
-            from asc_ray.training import quantization
+def trained(kind: str, device: torch.device) -> list[float]:
+    """The losses of two epochs of three steps; on another device than the CPU also validation and conversion run."""
+    given, recipe = asked(kind)
+    arguments: dict[str, Any] = {}
+    model = build(recipe.model, CLASSES)
+    if given["label_weight"] is not None:
+        arguments["distillation"] = DistillationConfig(label_weight=given["label_weight"])
+        arguments["soft_logits"] = np.random.default_rng(1).standard_normal((28, CLASSES)).astype(np.float32)
+    if given["int8"]:
+        from asc_ray.training import quantization
 
-            quantization.convert(model.cpu())
-        return history, state
+        example = torch.randn(2, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+        model = quantization.prepare(model, example)
+        quantization.set_training(model, True)
+        model(example)  # before the first batch the channels' ranges have no shape
+        arguments["set_training"] = quantization.set_training
+        arguments["before_epoch"] = lambda model, epoch: quantization.freeze(model) if epoch else None
+    with tempfile.TemporaryDirectory() as folder:
+        data = noise(Path(folder), given["mode"])
+        history = fit(model, recipe, data, data.parts["train"], Path(folder) / "checkpoints", **arguments)
+        validate(model, LogMel(recipe.frontend).to(device), data, device)
+    if given["int8"]:
+        quantization.convert(model.cpu())
+    return [metrics["loss"] for metrics in history]
 
-    compute, device = loop._Trainer._compute, loop.training_device
-    on_cpu, _ = train(False)
-    with rehearsal.Rehearsal() as device_mode:
+
+def rehearsed(kind: str) -> tuple[list[int], float]:
+    """How many kernels each step started on the device, and how far the losses are from the CPU's, relatively."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    from rehearsal import Rehearsal
+
+    torch.set_num_threads(1)
+    mode = Rehearsal()  # before anything is trained: autograd counts the devices once
+    on_cpu = trained(kind, torch.device("cpu"))
+    compute, device, kernels = loop._Trainer._compute, loop.training_device, []
+    with mode:
 
         def strictly(self: Any, *arguments: torch.Tensor) -> torch.Tensor:
-            """The first step lays down tables."""
-            if not steps:
-                steps.append([])
+            if not kernels:  # the first step lays down tables
+                kernels.append(0)
                 return compute(self, *arguments)
-            with device_mode.strict():
+            with mode.strict():
                 result = compute(self, *arguments)
-            steps.append(device_mode.kernels)
+            kernels.append(len(mode.kernels))
             return result
 
         loop._Trainer._compute = strictly
-        loop.training_device = lambda gpus: rehearsal.device()
+        loop.training_device = lambda gpus: mode.device
         try:
-            there, state = train(True)
+            there = trained(kind, mode.device)
         finally:
             loop._Trainer._compute, loop.training_device = compute, device
-    differences = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(there, on_cpu, strict=True)]
-    return {"kernels": [len(step) for step in steps], "difference": max(differences)}
+    return kernels, max(abs(a - b) / abs(b) for a, b in zip(there, on_cpu, strict=True))
 
 
 def ensemble() -> float:
     """The largest difference of an inference of several networks on the device to that on the CPU."""
     sys.path.insert(0, str(ROOT / "bench"))
-    import rehearsal
+    from rehearsal import Rehearsal
 
     recipe = Recipe.model_validate({"model": PASST, "frontend": SHORT})
     with tempfile.TemporaryDirectory() as folder:
@@ -158,20 +156,20 @@ def ensemble() -> float:
             return predict_all(models, LogMel(recipe.frontend).to(device), data.store, rows, device, 8)
 
         expected = predicted(torch.device("cpu"))
-        with rehearsal.Rehearsal():
-            found = predicted(rehearsal.device())
+        with Rehearsal() as mode:
+            found = predicted(mode.device)
     return float((found - expected).abs().max())
 
 
 def misuse(name: str) -> str:
     """What is said where a step does what it must not."""
     sys.path.insert(0, str(ROOT / "bench"))
-    import rehearsal
+    from rehearsal import HostWaits, Rehearsal
 
-    with rehearsal.Rehearsal() as device_mode:
-        there = torch.arange(4.0).to(rehearsal.device())
+    with Rehearsal() as mode:
+        there = torch.arange(4.0).to(mode.device)
         try:
-            with device_mode.strict():
+            with mode.strict():
                 {
                     "item": lambda: float(there.sum()),
                     "mask": lambda: there[there > 1],
@@ -180,7 +178,7 @@ def misuse(name: str) -> str:
                     "copied": lambda: torch.empty(4).copy_(there),
                     "shape": there.nonzero,
                 }[name]()
-        except rehearsal.HostWaits as error:
+        except HostWaits as error:
             return str(error)
     return "nothing"
 
@@ -193,10 +191,10 @@ def process():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits_for_the_host_and_all_compute_what_the_cpu_does(process, kind):
-    found = process.submit(rehearsed, kind).result()
-    assert len(found["kernels"]) == 6, "two epochs of three steps"
-    assert min(found["kernels"][1:]) > 50
-    assert found["difference"] < (3e-2 if "bf16" in kind else 5e-3 if "int8" in kind else 2e-4)
+    kernels, difference = process.submit(rehearsed, kind).result()
+    assert len(kernels) == 6, "two epochs of three steps"
+    assert min(kernels[1:]) > 50
+    assert difference < (3e-2 if "bf16" in kind else 5e-3 if "int8" in kind else 2e-4)
 
 
 def test_an_ensemble_answers_there_as_on_the_cpu(process):

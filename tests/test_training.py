@@ -13,7 +13,6 @@ from conftest import clip_store
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.augment import Augment
@@ -30,7 +29,7 @@ from asc_ray.fusion import FusionConfig
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
 from asc_ray.training import loop, parallel, systems
-from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
+from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, save_checkpoint
 from asc_ray.training.dataset import PartitionConfig, SoftTargets, Source
 from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
@@ -404,55 +403,6 @@ def test_where_compiling_fails_training_says_so_and_goes_on(data, tmp_path, monk
     assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
 
 
-class NoSynchronization(TorchDispatchMode):
-    """Fails at every operation that makes the host wait for the device: it needs a value to go on."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
-
-    paused = False
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name = function.overloadpacket.__name__
-        indices = arguments[1] if name in ("index", "index_put", "index_put_") else ()
-        masked = any(index is not None and index.dtype == torch.bool for index in indices)
-        assert self.paused or not (masked or name.startswith(self.WAITING)), name
-        return function(*arguments, **(keywords or {}))
-
-
-@pytest.mark.parametrize("model", [{"name": "cp_resnet", "width": 4}, {"name": "ds_flexinet", "size": "sm1"}])
-def test_a_step_never_makes_the_host_wait(model, data):
-    config = Recipe.model_validate({"model": model, "frontend": {"hop": 2000}, "augment": AUGMENT})
-    model = build(config.model, 10, seed=1).train()
-    augment = Augment(config.augment.model_copy(update={"time_mask": 4}), config.frontend, data.bank, 1.0)
-    trainer = loop._Trainer(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),  # AdamW off the GPU counts its steps on the host
-        front_end=LogMel(config.frontend),
-        augment=augment,
-        store=data.store,
-        soft=torch.zeros(len(data.store), 10),
-        objective=Objective(DistillationConfig()),
-        clip_norm=1.0,
-        accumulate=2,
-        autocast=False,
-    )
-    rows = data.parts["train"][:16]
-    (wave,) = data.waves(rows, torch.device("cpu")).batches([np.arange(16)])
-    trainer.step(wave, rows, step_generator(0, 0, 0))  # builds the mel bank and the responses' spectra once
-    mode = NoSynchronization()
-    draw = augment.draw
-
-    def drawn_on_the_host(*arguments):
-        mode.paused = True
-        drawn = draw(*arguments)
-        mode.paused = False
-        return drawn
-
-    augment.draw = drawn_on_the_host
-    with mode:
-        trainer.step(wave, rows, step_generator(0, 0, 0))
-
-
 def test_training_learns_and_another_seed_differs(data, tmp_path):
     _, history = train("cp_resnet", data, tmp_path / "a", epochs=6, learning_rate=3e-3)
     assert history[-1]["loss"] < history[0]["loss"]
@@ -727,6 +677,9 @@ def train_on_rank(rank, clips, folder, recipes):
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2)).open()
     results = {name: train(name, source, folder / name, **changes) for name, changes in recipes.items()}
+    soft = np.random.default_rng(0).standard_normal((len(source.store), 10)).astype(np.float32)
+    learned = DistillationConfig(label_weight={"start": 0.5})
+    results["learned"] = train("cp_resnet", source, folder / "learned", soft=soft, distillation=learned)
     results["gradients"] = gradients(slice(rank, None, 2), parallel.distributed(perturbed()), scale=2)
     torch.save(results, folder / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -758,6 +711,9 @@ def test_two_workers_train_as_one(clips, data, tmp_path):
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
     for name, expected in gradients(slice(None), perturbed()).items():
         torch.testing.assert_close(first["gradients"][name], expected, rtol=1e-9, atol=1e-10)
+    lambdas = [[epoch["label_weight"] for epoch in results["learned"][1]] for results in (first, second)]
+    assert lambdas[0] == lambdas[1]
+    assert lambdas[0][-1] != 0.5
     for name, changes in recipes.items():
         (weights, history), (same, _) = first[name], second[name]
         assert all(torch.equal(value, same[key]) for key, value in weights.items())
@@ -766,6 +722,25 @@ def test_two_workers_train_as_one(clips, data, tmp_path):
         for ours, theirs in zip(curve, history, strict=True):
             assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-3)
             assert theirs["validation_log_loss"] == pytest.approx(ours["validation_log_loss"], abs=1e-3)
+
+
+def test_a_resumed_optimizer_has_the_parameters_layout(tmp_path):
+    """A fused one refuses another, and channels_last is not what a file of tensors keeps."""
+
+    def made():
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.Adam(model.parameters())
+
+    model, optimizer = made()
+    model(torch.randn(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, [{"validation_macro_accuracy": 0.5}])
+    again, resumed = made()
+    restore_optimizer(resumed, load_checkpoint(tmp_path).optimizer)
+    for own, other in zip(again.parameters(), model.parameters(), strict=True):
+        for name, value in optimizer.state[other].items():
+            assert torch.equal(resumed.state[own][name], value)
+            assert resumed.state[own][name].stride() == value.stride()
 
 
 def test_checkpoints_later_than_the_resumed_one_make_room(tmp_path):

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 import torch
+import torch.fx
 from pydantic import Field
 from torch import nn
 
@@ -21,6 +22,17 @@ class NormalizationConfig(Section):
     places: Annotated[tuple[Literal["input", "stem", "stages", "last"], ...], Field(min_length=1)] = ("stages",)
 
 
+@torch.fx.wrap  # in a traced graph nothing has a type
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision has no digits left for a difference where the mean is many deviations."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@torch.fx.wrap
+def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == other.dtype else x.to(other.dtype)
+
+
 class InstanceNorm(nn.Module):
     """Eq. 1: x (B, C, F, T) minus its mean, over its standard deviation, both taken over `over`.
 
@@ -33,8 +45,9 @@ class InstanceNorm(nn.Module):
         self.over, self.eps = over, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.float32:  # bf16 has no digits left for the difference where the mean is many deviations
-            return self.forward(x.float()).to(x.dtype)
+        return _like(self._normalized(_in_float32(x)), x)
+
+    def _normalized(self, x: torch.Tensor) -> torch.Tensor:
         centred = x - x.mean(self.over, keepdim=True)
         variance = (centred * centred).mean(self.over, keepdim=True)
         return centred * torch.rsqrt(variance + self.eps)
@@ -50,10 +63,8 @@ class ResidualNorm(InstanceNorm):
         super().__init__(over, eps)
         self.lambda_ = nn.Parameter(torch.tensor(lambda_start))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.float32:
-            return self.forward(x.float()).to(x.dtype)
-        return self.lambda_ * x + super().forward(x)
+    def _normalized(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lambda_ * x + super()._normalized(x)
 
 
 # Dimensions of (B, C, F, T) that the statistics are taken over.
