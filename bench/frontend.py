@@ -4,7 +4,7 @@
 
 The plain one is what the published code does with library calls: pre-emphasis, torch.stft, power, matrix product with
 the whole bank, log, affine. Both compute the same log-mel (the largest difference is printed) of the same noise, taking
-turns. On a GPU the same figures are its own.
+turns. A card's figures are bench/gpu.py's.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import torch
 
 from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.runtime.frontend import mel_bank
-from asc_ray.training.loop import training_device
 
 FRONT_ENDS = {
     "student": FrontendConfig(),
@@ -26,11 +25,11 @@ FRONT_ENDS = {
 
 
 class Plain:
-    def __init__(self, config: FrontendConfig, device: torch.device) -> None:
+    def __init__(self, config: FrontendConfig) -> None:
         self.config = config
-        self.window = torch.hann_window(config.window, periodic=False, device=device)
+        self.window = torch.hann_window(config.window, periodic=False)
         bank = torch.from_numpy(mel_bank(config.sample_rate, config.n_fft, config.mels, config.fmin, config.fmax))
-        self.bank = torch.nn.functional.pad(bank, (0, 1)).to(device)
+        self.bank = torch.nn.functional.pad(bank, (0, 1))
 
     def __call__(self, wave: torch.Tensor) -> torch.Tensor:
         config = self.config
@@ -49,20 +48,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = training_device(float(torch.cuda.is_available()))
-    wave = 0.1 * torch.randn(options.batch, 32_000, generator=torch.Generator().manual_seed(0)).to(device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} of {os.cpu_count()} cores"
+    wave = 0.1 * torch.randn(options.batch, 32_000, generator=torch.Generator().manual_seed(0))
+    where = f"{options.threads} of {os.cpu_count()} cores"
     print(f"batches of {options.batch} clips, {options.runs} runs, {where}, torch {torch.__version__}")
 
     def seconds(function) -> float:
         start = time.perf_counter()
         function(wave)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     for name, config in FRONT_ENDS.items():
-        ours, plain = LogMel(config).to(device), Plain(config, device)
+        ours, plain = LogMel(config), Plain(config)
         difference = (ours(wave)[:, 0] - plain(wave)).abs().max()
         pairs = [(seconds(ours), seconds(plain)) for _ in range(options.runs + 2)][2:]
         ratios = sorted(b / a for a, b in pairs)

@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from asc_ray.data.batches import DataConfig
 from asc_ray.models.registry import build
 from asc_ray.training.dataset import PartitionConfig, Source
-from asc_ray.training.loop import Recipe, fit, training_device
+from asc_ray.training.loop import Recipe, fit
 
 PARTS = ("data", "augmentation", "front end", "forward", "backward", "optimizer")
 AUGMENT = {
@@ -32,10 +32,9 @@ AUGMENT = {
 }
 
 
-def matrix_product_gflops(device: torch.device) -> float:
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device)
-    return 2 * size**3 / Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=1).median / 1e9
+def matrix_product_gflops() -> float:
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=1).median / 1e9
 
 
 def main() -> None:
@@ -50,7 +49,6 @@ def main() -> None:
     parser.add_argument("--mode", default="auto")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = training_device(float(torch.cuda.is_available()))
 
     name = options.model
     recipe = Recipe.model_validate(
@@ -64,9 +62,8 @@ def main() -> None:
     data = Source(options.clips, PartitionConfig(), DataConfig(mode=options.mode)).open()
     train = data.parts["train"]
     print(
-        f"{name}, {len(train)} clips, batch {options.batch}, {data.waves(train, device).mode}, "
-        f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'{options.threads} CPU threads'}, "
-        f"torch {torch.__version__}; matrix product {matrix_product_gflops(device):.0f} GFLOP/s"
+        f"{name}, {len(train)} clips, batch {options.batch}, {data.waves(train, torch.device('cpu')).mode}, "
+        f"{options.threads} CPU threads, torch {torch.__version__}; matrix product {matrix_product_gflops():.0f} GFLOP/s"
     )
 
     def run(epochs: int) -> list[dict[str, float]]:
@@ -74,18 +71,17 @@ def main() -> None:
         model = build(recipe.model, len(data.store.labels), recipe.seed)
         with tempfile.TemporaryDirectory() as folder:
             own = recipe.model_copy(update={"optimizer": settings})
-            return fit(model, own, data, train, Path(folder), gpus=float(torch.cuda.is_available()))
+            return fit(model, own, data, train, Path(folder))
 
     rates = [metrics["clips_per_second"] for metrics in run(options.epochs + 1)][1:]
     print(f"whole loop: median {statistics.median(rates):.1f} clips/s, from {min(rates):.1f} to {max(rates):.1f}")
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run(1)
     times = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():
         if event.key in times:
-            times[event.key] += event.device_time_total if device.type == "cuda" else event.cpu_time_total
+            times[event.key] += event.cpu_time_total
     whole = sum(times.values())
     for part, spent in times.items():
         print(f"  {part:<13} {spent / len(train):8.1f} us a clip  {100 * spent / whole:5.1f} %")
