@@ -396,7 +396,7 @@ def step_counts(bench: Bench) -> None:
 def whole_loop(bench: Bench, name: str, batch: int, asked: str = "", plainly: bool = False, **changes: Any) -> float:
     """clips/s of `fit`, median of the epochs after the first, and memory."""
     steps = 40 if name == "passt" else 64
-    epochs, clips = (3 if plainly else 5, min(steps * batch, 16_384)) if bench.gpu else (2, 2 * batch)
+    epochs, clips = (3 if plainly else 4, min(steps * batch, 16_384)) if bench.gpu else (2, 2 * batch)
     if bench.gpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -723,7 +723,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", default=[], choices=[part.__name__ for part in PARTS])
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=8.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         Bench(options, Path(folder)).run()

@@ -63,7 +63,7 @@ def main() -> None:
     train = data.parts["train"]
     print(
         f"{name}, {len(train)} clips, batch {options.batch}, {data.waves(train, torch.device('cpu')).mode}, "
-        f"{options.threads} CPU threads, torch {torch.__version__}; matrix product {matrix_product_gflops():.0f} GFLOP/s"
+        f"{options.threads} threads, torch {torch.__version__}; matrix product {matrix_product_gflops():.0f} GFLOP/s"
     )
 
     def run(epochs: int) -> list[dict[str, float]]:

@@ -21,6 +21,7 @@ from asc_ray.data.batches import DataConfig
 from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
 from asc_ray.data.corpus import Clip
 from asc_ray.data.parts import part_file
+from asc_ray.models.passt import Passt
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
 from asc_ray.training.dataset import Dataset
@@ -195,6 +196,18 @@ def test_no_step_waits_for_the_host_and_all_compute_what_the_cpu_does(process, k
     assert len(kernels) == 6, "two epochs of three steps"
     assert min(kernels[1:]) > 50
     assert difference < (3e-2 if "bf16" in kind else 5e-3 if "int8" in kind else 2e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_compiles_in_one_piece(name):
+    """Where a graph breaks, the host looks at something."""
+    recipe = Recipe.model_validate({"frontend": SHORT} | NETWORKS[name])
+    model = build(recipe.model, CLASSES)
+    frames = recipe.frontend.frames(CLIP_SAMPLES)
+    choices = model.choices(frames, torch.Generator().manual_seed(0)) if isinstance(model, Passt) else ()
+    mel = torch.randn(2, 1, recipe.frontend.mels, frames)
+    whole = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    assert whole(mel, *choices).shape == (2, CLASSES)
 
 
 def test_an_ensemble_answers_there_as_on_the_cpu(process):

@@ -25,10 +25,11 @@ def on_gpu(device: torch.device, tf32: bool, deterministic: bool) -> Iterator[No
     stream.wait_stream(torch.cuda.current_stream())
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     strict = torch.are_deterministic_algorithms_enabled()
+    # cuBLAS asks for it to be deterministic, and torch looks once a process: a training before this one may not be.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be so
             torch.use_deterministic_algorithms(True)
         with torch.cuda.stream(stream):
             yield
