@@ -164,9 +164,10 @@ class Passt(nn.Module):
         if not self.training:
             x = x + self.time_new_pos_embed[..., : x.shape[3]] + self.freq_new_pos_embed
             return x.flatten(2).transpose(1, 2)
-        assert choices, (
-            "PaSST in training draws patchout and position: pass model(x, *model.choices(frames, generator))"
-        )
+        if len(choices) != 4:
+            raise ValueError(
+                "PaSST in training draws patchout and position: model(x, *model.choices(frames, generator))"
+            )
         positions, kept_columns, kept_rows, kept = choices
         x = x + self.time_new_pos_embed.index_select(3, positions) + self.freq_new_pos_embed
         if config.patchout_time:

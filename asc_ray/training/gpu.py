@@ -15,9 +15,9 @@ Function = Callable[..., Tensor]
 
 
 @contextmanager
-def on_gpu(device: torch.device, tf32: bool, deterministic: bool) -> Iterator[None]:
-    """What a training runs in: a stream of its own, as recording asks for, float32 that is rounded to TF32 in products
-    only where it is asked for, and algorithms that give the same bits every time; on a CPU nothing."""
+def on_gpu(device: torch.device, tf32: bool = False, deterministic: bool = False) -> Iterator[None]:
+    """What a training or an inference runs in: a stream of its own, as recording asks for; float32 that is not rounded
+    to TF32, as cuDNN does by itself, unless asked for; algorithms that give the same bits. On a CPU it is nothing."""
     if device.type != "cuda":
         yield
         return

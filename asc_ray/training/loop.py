@@ -531,8 +531,9 @@ def predict_all(
 ) -> Tensor:
     """`predict` of several networks behind one front end: (S, N, K). `bf16` runs the networks in mixed precision."""
     outputs = []
-    for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
-        mel = front_end(waveform(pcm)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            outputs.append(torch.stack([model(mel).float() for model in models]))
-    return torch.cat(outputs, dim=1).cpu()
+    with on_gpu(device):
+        for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
+            mel = front_end(waveform(pcm)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                outputs.append(torch.stack([model(mel).float() for model in models]))
+        return torch.cat(outputs, dim=1).cpu()
