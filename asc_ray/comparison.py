@@ -168,9 +168,10 @@ def _artifact(kind: str, name: str, spec: TableConfig, plans: Mapping[str, Plan]
         for row, plan in plans.items()
         for model in _compared(plan, spec.int8)
     }
-    key = content_key(stage=kind, config=spec.for_key(), inputs=inputs)
+    section = spec.for_key()
+    key = content_key(stage=kind, config=section, inputs=inputs)
     lead = next(iter(plans.values()))
-    return Artifact(lead.config.storage, kind, f"{kind.removesuffix('s')}-{name}", key, dump(spec), inputs)
+    return Artifact(lead.config.storage, kind, f"{kind.removesuffix('s')}-{name}", key, section, inputs)
 
 
 def _compared(plan: Plan, int8: bool) -> list[str]:

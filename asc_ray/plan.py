@@ -104,7 +104,7 @@ class Plan:
         }
         fused = {name: logits.key for name, logits in self.logits.items()}
         # Folds, where there are some, are part of the division.
-        learned = config.fusion.model_dump(mode="json", exclude={"tasks", "folds"})
+        learned = {name: value for name, value in config.fusion.for_key().items() if name not in ("tasks", "folds")}
         fusion = {"fusion": learned, "partition": self._division()}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         self._add_students(base)

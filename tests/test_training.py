@@ -1,8 +1,11 @@
 """Schedules, objective, checkpoints and the loop against closed forms, and resuming against not having stopped."""
 
+import gc
 import json
 import math
 import shutil
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -32,6 +35,7 @@ from asc_ray.training import loop, parallel, systems
 from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, save_checkpoint
 from asc_ray.training.dataset import PartitionConfig, SoftTargets, Source
 from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
+from asc_ray.training.gpu import Replayed
 from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
 from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
 from asc_ray.training.search import ObjectiveConfig
@@ -401,6 +405,61 @@ def test_where_compiling_fails_training_says_so_and_goes_on(data, tmp_path, monk
         (metrics,) = fit(model, config, data, data.parts["train"], tmp_path / "compiled")
     assert metrics["compiled"] == 0
     assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
+
+
+class FakeGraph:
+    """In the place of a CUDA graph: what was computed within `recording` is computed anew by each replay."""
+
+    def __init__(self, replayed, function):
+        self.replayed, self.function, self.replays = replayed, function, 0
+
+    def replay(self):
+        self.replays += 1
+        self.replayed._output.copy_(self.function(*self.replayed._inputs))
+
+
+def test_a_step_is_recorded_by_its_second_call_and_replayed_for_its_shapes_alone(monkeypatch):
+    calls = []
+
+    def function(a, b):
+        calls.append(len(a))
+        return (a * b).sum(0)
+
+    replayed, graphs = Replayed(), []
+
+    def made():
+        graphs.append(FakeGraph(replayed, lambda a, b: (a * b).sum(0)))
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", made)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    results = []
+    for rows in (3, 8, 8, 8, 3, 8):  # a resumed epoch whose last, short batch comes first
+        a, b = torch.randn(rows, 4), torch.randn(rows, 4)
+        results.append((replayed(function, a, b), (a * b).sum(0)))
+    for found, expected in results:
+        assert torch.equal(found, expected), "also after later calls: a result is no memory of the graph's"
+    assert calls == [3, 8, 8, 3], "plainly, plainly, recorded, plainly"
+    assert [graph.replays for graph in graphs] == [3]
+
+
+def test_a_finished_training_lives_on_in_nothing(data, tmp_path, monkeypatch):
+    """On a GPU it would keep its memory from the next training of the process."""
+    made, real = [], loop._Trainer.__init__
+
+    def note(self, **arguments):
+        real(self, **arguments)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(loop._Trainer, "__init__", note)
+    gc.disable()
+    try:
+        for number in range(3):
+            train("cp_resnet", data, tmp_path / str(number), epochs=1)
+        assert [trainer() is None for trainer in made[1:]] == [True, True]
+    finally:
+        gc.enable()
 
 
 def test_training_learns_and_another_seed_differs(data, tmp_path):

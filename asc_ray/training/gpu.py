@@ -1,27 +1,33 @@
 """What a training does on a GPU and nowhere else: its arithmetic, and steps that are recorded and replayed.
 
-A step of a student is some three hundred kernels of microseconds each, and starting them one by one from Python takes
+A step of a student is some three hundred operators of microseconds each, and starting them one by one from Python takes
 longer than computing them. So they are recorded once as a CUDA graph, which is then started as a whole.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
-Function = Callable[..., Tensor]
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all trainings of a process: memory that one of them freed is another's only on the same stream."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
 def on_gpu(device: torch.device, tf32: bool = False, deterministic: bool = False) -> Iterator[None]:
-    """What a training or an inference runs in: a stream of its own, as recording asks for; float32 that is not rounded
-    to TF32, as cuDNN does by itself, unless asked for; algorithms that give the same bits. On a CPU it is nothing."""
+    """What a training or an inference runs in: a stream that is not the default one, as recording asks for; float32
+    that is rounded to TF32 only where that is asked for (cuDNN does it by itself); and where asked for, only algorithms
+    that give the same bits every time. On a CPU it is nothing."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     strict = torch.are_deterministic_algorithms_enabled()
@@ -42,26 +48,25 @@ def on_gpu(device: torch.device, tf32: bool = False, deterministic: bool = False
 class Replayed:
     """A function of tensors of unchanging shapes on a GPU: called plainly first, recorded by the second call.
 
-    It must not read from the device, or depend on anything but its arguments that changes from call to call. Calls
-    with another number of rows, as of an epoch's last batch, are plain ones. Used within `on_gpu`.
+    The function must not read from the device, or depend on anything but its arguments that changes from call to call.
+    A call with other shapes, as that of an epoch's last batch, is a plain one. Used within `on_gpu`.
     """
 
-    def __init__(self, function: Function) -> None:
-        self._function = function
+    def __init__(self) -> None:
         self._inputs: tuple[Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output = torch.empty(0)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if not self._inputs:
-            self._inputs = inputs
-            return self._function(*inputs)
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        # The function is not kept: a method would keep its training alive, and with it what that has on the card.
         if [value.shape for value in inputs] != [value.shape for value in self._inputs]:
-            return self._function(*inputs)
+            if self._graph is None:
+                self._inputs = inputs
+            return function(*inputs)
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self._output = self._function(*self._inputs)
+                self._output = function(*self._inputs)
             self._graph = graph
         for own, value in zip(self._inputs, inputs, strict=True):
             own.copy_(value, non_blocking=True)

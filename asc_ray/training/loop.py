@@ -200,8 +200,8 @@ def fit(
 
         for epoch in range(len(history), settings.epochs):
             start = saved = time.perf_counter()
-            factor = learning_rate_factor(epoch, settings.schedule)
-            trainer.begin_epoch(epoch / max(1, settings.epochs - 1), settings.learning_rate * factor, before_epoch)
+            rate = settings.learning_rate * learning_rate_factor(epoch, settings.schedule)
+            trainer.begin_epoch(epoch / max(1, settings.epochs - 1), rate, changes=before_epoch is not None)
             set_training(model, True)
             if before_epoch:
                 before_epoch(model, epoch)
@@ -227,7 +227,7 @@ def fit(
             _average(trained, settings, epoch)
             metrics = {
                 "epoch": epoch + 1,
-                "learning_rate": settings.learning_rate * factor,
+                "learning_rate": rate,
                 "loss": float(sums[:, 0].sum() / sums[:, 1].sum()),
                 "train_accuracy": float(sums[:, 2].sum() / sums[:, 1].sum()),
                 **_validated(model, trainer.front_end, data, device, epoch),
@@ -338,7 +338,7 @@ class _Trainer:
         self._device = next(model.parameters()).device
         self._one_hot = torch.eye(len(store.labels), device=self._device)
         self._draw: Draw | None = None  # what the columns of a plan mean, the same in every step
-        self._computed: Callable[..., Tensor] = self._compute
+        self._replayed: Replayed | None = None
 
     def compile(self, batch_size: int) -> None:
         """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
@@ -357,16 +357,16 @@ class _Trainer:
         self.model.load_state_dict(state)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def begin_epoch(self, progress: float, learning_rate: float, changed: object) -> None:
-        """`progress`: 0 in the first epoch and 1 in the last; `changed`: whether the network computes otherwise."""
+    def begin_epoch(self, progress: float, learning_rate: float, changes: bool) -> None:
+        """`progress`: 0 in the first epoch and 1 in the last; `changes`: whether the network computes otherwise now."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
-        recorded = isinstance(self._computed, Replayed) and not (changed or self.objective.scheduled)
-        if self._device.type == "cuda" and self.world == 1 and not recorded:
-            self._computed = Replayed(self._compute)
+        stale = self._replayed is None or changes or self.objective.scheduled
+        if self._device.type == "cuda" and self.world == 1 and stale:
+            self._replayed = Replayed()
         self.progress = progress
 
     @torch.no_grad()
@@ -385,14 +385,17 @@ class _Trainer:
         """
         with record_function("augmentation"):
             energies, devices = torch.from_numpy(self.store.energy[clips]), self.store.device[clips].tolist()
-            self._draw = self.augment.draw(energies, devices, generator)
-            columns = [self._draw.packed(), torch.from_numpy(self.store.scene[clips])[:, None].double()]
+            draw = self.augment.draw(energies, devices, generator)
+            # What a column means follows from the configuration alone: a recorded step relies on it.
+            assert self._draw is None or self._draw.width == draw.width
+            self._draw = draw
+            columns = [draw.packed(), torch.from_numpy(self.store.scene[clips])[:, None].double()]
             if self.soft is not None:
                 columns.append(self.soft[torch.from_numpy(clips)].double())
             choices = [values for _ in range(self._parts(len(clips))) for values in self._choices(generator)]
             plan = torch.cat(columns, dim=1)
             inputs = [moved(value, pcm.device) for value in (plan, *choices)]
-        return self._computed(pcm, *inputs)
+        return self._replayed(self._compute, pcm, *inputs) if self._replayed else self._compute(pcm, *inputs)
 
     def _compute(self, pcm: Tensor, plan: Tensor, *choices: Tensor) -> Tensor:
         """What a step does on the device, without a look at any value there. `plan` (B, ...) is what `step` put there:
