@@ -5,13 +5,16 @@ CONFIG ?= demo
 CORPUS ?=
 SET ?=
 
-.PHONY: run test lint format clean
+.PHONY: run test campaign lint format clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/asc-ray pipeline --config "$(CONFIG)" $(if $(CORPUS),--set "corpus.path=$(abspath $(CORPUS))") $(SET)
 
 test: $(VENV)/.installed-dev lint
 	$(VENV)/bin/pytest --numprocesses 2 --dist worksteal
+
+campaign: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest -m campaign
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

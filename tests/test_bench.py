@@ -64,6 +64,7 @@ def test_sweep(clips):
     assert 0 < float(busy[1]) <= 100
 
 
+@pytest.mark.campaign
 def test_fanout(clips):
     output = run("fanout", clips, "--teachers", 2, "--seconds", 1)
     wall, ideal = (float(re.search(rf"{name} ([\d.]+) s", output).group(1)) for name in ("wall", "training"))
@@ -84,6 +85,7 @@ def test_fusion(tmp_path):
     assert 0.05 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0
 
 
+@pytest.mark.campaign
 def test_a_search_that_loses_a_node(clips):
     output = run("sweep_faults", clips, "--trials", 6, "--nodes", 2)
     assert "one killed half-way: 6 trials" in output

@@ -477,19 +477,25 @@ def test_status_names_every_artifact(finished, plan):
 
 # In each of these stages the driver gets the signal as soon as the file shows that the stage is half-done.
 HALF_DONE = {
-    "clips/*.partial/shard-*.json": signal.SIGKILL,
-    "teachers/*.partial/checkpoints/epoch-00001": signal.SIGKILL,
-    "logits/*.partial/train-*.arrow": signal.SIGKILL,
-    "sweep/*.partial/trials/0000.json": signal.SIGINT,
-    "students/*.partial/checkpoints/epoch-00001": signal.SIGKILL,
-    "int8/*.partial/checkpoints/epoch-00001": signal.SIGKILL,
+    "ingest": ("clips/*.partial/shard-*.json", signal.SIGKILL),
+    "teachers": ("teachers/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
+    "logits": ("logits/*.partial/train-*.arrow", signal.SIGKILL),
+    "sweep": ("sweep/*.partial/trials/0000.json", signal.SIGINT),
+    "student": ("students/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
+    "qat": ("int8/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
 }
 
 
-def test_a_driver_killed_in_every_stage_ends_with_the_results_of_an_unbroken_run(finished, plan, tmp_path):
+@pytest.mark.parametrize(
+    "stages",
+    [("teachers", "sweep"), pytest.param(tuple(HALF_DONE), marks=pytest.mark.campaign)],
+    ids=["two stages", "every stage"],
+)
+def test_a_driver_killed_half_way_ends_with_the_results_of_an_unbroken_run(finished, plan, tmp_path, stages):
     storage = tmp_path / "storage"
     arguments = ("pipeline", "--config", TINY, "--set", f"storage={storage}")
-    for pattern, how in HALF_DONE.items():
+    for stage in stages:
+        pattern, how = HALF_DONE[stage]
         driver = subprocess.Popen(
             command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
         )

@@ -52,6 +52,7 @@ def results(plan):
     return [TrialResult.model_validate(trial) for trial in plan.sweep.facts()["trials"]]
 
 
+@pytest.mark.campaign
 def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path):
     overrides = [
         f"sweep.space={{{RATE}, augment.freq_mixstyle.p: {{uniform: [0.0, 0.9]}}}}",
