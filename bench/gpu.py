@@ -16,11 +16,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from train import AUGMENT
+from train import PARTS as RANGES
 
 from asc_ray.audio.augment import Augment, AugmentConfig
 from asc_ray.audio.frontend import FrontendConfig, LogMel
@@ -46,15 +50,7 @@ from asc_ray.training.loop import Recipe, fit, predict_all
 
 SCENES, DEVICES = 10, ("a", "b", "c", "s1", "s2", "s3")
 H100 = 2.97e12, 7.86e14  # bytes/s of a copy and FLOP/s of a product in bf16, measured by this program
-RANGES = {"data", "augmentation", "front end", "forward", "backward", "optimizer"}
 TAU22 = 139_620, 29_680  # clips for training and for the test
-STUDENT_AUGMENT = {
-    "roll": 4000,
-    "dir": {"p": 0.6, "apply_to": "all"},
-    "freq_mixstyle": {"p": 0.4},
-    "freq_mask": 48,
-    "time_mask": 8,
-}
 PASST_FRONTEND = {"n_fft": 1024, "window": 800, "hop": 320, "mels": 128}
 STUDENTS = ("sm1", "sm2", "sm3", "sm4")
 NETWORKS = (*STUDENTS, "cp_mobile", "bsconv_cnn", "dcase22_baseline", "cp_resnet", "passt")
@@ -65,14 +61,14 @@ def recipe(name: str, batch: int, epochs: int, small: bool = False, **changes: A
     """A network on its own front end, with the student's whole augmentation or its teacher's."""
     settings: dict[str, Any] = {
         "model": {"name": "ds_flexinet", "size": name} if name in STUDENTS else {"name": name},
-        "augment": STUDENT_AUGMENT,
+        "augment": AUGMENT,
         "optimizer": {"epochs": epochs, "batch_size": batch, "schedule": {"warm_up": 0}},
     }
     if name == "cp_resnet":
         settings |= {"frontend": {"hop": 750}, "augment": {"roll": 4000, "freq_mixstyle": {"p": 0.8}, "freq_mask": 48}}
     if name == "dcase22_baseline":
         frontend = {"n_fft": 2048, "window": 1280, "hop": 639, "mels": 40}
-        settings |= {"frontend": frontend, "augment": STUDENT_AUGMENT | {"freq_mask": 8}}
+        settings |= {"frontend": frontend, "augment": AUGMENT | {"freq_mask": 8}}
     if name == "passt":
         augment = {"roll": 10_000, "freq_mixstyle": {"p": 0.4}, "freq_mask": 48, "time_mask": 20}
         settings |= {"frontend": PASST_FRONTEND, "augment": augment}
@@ -82,7 +78,7 @@ def recipe(name: str, batch: int, epochs: int, small: bool = False, **changes: A
     return Recipe.model_validate(settings | changes)
 
 
-def noise(folder: Path, clips: int, bank: ImpulseBank) -> Dataset:
+def noise(folder: Path, clips: int) -> Dataset:
     """A clip store of noise, louder with the scene, a tenth of it to validate on."""
     rng = np.random.default_rng(0)
     scenes = np.arange(clips) % SCENES
@@ -96,10 +92,25 @@ def noise(folder: Path, clips: int, bank: ImpulseBank) -> Dataset:
         ]
         labels = tuple(map(str, range(SCENES)))
         write_clips(part_file(folder, SHARD, start), rows, pcm, labels, DEVICES, "noise")
+    return opened(folder)
+
+
+def opened(folder: Path) -> Dataset:
+    """The clip store that `noise` made."""
     store = ClipStore(folder)
-    rows = np.arange(clips)
+    rows = np.arange(len(store))
     parts = {"train": rows[rows % 10 > 0], "validation": rows[rows % 10 == 0][:256]}
-    return Dataset(store, parts, bank, DataConfig(), None)
+    return Dataset(store, parts, ImpulseBank.load(None), DataConfig(), None)
+
+
+def trained(
+    own: Recipe, data: Dataset, clips: int, gpus: float, model: nn.Module | None = None, **arguments: Any
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """A network, made anew unless given, and its history after `fit` on so many of the clips."""
+    if model is None:
+        model = build(own.model, SCENES, own.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return model, fit(model, own, data, data.parts["train"][:clips], Path(folder), gpus=gpus, **arguments)
 
 
 class Counted(TorchDispatchMode):
@@ -112,6 +123,8 @@ class Counted(TorchDispatchMode):
 
     @contextmanager
     def strict(self) -> Iterator[None]:
+        """Counts anew."""
+        self.kernels, self.bytes = [], 0
         with self:
             yield
 
@@ -134,8 +147,9 @@ class Bench:
         self.out, self.only = options.out, options.only
         self.until = time.perf_counter() + 60 * options.minutes
         self.folder = folder
-        self.bank = ImpulseBank.load(None)
-        self.data = noise(folder, 18_432 if self.gpu else 240, self.bank)
+        # Before anything is trained, for autograd counts the devices once.
+        self.counting: Counted | Rehearsal = Counted() if self.gpu else Rehearsal()
+        self.data = noise(folder, 18_432 if self.gpu else 240)
         self.results: dict[str, Any] = {}
         self.rows: list[tuple[str, str, str]] = []
         self.bandwidth = self.flops = float("nan")
@@ -164,15 +178,9 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "gpu.json").write_text(json.dumps({"rows": self.rows, **self.results}, indent=1))
 
-    def train(
-        self, own: Recipe, clips: int | None = None, **arguments: Any
-    ) -> tuple[nn.Module, list[dict[str, float]]]:
-        """A network and its history after `fit` on so many of the clips."""
-        model = build(own.model, SCENES, own.seed)
-        train = self.data.parts["train"][:clips]
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            history = fit(model, own, self.data, train, Path(folder), gpus=float(self.gpu), **arguments)
-        return model, history
+    def train(self, own: Recipe, clips: int, **arguments: Any) -> tuple[nn.Module, list[dict[str, float]]]:
+        """`trained` on the device that is looked at."""
+        return trained(own, self.data, clips, float(self.gpu), **arguments)
 
     def seconds(self, function: Callable[[], object], runs: int = 20) -> float:
         """Median of so many calls after three; on a card recorded and replayed, by the card's own clock."""
@@ -227,11 +235,8 @@ def right(bench: Bench) -> None:
     found = bench.results["loss curves"] = {}
     for name in NETWORKS if bench.gpu else ("sm1", "passt"):
         own = recipe(name, batch, epochs, small=True, precision="fp32", optimizer=optimizer)
-        model = build(own.model, SCENES)
-        curves = {}
-        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            history = fit(model, own, bench.data, bench.data.parts["train"][: 4 * batch + 5], Path(folder), gpus=0.0)
-        curves["cpu"] = [metrics["loss"] for metrics in history]
+        _, history = trained(own, bench.data, 4 * batch + 5, gpus=0.0)
+        curves = {"cpu": [metrics["loss"] for metrics in history]}
         for precision in ("fp32", "tf32", "bf16") if bench.gpu else ("fp32",):
             _, history = bench.train(own.model_copy(update={"precision": precision}), 4 * batch + 5)
             curves[precision] = [metrics["loss"] for metrics in history]
@@ -260,16 +265,14 @@ def no_waiting(bench: Bench) -> None:
 
     clean = []
     for name in NETWORKS if bench.gpu else ():
-        loop._Trainer.step = strict
         try:
-            for replayed in (True, False):
-                with nullcontext() if replayed else plain_steps():
+            with patch.object(loop._Trainer, "step", strict):
+                bench.train(recipe(name, 32, 1, small=True), 32 * 4)
+                with plain_steps():
                     bench.train(recipe(name, 32, 1, small=True), 32 * 4)
             clean.append(name)
         except RuntimeError as error:
             bench.row(f"a step of {name} waits for the card", str(error).splitlines()[0][:100])
-        finally:
-            loop._Trainer.step = step
     bench.row("no step waits for the card", ", ".join(clean) or "not seen")
 
 
@@ -280,15 +283,9 @@ class Plain:
         return function(*inputs)
 
 
-@contextmanager
-def plain_steps() -> Iterator[None]:
+def plain_steps() -> Any:
     """Steps that are not recorded and replayed."""
-    replayed = loop.Replayed
-    loop.Replayed = Plain  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        loop.Replayed = replayed  # type: ignore[misc]
+    return patch.object(loop, "Replayed", Plain)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> float:
@@ -323,49 +320,43 @@ def same_again(bench: Bench) -> None:
             bench.row(f"weights of {name}, {kind}: difference", figures, "0" if deterministic else "")
 
 
-def _rank(rank: int, folder: str, device: str, state: dict[str, Tensor]) -> None:
-    """One of two processes that share a card."""
-    store = ClipStore(Path(folder))
-    rows = np.arange(len(store))
-    data = Dataset(
-        store, {"train": rows[:192], "validation": rows[192:224]}, ImpulseBank.load(None), DataConfig(), None
-    )
+def _rank(rank: int, folder: str, device: str) -> None:
+    """One of two processes that share a card, or with -1 one for itself; it leaves the losses of its epochs."""
     own = recipe("cp_resnet", 32, 2, precision="fp32")
     if rank >= 0:
         rendezvous = f"file://{folder}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    model = build(own.model, SCENES)
-    with tempfile.TemporaryDirectory() as checkpoints:
-        history = fit(model, own, data, data.parts["train"], Path(checkpoints), gpus=float(device == "cuda"))
-    if rank <= 0:
-        state |= {key: value.cpu() for key, value in model.state_dict().items()}
-        state["losses"] = torch.tensor([metrics["loss"] for metrics in history])
+    rows = np.arange(224)
+    data = replace(opened(Path(folder)), parts={"train": rows[:192], "validation": rows[192:]})
+    _, history = trained(own, data, 192, float(device == "cuda"))
     if rank >= 0:
         torch.distributed.destroy_process_group()
-        torch.save(state, f"{folder}/rank-{rank}.pt")
+    Path(f"{folder}/rank{rank}.json").write_text(json.dumps([metrics["loss"] for metrics in history]))
 
 
 def ranks(bench: Bench) -> None:
     """Two processes on one card, over gloo: torch's SyncBatchNorm, and the gradients of the whole batch."""
-    alone: dict[str, Tensor] = {}
-    _rank(-1, str(bench.folder), bench.device.type, alone)
-    torch.multiprocessing.spawn(_rank, (str(bench.folder), bench.device.type, {}), nprocs=2)
-    both = torch.load(bench.folder / "rank-0.pt")
-    losses = float((both["losses"] - alone["losses"]).abs().max())
+    _rank(-1, str(bench.folder), bench.device.type)
+    torch.multiprocessing.spawn(_rank, (str(bench.folder), bench.device.type), nprocs=2)
+    alone, both = (json.loads((bench.folder / f"rank{rank}.json").read_text()) for rank in (-1, 0))
+    losses = max(abs(a - b) for a, b in zip(alone, both, strict=True))
     bench.row("two ranks and one, CP-ResNet, 12 steps", f"mean losses differ by {losses:.0e}", "asked: 1e-3")
 
 
 def step_counts(bench: Bench) -> None:
-    """Kernels, bytes and FLOP of a step as its operators are started one by one, and the clips/s that they allow."""
-    batch = 64 if bench.gpu else 4
+    """Kernels, bytes and FLOP of a step as its operators are started one by one, and the clips/s that they allow.
+
+    Without a card PaSST is small: in bfloat16 a CPU takes most of a minute for a step of the whole one.
+    """
+    batch, count = 64 if bench.gpu else 4, bench.counting
     found = bench.results["steps"] = {}
-    compute, device = loop._Trainer._compute, loop.training_device
+    compute = loop._Trainer._compute
+    data = replace(bench.data, parts=bench.data.parts | {"validation": bench.data.parts["validation"][:2]})
     bandwidth, flops = (bench.bandwidth, bench.flops) if bench.gpu else H100
     for name in ("sm2", "sm4", "cp_mobile", "cp_resnet", "passt"):
-        count: Counted | Rehearsal = Counted() if bench.gpu else Rehearsal()
         flop = calls = 0
 
-        def counted(self: Any, *arguments: Tensor, count: Counted | Rehearsal = count) -> Tensor:
+        def counted(self: Any, *arguments: Tensor) -> Tensor:
             """The second step; the first lays tables down."""
             nonlocal flop, calls
             calls += 1
@@ -376,14 +367,13 @@ def step_counts(bench: Bench) -> None:
             flop = counter.get_total_flops()
             return result
 
-        loop._Trainer._compute = counted
-        try:
-            with plain_steps(), nullcontext() if bench.gpu else count:
-                if isinstance(count, Rehearsal):
-                    loop.training_device = lambda gpus, count=count: count.device
-                bench.train(recipe(name, batch, 1), 2 * batch)
-        finally:
-            loop._Trainer._compute, loop.training_device = compute, device
+        with ExitStack() as patched:
+            patched.enter_context(plain_steps())
+            patched.enter_context(patch.object(loop._Trainer, "_compute", counted))
+            if isinstance(count, Rehearsal):
+                patched.enter_context(patch.object(loop, "training_device", lambda gpus: count.device))
+                patched.enter_context(count)
+            trained(recipe(name, batch, 1, small=not bench.gpu), data, 2 * batch, float(bench.gpu))
         kernels = len(count.kernels)
         found[name] = {"kernels": kernels, "bytes": count.bytes / batch, "flop": flop / batch, "batch": batch}
         allowed = 1 / max(count.bytes / batch / bandwidth, flop / batch / flops)
@@ -421,9 +411,7 @@ def whole_loop(bench: Bench, name: str, batch: int, asked: str = "", plainly: bo
 def students(bench: Bench) -> None:
     for batch in (64, 256, 1024) if bench.gpu else (8,):
         whole_loop(bench, "sm2", batch, plainly=True)
-        rate = whole_loop(bench, "sm2", batch, "asked: 40,000" if batch == 256 else "")
-        share = rate * augmentation_seconds(bench, batch)
-        bench.row("  of it, augmentation and fetching", f"{100 * share:.1f} %", "asked: below 20 %")
+        augmentation_share(bench, batch, whole_loop(bench, "sm2", batch, "asked: 40,000" if batch == 256 else ""))
     for name in ("sm4", "cp_mobile") if bench.gpu else ("sm4",):
         whole_loop(bench, name, 256 if bench.gpu else 8)
     whole_loop(bench, "sm2", 256 if bench.gpu else 8, deterministic=True)
@@ -439,8 +427,7 @@ def compiled(bench: Bench) -> None:
         if name == "passt":
             bf16_share(bench, rate)
         if (name, batch) == ("sm2", 256):
-            share = rate * augmentation_seconds(bench, batch)
-            bench.row("  of it, augmentation and fetching", f"{100 * share:.1f} %", "asked: below 20 %")
+            augmentation_share(bench, batch, rate)
     for name, batch in (("sm2", 256), ("passt", 80)):
         kernels_of(bench, name, batch, compile=True)
 
@@ -463,12 +450,8 @@ def kernels_of(bench: Bench, name: str, batch: int, **changes: Any) -> None:
             profiler.stop()
         return result
 
-    loop._Trainer._compute = watched
-    try:
-        with plain_steps():
-            bench.train(recipe(name, batch, 1, **changes), 10 * batch)
-    finally:
-        loop._Trainer._compute = compute
+    with plain_steps(), patch.object(loop._Trainer, "_compute", watched):
+        bench.train(recipe(name, batch, 1, **changes), 10 * batch)
     events = [event for event in profiler.key_averages() if event.self_device_time_total and event.key not in RANGES]
     events.sort(key=lambda event: -event.self_device_time_total)
     spent, count = sum(event.self_device_time_total for event in events) / 8e3, sum(event.count for event in events) / 8
@@ -514,7 +497,7 @@ def torchaudio_rate(bench: Bench, config: FrontendConfig, wave: Tensor) -> str:
 
 def augmentation_seconds(bench: Bench, batch: int) -> float:
     """Of a clip: fetching from the resident split, converting, and all that is drawn, on the device."""
-    augment = Augment(AugmentConfig.model_validate(STUDENT_AUGMENT), FrontendConfig(), bench.bank, 1.0)
+    augment = Augment(AugmentConfig.model_validate(AUGMENT), FrontendConfig(), bench.data.bank, 1.0)
     pcm = torch.zeros(2 * batch, CLIP_SAMPLES, dtype=torch.int16, device=bench.device)
     rows = torch.randperm(2 * batch, device=bench.device)[:batch]
     mel = torch.randn(batch, 1, 256, 64, device=bench.device)
@@ -528,10 +511,15 @@ def augmentation_seconds(bench: Bench, batch: int) -> float:
     return bench.seconds(all_of_it) / batch
 
 
+def augmentation_share(bench: Bench, batch: int, rate: float) -> None:
+    share = rate * augmentation_seconds(bench, batch)
+    bench.row("  of it, augmentation and fetching", f"{100 * share:.1f} %", "asked: below 20 %")
+
+
 def augmentation(bench: Bench) -> None:
     batch = 256 if bench.gpu else 8
     bench.row("fetching and augmentation on the device", f"{1 / augmentation_seconds(bench, batch):,.0f} clips/s")
-    augment = Augment(AugmentConfig.model_validate(STUDENT_AUGMENT), FrontendConfig(), bench.bank, 1.0)
+    augment = Augment(AugmentConfig.model_validate(AUGMENT), FrontendConfig(), bench.data.bank, 1.0)
     start = time.perf_counter()
     for step in range(50):
         drawn = augment.draw(torch.ones(batch), ["a"] * batch, step_generator(0, 0, step))
@@ -568,38 +556,31 @@ def several(bench: Bench) -> None:
     mel = torch.randn(batch, 1, 256, 64, device=bench.device).contiguous(memory_format=torch.channels_last)
     target = torch.arange(batch, device=bench.device) % SCENES
 
-    def stepped(models: list[nn.Module]) -> Callable[[], None]:
-        parameters, buffers = stack_module_state([replace_all_batch_norm_modules_(model) for model in models])
-        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, fused=bench.gpu, capturable=bench.gpu)
+    def loss(network: Callable[[Tensor], Tensor], mel: Tensor) -> Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
+            logits = network(mel)
+        return nn.functional.cross_entropy(logits.float(), target)
 
-        def one(weights: dict[str, Tensor], state: dict[str, Tensor], mel: Tensor) -> Tensor:
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
-                logits = functional_call(models[0], (weights, state), (mel,))
-            return nn.functional.cross_entropy(logits.float(), target)
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            vmap(one)(parameters, buffers, mel.expand(len(models), *mel.shape)).sum().backward()
-            optimizer.step()
-
-        return step
-
-    def alone() -> Callable[[], None]:
-        model = build(own.model, SCENES).to(bench.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.gpu, capturable=bench.gpu)
+    def rate(parameters: Iterable[Tensor], losses: Callable[[], Tensor], clips: int) -> float:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=bench.gpu, capturable=bench.gpu)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
-                logits = model(mel)
-            nn.functional.cross_entropy(logits.float(), target).backward()
+            losses().sum().backward()
             optimizer.step()
 
-        return step
+        return clips / bench.seconds(step)
 
-    one = batch / bench.seconds(alone())
+    model = build(own.model, SCENES).to(bench.device, memory_format=torch.channels_last).train()
+    one = rate(model.parameters(), lambda: loss(model, mel), batch)
     models = [build(own.model, SCENES, seed).to(bench.device).train() for seed in range(seeds)]
-    more = seeds * batch / bench.seconds(stepped(models))
+    weights, state = stack_module_state([replace_all_batch_norm_modules_(model) for model in models])
+
+    def of_one(weights: dict[str, Tensor], state: dict[str, Tensor], mel: Tensor) -> Tensor:
+        return loss(lambda mel: functional_call(models[0], (weights, state), (mel,)), mel)
+
+    batches = mel.expand(seeds, *mel.shape)
+    more = rate(weights.values(), lambda: vmap(of_one)(weights, state, batches), seeds * batch)
     bench.row(f"networks' steps of {seeds} seeds of sm2, batch {batch}", f"stacked {more:,.0f}, one {one:,.0f} clips/s")
     with get_context("spawn").Pool(2) as pool:
         work = (str(bench.folder), bench.device.type, 64 if bench.gpu else 4)
@@ -611,15 +592,8 @@ def several(bench: Bench) -> None:
 
 def _share(folder: str, device: str, batch: int) -> float:
     """clips/s of a training in a process of its own."""
-    store = ClipStore(Path(folder))
-    rows = np.arange(len(store))
-    data = Dataset(
-        store, {"train": rows[: 64 * batch], "validation": rows[:64]}, ImpulseBank.load(None), DataConfig(), None
-    )
     own = recipe("sm2", batch, 12 if device == "cuda" else 2)
-    with tempfile.TemporaryDirectory() as checkpoints:
-        model = build(own.model, SCENES)
-        history = fit(model, own, data, data.parts["train"], Path(checkpoints), gpus=float(device == "cuda"))
+    _, history = trained(own, opened(Path(folder)), 64 * batch, float(device == "cuda"))
     return statistics.median(metrics["clips_per_second"] for metrics in history[1:])
 
 
@@ -662,7 +636,7 @@ def loader_loop(bench: Bench) -> None:
             rng = np.random.default_rng(index)
             wave = store.pcm(np.array([index % len(store)]))[0].astype(np.float32) / 32768
             if rng.random() < 0.6:
-                response = bench.bank.responses[rng.integers(len(bench.bank.names))].numpy()
+                response = bench.data.bank.responses[rng.integers(len(bench.data.bank.names))].numpy()
                 size = len(wave) + len(response) - 1
                 wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[: len(wave)]
             wave = np.roll(wave, rng.integers(-4000, 4001)).astype(np.float32)
@@ -699,13 +673,10 @@ def int8_steps(bench: Bench) -> None:
     for precision in ("fp32", "tf32") if bench.gpu else ("fp32",):
         own = recipe("sm2", batch, 4 if bench.gpu else 2, precision=precision)
         prepared = quantization.prepare(build(own.model, SCENES), torch.zeros(2, 1, 256, 64))
-        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            train = bench.data.parts["train"][: 64 * batch if bench.gpu else batch]
-            history = fit(
-                prepared, own, bench.data, train, Path(folder),
-                gpus=float(bench.gpu), set_training=quantization.set_training,
-                before_epoch=lambda model, epoch: quantization.freeze(model) if epoch == 3 else None,
-            )  # fmt: skip
+        _, history = bench.train(
+            own, 64 * batch if bench.gpu else batch, model=prepared, set_training=quantization.set_training,
+            before_epoch=lambda model, epoch: quantization.freeze(model) if epoch == 3 else None,
+        )  # fmt: skip
         rates = [f"{metrics['clips_per_second']:,.0f}" for metrics in history]
         bench.row(
             f"int8 training of sm2, batch {batch}, {precision}, the last epoch frozen", ", ".join(rates) + " clips/s"

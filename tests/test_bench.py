@@ -101,7 +101,17 @@ def test_int8():
 
 def test_gpu_without_one(tmp_path):
     output = run(
-        "gpu", "--device", "cpu", "--out", tmp_path, "--only", "same_again", "students", "front_ends", "teachers"
+        "gpu",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--only",
+        "step_counts",
+        "same_again",
+        "students",
+        "front_ends",
+        "teachers",
     )
     assert "FAILED" not in output
     for line in (
@@ -111,5 +121,6 @@ def test_gpu_without_one(tmp_path):
     ):
         assert re.search(line, output), line
     found = json.loads((tmp_path / "gpu.json").read_text())
+    assert 300 < found["steps"]["sm2"]["kernels"] < 350
     assert found["training"]["training sm2, batch 8"][-1] > 0
     assert len(found["rows"]) == len(output.splitlines())

@@ -6,9 +6,11 @@ The device is registered with torch for a whole process, so the trainings run in
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,19 +18,15 @@ import torch
 from conftest import ROOT
 
 from asc_ray.audio.frontend import LogMel
-from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import DataConfig
-from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
-from asc_ray.data.corpus import Clip
-from asc_ray.data.parts import part_file
+from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.models.passt import Passt
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
-from asc_ray.training.dataset import Dataset
 from asc_ray.training.distillation import DistillationConfig
 from asc_ray.training.loop import Recipe, fit, predict_all, validate
 
-CLASSES = 4
+CLIPS = 22  # three of them to validate on
 SHORT = {"n_fft": 1024, "window": 800, "hop": 1000, "mels": 64}
 AUGMENT: dict[str, Any] = {
     "roll": 4000,
@@ -68,17 +66,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def noise(folder: Path, mode: str = "mapped") -> Dataset:
-    rng = np.random.default_rng(0)
-    pcm = (rng.standard_normal((28, CLIP_SAMPLES)) * 3000).astype(np.int16)
-    rows = [Clip(f"{n}.wav", str(n % CLASSES), "ab"[n % 2], f"place-{n % 5}", "train") for n in range(28)]
-    write_clips(part_file(folder, SHARD, 0), rows, pcm, [str(n) for n in range(CLASSES)], "ab", "noise")
-    store = ClipStore(folder)
-    parts = {"train": np.arange(20), "validation": np.arange(20, 28)}
-    config = DataConfig.model_validate({"mode": mode})
-    return Dataset(store, parts, ImpulseBank.load(None), config, lambda _, batches: map(store.pcm, batches))
-
-
 def asked(kind: str) -> tuple[dict[str, Any], Recipe]:
     given = {"label_weight": None, "mode": "mapped", "int8": False} | KINDS[kind]
     raw = {"model": NETWORKS["sm1"]["model"], "frontend": SHORT, "augment": AUGMENT, "precision": "fp32"}
@@ -88,13 +75,15 @@ def asked(kind: str) -> tuple[dict[str, Any], Recipe]:
 
 
 def trained(kind: str, device: torch.device) -> list[float]:
-    """The losses of two epochs of three steps; on another device than the CPU also validation and conversion run."""
+    """The losses of two epochs of three steps; validation and conversion run, too."""
+    from gpu import SCENES, noise
+
     given, recipe = asked(kind)
     arguments: dict[str, Any] = {}
-    model = build(recipe.model, CLASSES)
+    model = build(recipe.model, SCENES)
     if given["label_weight"] is not None:
         arguments["distillation"] = DistillationConfig(label_weight=given["label_weight"])
-        arguments["soft_logits"] = np.random.default_rng(1).standard_normal((28, CLASSES)).astype(np.float32)
+        arguments["soft_logits"] = np.random.default_rng(1).standard_normal((CLIPS, SCENES)).astype(np.float32)
     if given["int8"]:
         from asc_ray.training import quantization
 
@@ -105,7 +94,9 @@ def trained(kind: str, device: torch.device) -> list[float]:
         arguments["set_training"] = quantization.set_training
         arguments["before_epoch"] = lambda model, epoch: quantization.freeze(model) if epoch else None
     with tempfile.TemporaryDirectory() as folder:
-        data = noise(Path(folder), given["mode"])
+        data = noise(Path(folder), CLIPS)
+        delivery = DataConfig.model_validate({"mode": given["mode"]})
+        data = replace(data, delivery=delivery, stream=lambda _, batches: map(data.store.pcm, batches))
         history = fit(model, recipe, data, data.parts["train"], Path(folder) / "checkpoints", **arguments)
         validate(model, LogMel(recipe.frontend).to(device), data, device)
     if given["int8"]:
@@ -121,39 +112,39 @@ def rehearsed(kind: str) -> tuple[list[int], float]:
     torch.set_num_threads(1)
     mode = Rehearsal()  # before anything is trained: autograd counts the devices once
     on_cpu = trained(kind, torch.device("cpu"))
-    compute, device, kernels = loop._Trainer._compute, loop.training_device, []
-    with mode:
+    compute, kernels = loop._Trainer._compute, []
 
-        def strictly(self: Any, *arguments: torch.Tensor) -> torch.Tensor:
-            if not kernels:  # the first step lays down tables
-                kernels.append(0)
-                return compute(self, *arguments)
-            with mode.strict():
-                result = compute(self, *arguments)
-            kernels.append(len(mode.kernels))
-            return result
+    def strictly(self: Any, *arguments: torch.Tensor) -> torch.Tensor:
+        if not kernels:  # the first step lays down tables
+            kernels.append(0)
+            return compute(self, *arguments)
+        with mode.strict():
+            result = compute(self, *arguments)
+        kernels.append(len(mode.kernels))
+        return result
 
-        loop._Trainer._compute = strictly
-        loop.training_device = lambda gpus: mode.device
-        try:
-            there = trained(kind, mode.device)
-        finally:
-            loop._Trainer._compute, loop.training_device = compute, device
+    with (
+        mode,
+        patch.object(loop._Trainer, "_compute", strictly),
+        patch.object(loop, "training_device", lambda gpus: mode.device),
+    ):
+        there = trained(kind, mode.device)
     return kernels, max(abs(a - b) / abs(b) for a, b in zip(there, on_cpu, strict=True))
 
 
 def ensemble() -> float:
     """The largest difference of an inference of several networks on the device to that on the CPU."""
     sys.path.insert(0, str(ROOT / "bench"))
+    from gpu import SCENES, noise
     from rehearsal import Rehearsal
 
     recipe = Recipe.model_validate({"model": PASST, "frontend": SHORT})
     with tempfile.TemporaryDirectory() as folder:
-        data = noise(Path(folder))
+        data = noise(Path(folder), CLIPS)
         rows = data.parts["train"]
 
         def predicted(device: torch.device) -> torch.Tensor:
-            models = [folded(build(recipe.model, CLASSES, seed)).to(device) for seed in range(2)]
+            models = [folded(build(recipe.model, SCENES, seed)).to(device) for seed in range(2)]
             return predict_all(models, LogMel(recipe.frontend).to(device), data.store, rows, device, 8)
 
         expected = predicted(torch.device("cpu"))
@@ -202,12 +193,12 @@ def test_no_step_waits_for_the_host_and_all_compute_what_the_cpu_does(process, k
 def test_a_network_compiles_in_one_piece(name):
     """Where a graph breaks, the host looks at something."""
     recipe = Recipe.model_validate({"frontend": SHORT} | NETWORKS[name])
-    model = build(recipe.model, CLASSES)
+    model = build(recipe.model, classes=4)
     frames = recipe.frontend.frames(CLIP_SAMPLES)
     choices = model.choices(frames, torch.Generator().manual_seed(0)) if isinstance(model, Passt) else ()
     mel = torch.randn(2, 1, recipe.frontend.mels, frames)
     whole = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    assert whole(mel, *choices).shape == (2, CLASSES)
+    assert whole(mel, *choices).shape == (2, 4)
 
 
 def test_an_ensemble_answers_there_as_on_the_cpu(process):
