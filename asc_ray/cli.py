@@ -1,4 +1,7 @@
-"""`asc-ray <stage>`: parse, call the stage, print."""
+"""`asc-ray <stage>`: parse, call the stage, print.
+
+This module is long because it holds one command after the other, and nothing else.
+"""
 
 import atexit
 import gc
@@ -42,7 +45,7 @@ _HELP = {
     "ingest": "Decode the corpus into the memory-mapped clip store.",
     "teachers": "Train the ensemble's systems.",
     "logits": "Store every teacher's logits over every clip.",
-    "fuse": "Learn the fusion (eq. 4) on held-out locations and write the soft targets.",
+    "fuse": "Learn the fusion (eq. 4) on held-out places and write the soft targets.",
     "sweep": "Search the student's configuration on the validation part.",
     "student": "Train the student from the soft targets, with student.seeds=n n of them at once.",
     "qat": "Train the student for int8 and convert it.",
@@ -78,7 +81,7 @@ def demo(
     set: SetOption = [],  # noqa: B006
 ) -> None:
     """Write the synthetic demo corpus, in the layout of TAU22."""
-    from asc_ray.config import load_config
+    from asc_ray.config.composition import load_config
     from asc_ray.data.demo import make_demo_corpus
 
     make_demo_corpus(out, load_config(config, set).corpus.demo)
@@ -127,9 +130,9 @@ def export(
     set: SetOption = [],  # noqa: B006
 ) -> None:
     """Write a finished int8 student as one folder: models, front end, labels, card and checksums; register it."""
-    from asc_ray.config import load_config
-    from asc_ray.export import export as write
+    from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
+    from asc_ray.stages.export import export as write
 
     settings = load_config(config, set)
     write(run, out, name, settings.tracking.uri, settings.storage, Progress())
@@ -223,20 +226,20 @@ def complexity(
     limit: Annotated[
         list[str], typer.Option(metavar="NAME=NUMBER", help="bytes=128000 (of int8) and macs=30e6 are the defaults.")
     ] = [],  # noqa: B006
-    classes: Annotated[int, typer.Option(min=2, help="Of the classifier.")] = 10,
+    scenes: Annotated[int, typer.Option(min=2, help="How many the classifier tells apart.")] = 10,
 ) -> None:
     """Count a network's parameters, MACs, bytes and activations; exit code 1 if it is over a limit."""
-    from asc_ray.config import checked, network_preset
+    from asc_ray.config.composition import checked, network_preset
     from asc_ray.models.complexity import peak_activations
     from asc_ray.models.registry import build
-    from asc_ray.training.loop import Recipe
-    from asc_ray.training.systems import input_shape, network_cost
+    from asc_ray.students.cost import input_shape, network_cost
+    from asc_ray.training.recipe import Recipe
 
     limits = _limits(limit)
     recipe = checked(Recipe, network_preset(model), model)
     shape = input_shape(recipe)
-    cost = network_cost(recipe, classes)
-    peak = peak_activations(build(recipe.model, classes), shape)
+    cost = network_cost(recipe, scenes)
+    peak = peak_activations(build(recipe.model, scenes), shape)
     table = Table("layer", "kind", "output", "parameters", "MACs", title=f"{model}: input {shape}", box=None)
     for column in table.columns[3:]:
         column.justify = "right"
@@ -294,7 +297,7 @@ def make_figure(
 ) -> None:
     """Draw one of the paper's figures, training what it shows."""
     from asc_ray.comparison import FIGURE, draw_energies, run_table
-    from asc_ray.config import load_config
+    from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
 
     progress = Progress()
@@ -310,7 +313,7 @@ def make_figure(
 @app.command()
 def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
     """Show what is done, running and missing, and where."""
-    from asc_ray.config import load_config
+    from asc_ray.config.composition import load_config
     from asc_ray.plan import Plan
     from asc_ray.status import state_of
 
@@ -327,9 +330,9 @@ def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None: 
 
 
 def _run(config: str, overrides: list[str], stages: tuple[str, ...]) -> None:
-    from asc_ray.config import load_config
-    from asc_ray.pipeline import run
+    from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
+    from asc_ray.run import run
     from asc_ray.status import where_things_are
 
     progress = Progress()

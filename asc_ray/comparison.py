@@ -11,16 +11,21 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from asc_ray.artifacts import Artifact, content_key, write_atomically
-from asc_ray.config import Config, checked, load_config, preset
+from asc_ray.config.composition import checked, load_config, preset
+from asc_ray.config.configuration import Config
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import ConfigError
-from asc_ray.pipeline import Job, Work, at_work, evaluation_jobs, int8_jobs, refuse_large, run, source_of, student_jobs
+from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.plan import STAGES, Plan, dump
 from asc_ray.progress import Progress
 from asc_ray.report import figures, table
 from asc_ray.report.table import ComparedRow, Comparison
+from asc_ray.run import at_work, run
 from asc_ray.section import Section
-from asc_ray.training.ensemble import read_evaluation
+from asc_ray.stages.evaluate import evaluation_jobs
+from asc_ray.stages.qat import int8_jobs
+from asc_ray.stages.student import student_jobs
+from asc_ray.stages.work import Job, Work, source_of
 
 FIGURE = "figure.svg"
 TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # which the paper has figures of
@@ -74,7 +79,7 @@ def run_table(
     plans = _plans(configs)
     for name_of_row, plan in plans.items():
         try:
-            refuse_large(plan)
+            plan.refuse_large()
         except ConfigError as error:
             raise ConfigError(f"row {name_of_row}: {error}") from None
     _refuse_unknown_columns(spec, next(iter(plans.values())))

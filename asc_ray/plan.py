@@ -10,18 +10,22 @@ from typing import Any
 
 from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
 from asc_ray.audio.impulse import response_files
-from asc_ray.config import Config
-from asc_ray.data.corpus import Corpus, partition, read_corpus
+from asc_ray.config.configuration import Config
+from asc_ray.config.yaml_text import read_yaml
+from asc_ray.data.corpus import Corpus, read_corpus
+from asc_ray.data.demo import SCENES
+from asc_ray.data.division import partition
+from asc_ray.ensemble.checks import check_prior
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.fusion import check_prior
+from asc_ray.evaluation.artifact import read_evaluation
+from asc_ray.evaluation.seeds import OverSeeds, over_seeds
+from asc_ray.int8.config import INT8_FORM
 from asc_ray.models.pretrained import published
-from asc_ray.training.dataset import SoftTargets, check_strangers
-from asc_ray.training.ensemble import read_evaluation
-from asc_ray.training.evaluation import OverSeeds, over_seeds
-from asc_ray.training.loop import Recipe
-from asc_ray.training.search import changed
-from asc_ray.training.systems import INT8_FORM, StudentConfig
-from asc_ray.yaml_text import read_yaml
+from asc_ray.students.config import StudentConfig, changed
+from asc_ray.students.cost import student_cost
+from asc_ray.students.targets import TargetFiles
+from asc_ray.training.dataset import check_held_out_devices
+from asc_ray.training.recipe import Recipe
 
 BEST_STUDENT = "best.yaml"
 TRIALS_TABLE = "trials.csv"
@@ -103,8 +107,8 @@ class Plan:
             for name, own in self.trainings.items()
         }
         fused = {name: logits.key for name, logits in self.logits.items()}
-        # Folds, where there are some, are part of the division.
-        learned = {name: value for name, value in config.fusion.for_key().items() if name not in ("tasks", "folds")}
+        learned = config.fusion.for_key()
+        del learned["tasks"], learned["folds"]  # folds, where there are some, are part of the division
         fusion = {"fusion": learned, "partition": self._division()}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         self._add_students(base)
@@ -188,13 +192,13 @@ class Plan:
         own = self.corpus_root() / "dirs"
         return own if own.is_dir() else None
 
-    def soft_targets(self, target: str) -> SoftTargets | None:
+    def target_files(self, target: str) -> TargetFiles | None:
         """Where the soft targets with this name are; None for labels alone."""
         if target == "none":
             return None
         if target in self.logits:
-            return SoftTargets(self.logits[target].path, "train-*")
-        return SoftTargets(self.fusion.path, f"targets/{target}/*")
+            return TargetFiles(self.logits[target].path, "train-*")
+        return TargetFiles(self.fusion.path, f"targets/{target}/*")
 
     def student_configs(self) -> dict[str, StudentConfig]:
         """The students' configurations: the sweep's best, where there is a sweep."""
@@ -230,11 +234,29 @@ class Plan:
                     f"allowed: all, or some of {', '.join(corpus.devices)}"
                 )
         train = [clip for clip in corpus.clips if clip.split == "train"]
-        parts = partition(train, self.config.partition.shares(self.config.fusion), self.config.partition.seed)
+        shares = config.partition.shares(config.fusion.data, config.fusion.folds)
+        parts = partition(train, shares, config.partition.seed)
         if self.config.sweep:
             validated = [train[i].device for i in parts["validation"]]
-            check_strangers(self.config.sweep.validation.devices, [clip.device for clip in train], validated)
-        check_prior(self.config.fusion.class_prior, corpus.labels)
+            check_held_out_devices(self.config.sweep.validation.devices, [clip.device for clip in train], validated)
+        check_prior(self.config.fusion.scene_prior, corpus.labels)
+
+    def refuse_large(self) -> None:
+        """Raises ConfigError where a student that the configuration may train is over the limits.
+
+        A search is asked for each end of each parameter; its trials count what several together come to.
+        """
+        config, scenes = self.config, len(self.source.labels if self.source else SCENES)
+        students = {"student.model": config.student}
+        for key, parameter in config.sweep.space.items() if config.sweep else ():
+            if key.partition(".")[0] in ("model", "frontend"):
+                for end in parameter.ends():
+                    students[f"sweep.space.{key}: {end}: student.model"] = changed(config.student, {key: end})
+        for key, student in students.items():
+            try:
+                student_cost(student, config.limits, scenes)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from None
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
         section = config if isinstance(config, dict) else config.for_key()
@@ -272,7 +294,7 @@ class Plan:
         }
         if len(failed) > self.config.teachers.allow_missing:
             return {}
-        if wanted := failed.keys() & set(self.config.soft_targets):
+        if wanted := failed.keys() & set(self.config.soft_target_names):
             raise ConfigError(
                 f"student.distillation.soft_target: {min(wanted)} failed and is left out; choose another, or train it "
                 "again with --set teachers.allow_missing=0"

@@ -59,6 +59,9 @@ class Progress:
         )
         self.console.print(f"[bold]{stage}[/bold] is done: {escape(str(where))}")
 
+    def left_out(self, system: str, error: str) -> None:
+        self.note(f"left out: {system} failed ({error}); --set teachers.allow_missing=0 tries it again")
+
     def nothing_to_do(self) -> None:
         self.console.print("Nothing to do: every stage of this configuration is done.")
 

@@ -1,9 +1,17 @@
 """The base of every typed configuration section."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -13,18 +21,35 @@ class Section(BaseModel):
     # Fields that came when artifacts were there already. With their default, which does what was done before, they are
     # in no key, and what was made before is recognized.
     later: ClassVar[frozenset[str]] = frozenset()
+    # Fields that went, with the value that did what is done now. Keys still hold them, and a configuration that was
+    # written with this value is still read.
+    gone: ClassVar[Mapping[str, Any]] = {}
+    # Fields that have another name than they had, by the present one. Keys have the old name, which is still read.
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     def for_key(self) -> dict[str, Any]:
         """What a key is made of."""
         return self.model_dump(mode="json", context=_KEY)
 
     @model_serializer(mode="wrap")
-    def _without_later(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+    def _for_key(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
         values = handler(self)
         if info.context is _KEY:
             fields = type(self).model_fields
-            return {k: v for k, v in values.items() if k not in self.later or getattr(self, k) != fields[k].default}
+            values = {k: v for k, v in values.items() if k not in self.later or getattr(self, k) != fields[k].default}
+            return {self.renamed.get(k, k): v for k, v in values.items()} | dict(self.gone)
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_of_today(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        kept = {k: v for k, v in raw.items() if k not in cls.gone or v != cls.gone[k]}
+        for name, old in cls.renamed.items():
+            if old in kept and name not in kept:
+                kept[name] = kept.pop(old)
+        return kept
 
 
 _KEY: dict[str, Any] = {}

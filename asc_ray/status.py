@@ -2,10 +2,12 @@
 
 import time
 
-from asc_ray.artifacts import Artifact, is_locked, read_record
+from asc_ray.artifacts import Artifact, read_record
+from asc_ray.lock import is_locked
 from asc_ray.plan import REPORT, Plan, failure, scores_over_seeds
 from asc_ray.shown import masked
-from asc_ray.training.systems import PROGRESS
+from asc_ray.tracking.config import default_uri
+from asc_ray.training.folder import PROGRESS
 
 
 def state_of(artifact: Artifact) -> tuple[str, str]:
@@ -38,8 +40,6 @@ def _progress(artifact: Artifact) -> str:
 
 def where_things_are(plan: Plan) -> list[str]:
     """Lines for the end of a run: the results that exist and how to open them."""
-    from asc_ray.tracking import default_uri
-
     lines = []
     if not plan.missing("evaluate"):
         lines.append(

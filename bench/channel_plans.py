@@ -26,14 +26,16 @@ import numpy as np
 import torch
 
 from asc_ray.audio.frontend import LogMel
-from asc_ray.config import PRESETS, preset
+from asc_ray.config.composition import PRESETS, preset
+from asc_ray.data.division import PartitionConfig
+from asc_ray.evaluation.artifact import score
 from asc_ray.models.complexity import complexity
-from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig, Plan, Stage
+from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNet, DSFlexiNetConfig, Stage
 from asc_ray.models.registry import build
-from asc_ray.training.dataset import PartitionConfig, Source
-from asc_ray.training.ensemble import score
-from asc_ray.training.loop import predict
-from asc_ray.training.systems import StudentConfig, fit_student
+from asc_ray.students.config import StudentConfig
+from asc_ray.students.train import fit_student
+from asc_ray.training.dataset import Source
+from asc_ray.training.validation import predict
 
 TABLE_II = {"sm1": (13_760, 3.88e6), "sm2": (30_690, 8.27e6), "sm3": (54_980, 14.34e6), "sm4": (126_120, 23.03e6)}
 CLASSES, MELS, FRAMES = 10, 256, 64
@@ -45,12 +47,12 @@ class Structure:
     pools: tuple[tuple[int, int], ...]  # (frequency, time) before each stage's first block
     expansions: tuple[float, ...]
 
-    def plan(self, channels: list[int]) -> Plan:
+    def plan(self, channels: list[int]) -> ChannelPlan:
         stages = (
             Stage(channels=c, blocks=n, pool=pool, expansion=expansion)
             for c, n, pool, expansion in zip(channels[2:], self.blocks, self.pools, self.expansions, strict=True)
         )
-        return Plan(stem=(channels[0], channels[1]), stages=tuple(stages))
+        return ChannelPlan(stem=(channels[0], channels[1]), stages=tuple(stages))
 
 
 STRUCTURES = [
@@ -104,7 +106,7 @@ def channel_choices() -> np.ndarray:
     return choices.T
 
 
-def worth(clips: Path, plan: Plan, epochs: int, seed: int) -> tuple[float, float, float]:
+def worth(clips: Path, plan: ChannelPlan, epochs: int, seed: int) -> tuple[float, float, float]:
     """Log loss, accuracy and accuracy on unseen devices, on the store's test split, after training without teachers."""
     torch.set_num_threads(1)
     raw = preset("recipe", "short", ("recipes",), PRESETS)
@@ -122,7 +124,7 @@ def worth(clips: Path, plan: Plan, epochs: int, seed: int) -> tuple[float, float
     return scores.log_loss, 100 * scores.accuracy, 100 * scores.accuracies()["unseen"]
 
 
-def rank(stores: list[Path], plans: dict[str, Plan], epochs: int, seeds: int) -> None:
+def rank(stores: list[Path], plans: dict[str, ChannelPlan], epochs: int, seeds: int) -> None:
     runs = list(itertools.product(stores, range(seeds)))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         tasks = {head: [pool.submit(worth, clips, p, epochs, s) for clips, s in runs] for head, p in plans.items()}
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--match", action="append", metavar="TEXT", help="train the plans whose line has a TEXT alone")
     args = parser.parse_args()
     choices = channel_choices()
-    plans: dict[str, Plan] = {}
+    plans: dict[str, ChannelPlan] = {}
     # Round channel numbers first (they fill vector registers), then the closest fit.
     roundness = sum((choices % step != 0).sum(0) for step in (4, 8))
     found: list[tuple[int, str]] = []

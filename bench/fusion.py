@@ -29,8 +29,8 @@ from memory import peak_memory
 
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
-from asc_ray.fusion import fit, fit_shards
-from asc_ray.fusion.newton import Shard
+from asc_ray.ensemble.fusion import fit, fit_shards
+from asc_ray.ensemble.newton import Shard
 
 SHARD = 65_536
 
@@ -161,7 +161,7 @@ def stream(folder: Path) -> None:
     fusion = fit_shards(
         [Shard(ensemble.piece(some), labels[some]) for some in rows],
         systems=[system.system for system in systems],
-        classes=systems[0].labels,
+        labels=systems[0].labels,
     )
     print(
         f"{len(labels):,} clips of {len(systems)} systems, {len(rows)} files each: "
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int)
     parser.add_argument("--systems", type=int, default=12)
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--scenes", type=int, default=10)
     parser.add_argument("--ridge", type=float, default=1e-4)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--storage", type=Path)

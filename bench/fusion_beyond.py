@@ -22,11 +22,13 @@ import torch
 from torch import nn
 
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import Ensemble, read_logits
-from asc_ray.fusion import fit
-from asc_ray.fusion.newton import Shard, sums
-from asc_ray.training.dataset import PartitionConfig, Source
-from asc_ray.training.evaluation import gain, log_posteriors
+from asc_ray.ensemble.fusion import fit
+from asc_ray.ensemble.newton import Shard, sums
+from asc_ray.evaluation.gains import gain
+from asc_ray.evaluation.scores import log_posteriors
+from asc_ray.training.dataset import Source
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
@@ -120,10 +122,10 @@ def main() -> None:
             return np.stack([log_posteriors(z) for z in logits]), store.scene[rows], store.device[rows]
 
         learn, parts = part(data.parts["fusion"]), {name: part(data.parts[name]) for name in ("validation", "test")}
-        places = store.location[data.parts["fusion"]]
+        places = store.place[data.parts["fusion"]]
         names = np.unique(places)
         np.random.default_rng(0).shuffle(names)
-        fusion = fit(learn[0], learn[1], groups=places)
+        fusion = fit(learn[0], learn[1], places=places)
         outputs = {name: {"average": v.mean(0), "eq. 4": fusion.apply(v)} for name, (v, _, _) in parts.items()}
         chosen = {"average": "", "eq. 4": f"{fusion.ridge:.3g}"}
         for method, run in METHODS.items():
@@ -151,7 +153,7 @@ def main() -> None:
                 cells += [f"{log_loss(z, labels):.3f}", f"{100 * (z.argmax(1) == labels).mean():.1f}"]
             rows = data.parts["test"]
             before, labels = outputs["test"]["eq. 4"], parts["test"][1]
-            loss = gain(before, outputs["test"][method], labels, store.location[rows]).log_loss
+            loss = gain(before, outputs["test"][method], labels, store.place[rows]).log_loss
             print("| " + " | ".join([*cells, f"{loss.value:+.3f} ({loss.low:+.3f} to {loss.high:+.3f})"]) + " |")
 
 

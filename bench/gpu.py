@@ -46,7 +46,9 @@ from asc_ray.data.parts import part_file
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
 from asc_ray.training.dataset import Dataset
-from asc_ray.training.loop import Recipe, fit, predict_all
+from asc_ray.training.loop import fit
+from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import predict_all
 
 SCENES, DEVICES = 10, ("a", "b", "c", "s1", "s2", "s3")
 H100 = 2.97e12, 7.86e14  # bytes/s of a copy and FLOP/s of a product in bf16, measured by this program
@@ -252,7 +254,7 @@ def right(bench: Bench) -> None:
 
 def no_waiting(bench: Bench) -> None:
     """A synchronization within a step is an error, but in the first one, which lays tables down."""
-    step = loop._Trainer.step
+    step = loop.Trainer.step
 
     def strict(self: Any, *arguments: Any) -> Tensor:
         if self._draw is None:
@@ -266,7 +268,7 @@ def no_waiting(bench: Bench) -> None:
     clean = []
     for name in NETWORKS if bench.gpu else ():
         try:
-            with patch.object(loop._Trainer, "step", strict):
+            with patch.object(loop.Trainer, "step", strict):
                 bench.train(recipe(name, 32, 1, small=True), 32 * 4)
                 with plain_steps():
                     bench.train(recipe(name, 32, 1, small=True), 32 * 4)
@@ -285,7 +287,7 @@ class Plain:
 
 def plain_steps() -> Any:
     """Steps that are not recorded and replayed."""
-    return patch.object(loop, "Replayed", Plain)
+    return patch("asc_ray.training.step.Replayed", Plain)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> float:
@@ -350,7 +352,7 @@ def step_counts(bench: Bench) -> None:
     """
     batch, count = 64 if bench.gpu else 4, bench.counting
     found = bench.results["steps"] = {}
-    compute = loop._Trainer._compute
+    compute = loop.Trainer._compute
     data = replace(bench.data, parts=bench.data.parts | {"validation": bench.data.parts["validation"][:2]})
     bandwidth, flops = (bench.bandwidth, bench.flops) if bench.gpu else H100
     for name in ("sm2", "sm4", "cp_mobile", "cp_resnet", "passt"):
@@ -369,7 +371,7 @@ def step_counts(bench: Bench) -> None:
 
         with ExitStack() as patched:
             patched.enter_context(plain_steps())
-            patched.enter_context(patch.object(loop._Trainer, "_compute", counted))
+            patched.enter_context(patch.object(loop.Trainer, "_compute", counted))
             if isinstance(count, Rehearsal):
                 patched.enter_context(patch.object(loop, "training_device", lambda gpus: count.device))
                 patched.enter_context(count)
@@ -434,7 +436,7 @@ def compiled(bench: Bench) -> None:
 
 def kernels_of(bench: Bench, name: str, batch: int, **changes: Any) -> None:
     """What eight steps start on the card, kernel by kernel, and how long each takes."""
-    compute = loop._Trainer._compute
+    compute = loop.Trainer._compute
     profiler = profile(activities=[ProfilerActivity.CUDA])
     calls = 0
 
@@ -450,7 +452,7 @@ def kernels_of(bench: Bench, name: str, batch: int, **changes: Any) -> None:
             profiler.stop()
         return result
 
-    with plain_steps(), patch.object(loop._Trainer, "_compute", watched):
+    with plain_steps(), patch.object(loop.Trainer, "_compute", watched):
         bench.train(recipe(name, batch, 1, **changes), 10 * batch)
     events = [event for event in profiler.key_averages() if event.self_device_time_total and event.key not in RANGES]
     events.sort(key=lambda event: -event.self_device_time_total)
@@ -665,18 +667,22 @@ def loader_loop(bench: Bench) -> None:
 def int8_steps(bench: Bench) -> None:
     """Quantization-aware training of sm2."""
     try:
-        from asc_ray.training import quantization
+        from asc_ray.int8 import preparation
     except ImportError:
         bench.row("int8 training of sm2", "torchao is not installed")
         return
     batch = 256 if bench.gpu else 16
     for precision in ("fp32", "tf32") if bench.gpu else ("fp32",):
         own = recipe("sm2", batch, 4 if bench.gpu else 2, precision=precision)
-        prepared = quantization.prepare(build(own.model, SCENES), torch.zeros(2, 1, 256, 64))
-        _, history = bench.train(
-            own, 64 * batch if bench.gpu else batch, model=prepared, set_training=quantization.set_training,
-            before_epoch=lambda model, epoch: quantization.freeze(model) if epoch == 3 else None,
-        )  # fmt: skip
+        prepared = preparation.prepare(build(own.model, SCENES), torch.zeros(2, 1, 256, 64))
+
+        def set_mode(model: nn.Module, epoch: int | None) -> None:
+            preparation.set_training(model, epoch is not None)
+            if epoch == 3:
+                preparation.freeze(model)
+
+        clips = 64 * batch if bench.gpu else batch
+        _, history = bench.train(own, clips, model=prepared, set_mode=set_mode)
         rates = [f"{metrics['clips_per_second']:,.0f}" for metrics in history]
         bench.row(
             f"int8 training of sm2, batch {batch}, {precision}, the last epoch frozen", ", ".join(rates) + " clips/s"

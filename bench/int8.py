@@ -22,13 +22,13 @@ import onnxruntime
 import torch
 
 from asc_ray.artifacts import Artifact
-from asc_ray.config import checked, network_preset
+from asc_ray.config.composition import checked, network_preset
+from asc_ray.int8 import conversion, preparation
+from asc_ray.int8.bundle import write_bundle
+from asc_ray.int8.onnx_form import export_onnx
 from asc_ray.models.registry import build, folded
 from asc_ray.runtime import Bundle
-from asc_ray.training import quantization
-from asc_ray.training.export import write_bundle
-from asc_ray.training.loop import Recipe
-from asc_ray.training.onnx_model import export_onnx
+from asc_ray.training.recipe import Recipe
 
 LABELS = [f"scene {number}" for number in range(10)]
 
@@ -50,10 +50,10 @@ def forms(
     shape = (1, recipe.frontend.mels, recipe.frontend.frames(32_000))
     example = torch.randn(8, *shape)
     network(example)
-    fake = quantization.prepare(network, example[:2])
-    with quantization.observing(fake):
+    fake = preparation.prepare(network, example[:2])
+    with preparation.observing(fake):
         fake(example)
-    int8 = quantization.convert(fake)
+    int8 = conversion.convert(fake)
     artifact = Artifact(folder, "int8", name, "0" * 16, {}, {})
     export_onnx(int8, artifact.open_partial() / "model.onnx")
     artifact.finish({})

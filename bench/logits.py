@@ -18,7 +18,8 @@ from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.registry import build, folded
-from asc_ray.training.loop import predict, predict_all, training_device
+from asc_ray.training.gpu import training_device
+from asc_ray.training.validation import predict, predict_all
 
 
 def trained(seed: int) -> torch.nn.Module:

@@ -30,16 +30,19 @@ import ray
 import torch
 
 from asc_ray.artifacts import Artifact
-from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.sweep import run_sweep
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import write_logits
 from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
-from asc_ray.training.dataset import PartitionConfig, SoftTargets, Source
-from asc_ray.training.distillation import DistillationConfig
-from asc_ray.training.search import SweepConfig
-from asc_ray.training.systems import StudentConfig, fit_student
+from asc_ray.resources import Resources
+from asc_ray.search.config import SweepConfig
+from asc_ray.students.config import StudentConfig
+from asc_ray.students.targets import TargetFiles
+from asc_ray.students.train import fit_student
+from asc_ray.training.dataset import Source
+from asc_ray.training.objective import DistillationConfig
 
 STUDENT = StudentConfig.model_validate(
     {
@@ -64,7 +67,7 @@ def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
 
 
 def search(
-    clips: Path, trials: int, epochs: int, slots: int, soft_targets: SoftTargets | None = None
+    clips: Path, trials: int, epochs: int, slots: int, soft_targets: TargetFiles | None = None
 ) -> tuple[float, float, float]:
     """Wall time, the sum of all trials' training seconds, and the seconds until the first trial had an epoch."""
     sweep = SweepConfig.model_validate(
@@ -145,7 +148,7 @@ def bench_memory(clips: Path) -> None:
 
             watcher = threading.Thread(target=watch)
             watcher.start()
-            search(clips, trials, 2, trials, SoftTargets(fusion.path, "train-*"))
+            search(clips, trials, 2, trials, TargetFiles(fusion.path, "train-*"))
             stop.set()
             watcher.join()
             ray.shutdown()

@@ -18,9 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 from asc_ray.data.batches import DataConfig
+from asc_ray.data.division import PartitionConfig
 from asc_ray.models.registry import build
-from asc_ray.training.dataset import PartitionConfig, Source
-from asc_ray.training.loop import Recipe, fit
+from asc_ray.training.dataset import Source
+from asc_ray.training.loop import fit
+from asc_ray.training.recipe import Recipe
 
 PARTS = ("data", "augmentation", "front end", "forward", "backward", "optimizer")
 AUGMENT = {

@@ -30,7 +30,7 @@ from asc_ray.data.parts import missing_parts, part_file
 from asc_ray.data.shards import write_shard
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
-from asc_ray.tracking import default_uri
+from asc_ray.tracking.config import default_uri
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
 
 # A deadline would be an assertion on time: a machine with other work to do misses any.
@@ -112,18 +112,18 @@ class Int8Training:
 
 @pytest.fixture(scope="session")
 def int8_training(tmp_path_factory) -> Int8Training:
-    from asc_ray.training import quantization
-    from asc_ray.training.onnx_model import export_onnx
+    from asc_ray.int8 import conversion, preparation
+    from asc_ray.int8.onnx_form import export_onnx
 
     artifact = Artifact(tmp_path_factory.mktemp("int8"), "int8", "student", "0123456789abcdef", {}, {})
     folder = artifact.open_partial()
     torch.manual_seed(0)
     shape = (1, BUNDLE_FRONTEND.mels, BUNDLE_FRONTEND.frames(32_000))
-    fake = quantization.prepare(build(DSFlexiNetConfig(size="sm1"), len(BUNDLE_LABELS)), torch.zeros(2, *shape))
-    quantization.set_training(fake, True)
+    fake = preparation.prepare(build(DSFlexiNetConfig(size="sm1"), len(BUNDLE_LABELS)), torch.zeros(2, *shape))
+    preparation.set_training(fake, True)
     for _ in range(3):
         fake(torch.randn(8, *shape))
-    model = quantization.convert(fake)
+    model = conversion.convert(fake)
     export_onnx(model, folder / "model.onnx")
     artifact.finish({})
     return Int8Training(artifact.path, model)
@@ -132,7 +132,7 @@ def int8_training(tmp_path_factory) -> Int8Training:
 @pytest.fixture
 def bundle(int8_training, tmp_path) -> Path:
     """A fresh bundle that may be damaged."""
-    from asc_ray.training.export import seal, write_bundle
+    from asc_ray.int8.bundle import seal, write_bundle
 
     folder = tmp_path / "bundle"
     folder.mkdir()

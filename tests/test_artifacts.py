@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asc_ray.artifacts import Artifact, content_key, damaged_files, exclusive, is_locked, read_manifest
+from asc_ray.artifacts import Artifact, content_key, damaged_files, read_manifest
 from asc_ray.errors import UserError
+from asc_ray.lock import exclusive, is_locked
 
 VALUES = st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.none(), min_size=2)
 

@@ -7,12 +7,14 @@ import pytest
 import ray
 from conftest import TINY
 
-from asc_ray.cluster.resources import Resources
 from asc_ray.cluster.runtime import Task, run_tasks
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
-from asc_ray.pipeline import evaluation_jobs, int8_jobs, student_jobs
 from asc_ray.plan import Plan
+from asc_ray.resources import Resources
+from asc_ray.stages.evaluate import evaluation_jobs
+from asc_ray.stages.qat import int8_jobs
+from asc_ray.stages.student import student_jobs
 
 
 @pytest.fixture(scope="module")

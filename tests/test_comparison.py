@@ -12,12 +12,13 @@ from conftest import TINY, command, joined
 from mlflow.tracking import MlflowClient
 
 from asc_ray.comparison import read_table
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
+from asc_ray.evaluation.artifact import read_evaluation
+from asc_ray.evaluation.scores import evaluate
+from asc_ray.evaluation.seeds import over_seeds
 from asc_ray.plan import Plan
 from asc_ray.report import table
 from asc_ray.report.table import ComparedRow, Comparison
-from asc_ray.training.ensemble import read_evaluation
-from asc_ray.training.evaluation import evaluate, over_seeds
 
 LABELS = ("bus", "park", "tram")
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper" / "ds-flexinet.txt"

@@ -1,4 +1,4 @@
-"""The checks on a corpus's metadata, and splits by location."""
+"""The checks on a corpus's metadata, and splits by place."""
 
 import lzma
 import os
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.data.corpus import Clip, partition, read_corpus, unseen_devices
+from asc_ray.data.corpus import Clip, read_corpus, unseen_devices
+from asc_ray.data.division import partition
 from asc_ray.errors import ConfigError, CorpusError
 
 TAU22 = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tau22"
@@ -107,7 +108,7 @@ def rename(old, new):
     return change
 
 
-def without_location(root):
+def without_place(root):
     write_meta(root, [("audio/p1.wav", "park", "", "a"), *META[1:]])
 
 
@@ -122,7 +123,7 @@ STRUCTURAL = {
     "commas": (lambda root: (root / "meta.csv").write_text("filename,scene_label\n"), ["'filename,scene_label'"]),
     "empty file": (lambda root: (root / "meta.csv").write_text(""), ["an empty file"]),
     "not text": (lambda root: (root / "meta.csv").write_bytes(b"\xff\xfe\x00"), ["not UTF-8"]),
-    "empty value": (without_location, ["meta.csv line 2", "identifier"]),
+    "empty value": (without_place, ["meta.csv line 2", "identifier"]),
     "absent from meta": (lambda root: write_meta(root, META[1:]), ["fold1_train.csv line 2", "audio/p1.wav"]),
     "twice in meta": (lambda root: write_meta(root, [*META, META[0]]), ["meta.csv line 8", "second time"]),
     "twice in a split": (
@@ -351,7 +352,7 @@ def test_a_corpus_of_one_scene_is_said(root):
 
 
 def clips_of(sizes: dict[str, list[int]]) -> list[Clip]:
-    """One location for each size."""
+    """One place for each size."""
     return [
         Clip(f"{scene}-{place}-{i}", scene, "a", f"{scene}-{place}", "train")
         for scene, places in sizes.items()
@@ -378,12 +379,12 @@ def test_partition_properties(sizes, share, seed):
         assert part.tolist() == sorted(part)
         assert {clips[i].scene for i in part} == set(sizes)
         for i in part:
-            owners[clips[i].location].add(name)
+            owners[clips[i].place].add(name)
     assert all(len(names) == 1 for names in owners.values())
     counts = {name: Counter(clips[i].scene for i in part) for name, part in parts.items()}
     for scene, places in sizes.items():
         for name, wanted in (("fusion", share), ("validation", share), ("train", 1 - 2 * share)):
-            # Off by one location at most in the part itself, and by the locations the other two took too many.
+            # Off by one place at most in the part itself, and by the places the other two took too many.
             assert abs(counts[name][scene] - wanted * sum(places)) <= 2 * max(places)
     again = partition(clips, {"fusion": share, "validation": share}, seed)
     assert all((again[name] == part).all() for name, part in parts.items())
@@ -401,18 +402,18 @@ def test_the_seed_matters():
     assert len(held_out) == 5
 
 
-def test_a_location_of_two_scenes_goes_as_a_whole():
+def test_a_place_of_two_scenes_goes_as_a_whole():
     clips = clips_of({"park": [5] * 6, "metro": [5] * 6})
     clips += [Clip(f"both-{scene}-{i}", scene, "a", "both", "train") for scene in ("park", "metro") for i in range(5)]
     for seed in range(10):
         parts = partition(clips, {"validation": 0.3}, seed)
-        assert sum(any(clips[i].location == "both" for i in part) for part in parts.values()) == 1
+        assert sum(any(clips[i].place == "both" for i in part) for part in parts.values()) == 1
         assert all({clips[i].scene for i in part} == {"park", "metro"} for part in parts.values())
 
 
-def test_too_few_locations_are_refused_with_counts():
+def test_too_few_places_are_refused_with_counts():
     clips = clips_of({"park": [5] * 6, "metro": [7, 3]})
-    with pytest.raises(CorpusError, match=r"metro: 2 location\(s\)"):
+    with pytest.raises(CorpusError, match=r"metro: 2 place\(s\)"):
         partition(clips, {"fusion": 0.2, "validation": 0.2}, seed=0)
 
 
@@ -454,7 +455,7 @@ def test_the_real_names_of_tau22(tau22):
     assert unseen_devices(corpus.clips) == ("s4", "s5", "s6")
     train = [clip for clip in corpus.clips if clip.split == "train"]
     parts = partition(train, {"fusion": 0.12, "validation": 0.12}, seed=0)
-    places = {part: {train[i].location for i in rows} for part, rows in parts.items()}
+    places = {part: {train[i].place for i in rows} for part, rows in parts.items()}
     assert not places["train"] & places["fusion"]
     assert not places["train"] & places["validation"]
     assert not places["fusion"] & places["validation"]

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from asc_ray.data.corpus import partition, read_corpus, unseen_devices
+from asc_ray.data.corpus import read_corpus, unseen_devices
 from asc_ray.data.demo import DEVICES, SCENES, DemoConfig, make_demo_corpus
+from asc_ray.data.division import partition
 from asc_ray.errors import UserError
 
 TINY = DemoConfig(
     train_clips_per_scene=6,
-    train_locations_per_scene=3,
+    train_places_per_scene=3,
     test_seconds_per_scene=2,
-    test_locations_per_scene=2,
+    test_places_per_scene=2,
     impulse_responses=3,
 )
 
@@ -36,7 +37,7 @@ def test_the_layout_is_tau22s(demo):
     assert unseen_devices(corpus.clips) == ("s4", "s5", "s6")
     assert Counter(clip.scene for clip in train) == dict.fromkeys(SCENES, 6)
     assert 0.5 < np.mean([clip.device == "a" for clip in train]) < 0.8
-    assert not {clip.location for clip in train} & {clip.location for clip in test}
+    assert not {clip.place for clip in train} & {clip.place for clip in test}
     seconds = defaultdict(set)
     for clip in test:
         seconds[clip.clip_id.rpartition("-")[0]].add(clip.device)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from asc_ray.data import download as module
-from asc_ray.data.download import SOURCES, Archive, Source, download
+from asc_ray.data.archives import Archive
+from asc_ray.data.download import SOURCES, PublicCorpus, download
 from asc_ray.errors import ConfigError, UserError
 
 TOP = "tiny-corpus"
@@ -102,7 +103,7 @@ def packed(folder: Path, name: str, files: dict[str, bytes]) -> bytes:
 def publish(monkeypatch, files: dict[str, bytes]) -> None:
     """Make `files` the corpus `tiny`, with the checksums they have now."""
     archives = tuple(Archive(name, hashlib.md5(content).hexdigest(), len(content)) for name, content in files.items())
-    monkeypatch.setitem(SOURCES, "tiny", Source("http://127.0.0.1:1/files", TOP, archives))
+    monkeypatch.setitem(SOURCES, "tiny", PublicCorpus("http://127.0.0.1:1/files", TOP, archives))
 
 
 @pytest.fixture
@@ -239,7 +240,7 @@ def test_a_killed_run_is_continued(server, out, tmp_path, monkeypatch):
     server.go_on.clear()
     code = (
         "import sys; from pathlib import Path; from asc_ray.data.download import *;"
-        f"SOURCES['tiny'] = Source('', {TOP!r}, ({archive!r},));"
+        f"SOURCES['tiny'] = PublicCorpus('', {TOP!r}, ({archive!r},));"
         "download('tiny', Path(sys.argv[1]), base_url=sys.argv[2])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, out, server.url])
@@ -377,7 +378,7 @@ def test_a_server_that_stays_busy_or_is_not_there_is_an_error(server, out):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(server, out, monkeypatch):
-    monkeypatch.setitem(SOURCES, "tiny", Source("", TOP, (Archive("audio.1.zip", "0" * 32, 10**18),)))
+    monkeypatch.setitem(SOURCES, "tiny", PublicCorpus("", TOP, (Archive("audio.1.zip", "0" * 32, 10**18),)))
     with pytest.raises(UserError, match=r"GB free, 2150000000\.0 GB needed"):
         fetch(server, out)
     assert server.requests == []

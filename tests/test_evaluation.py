@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asc_ray.errors import UserError
-from asc_ray.training import evaluation
-from asc_ray.training.evaluation import Evaluation, device_groups, evaluate, gain, log_posteriors
+from asc_ray.evaluation import scores as evaluation
+from asc_ray.evaluation.gains import gain
+from asc_ray.evaluation.groups import device_groups
+from asc_ray.evaluation.scores import Evaluation, evaluate, log_posteriors
 
 LABELS = ["airport", "bus", "park"]
 
@@ -35,7 +37,7 @@ def test_closed_forms():
         "a": (2, 1.0), "b": (1, 1.0), "s1": (2, 0.5), "s4": (2, 0.5),
     }  # fmt: skip
     assert e.groups == pytest.approx({"seen": 4 / 5, "unseen": 1 / 2, "real": 1.0})
-    assert e.per_class == {"airport": 0.75, "bus": 0.5, "park": 1.0}
+    assert e.per_scene == {"airport": 0.75, "bus": 0.5, "park": 1.0}
     assert e.confusion == ((3, 1, 0), (0, 1, 1), (0, 0, 1))
 
 
@@ -67,7 +69,7 @@ def test_parts_add_up(seed, clips):
     assert sum(d.clips * d.accuracy for d in e.per_device.values()) == pytest.approx(e.accuracy * clips)
     unseen = (device == "s9").mean()
     assert unseen * e.groups.get("unseen", 0.0) + (1 - unseen) * e.groups.get("seen", 0.0) == pytest.approx(e.accuracy)
-    assert list(e.per_class) == [label for k, label in enumerate(LABELS) if k in scene]
+    assert list(e.per_scene) == [label for k, label in enumerate(LABELS) if k in scene]
     assert 0.0 <= e.calibration_error <= 1.0
     assert Evaluation.model_validate_json(e.model_dump_json()) == e
 
@@ -125,7 +127,7 @@ def test_what_is_refused():
         r"\(2, 3\), 1 scenes": (logits, [0], device),
         "1 devices": (logits, scene, ["a"]),
         r"\(0, 3\)": (logits[:0], [], []),
-        "class indices 0 to 2": (logits, [0, 3], device),
+        "indices 0 to 2": (logits, [0, 3], device),
     }.items():
         with pytest.raises(UserError, match=match):
             evaluate(*arguments, LABELS, unseen=[])

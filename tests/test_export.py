@@ -17,9 +17,10 @@ from mlflow.tracking import MlflowClient
 from asc_ray.artifacts import read_manifest
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
+from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.runtime import Bundle
-from asc_ray.tracking import default_uri, register
-from asc_ray.training.ensemble import read_evaluation
+from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.registry import register
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from conftest import TINY, command, processes
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.plan import Plan
 
 

@@ -7,19 +7,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import ray
 import scipy.optimize
 import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray import fusion
-from asc_ray.cluster.fusion import Tasks
-from asc_ray.cluster.resources import Resources
+from asc_ray.ensemble import fusion, newton
+from asc_ray.ensemble.fusion import Fusion, fit, fit_shards
+from asc_ray.ensemble.newton import Shard
 from asc_ray.errors import UserError
-from asc_ray.fusion import Fusion, fit, fit_shards, newton
-from asc_ray.fusion.newton import Shard
 
 RIDGE, PRIOR = st.floats(1e-4, 1.0), st.sampled_from(["empirical", "uniform", "given"])
 
@@ -39,7 +36,7 @@ def _prior(classes: int) -> np.ndarray:
 
 
 def prior_of(kind: str, classes: int):
-    return {f"class {k}": float(p) for k, p in enumerate(_prior(classes)[::-1])} if kind == "given" else kind
+    return {f"scene {k}": float(p) for k, p in enumerate(_prior(classes)[::-1])} if kind == "given" else kind
 
 
 def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, ridge: float, prior: str) -> torch.Tensor:
@@ -65,7 +62,7 @@ def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, ridge
 )
 def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     logits, labels = problem(seed, systems=systems, classes=classes, scale=scale)
-    fused = fit(logits, labels, ridge=ridge, class_prior=prior_of(prior, classes))
+    fused = fit(logits, labels, ridge=ridge, scene_prior=prior_of(prior, classes))
 
     def value(theta):
         return objective(torch.tensor(theta), logits, labels, ridge, prior).item()
@@ -96,7 +93,7 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     each = np.eye(systems, systems + classes)
     alone = fusion.objectives(
         [Shard(partial(np.asarray, logits), labels)],
-        systems=fused.systems, classes=fused.labels, class_prior=fused.class_prior,
+        systems=fused.systems, labels=fused.labels, scene_prior=fused.scene_prior,
     )  # fmt: skip
     pull = ridge / 2 * ((each - start) ** 2).sum(axis=1)
     np.testing.assert_allclose([*alone.values()], [value(t) for t in each] - pull, rtol=1e-9)
@@ -148,28 +145,14 @@ def test_weights_that_may_not_be_negative(seed, systems, ridge, own):
 def test_any_sharding_gives_the_same_fusion(seed, cuts):
     logits, labels = problem(seed, clips=300)
     groups = np.arange(300) // 7
-    whole = fit(logits, labels, groups=groups)
+    whole = fit(logits, labels, places=groups)
     edges = [0, *sorted(cuts), 300]
     shards = [Shard(partial(np.asarray, logits[:, a:b]), labels[a:b]) for a, b in pairwise(edges)]
-    parts = fit_shards(shards, systems=whole.systems, classes=whole.labels, groups=groups)
+    parts = fit_shards(shards, systems=whole.systems, labels=whole.labels, places=groups)
     assert parts.ridge == whole.ridge
     np.testing.assert_allclose(parts.weights, whole.weights, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(parts.biases, whole.biases, rtol=1e-10, atol=1e-10)
     assert parts.objective_after == pytest.approx(whole.objective_after, rel=1e-10)
-
-
-def test_tasks_of_a_cluster_give_the_same_bits():
-    logits, labels = problem(9, clips=300)
-    shards = [Shard(partial(np.asarray, logits[:, a : a + 50]), labels[a : a + 50]) for a in range(0, 300, 50)]
-    names = {"systems": list("abc"), "classes": list("wxyz"), "ridge": 1e-3}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        spread = fit_shards(shards, **names, mapper=Tasks(4, Resources(), retries=0))
-    finally:
-        ray.shutdown()
-    here = fit_shards(shards, **names)
-    np.testing.assert_array_equal(spread.weights, here.weights)
-    np.testing.assert_array_equal(spread.biases, here.biases)
 
 
 def test_many_clips_start_from_a_sample_of_them(monkeypatch):
@@ -186,7 +169,7 @@ def test_the_ridge_of_many_clips_is_chosen_on_some_and_counts_for_all(monkeypatc
     """The penalty's strength beside the sum over clips is that of the sample, so beside the mean it is a fifth."""
     logits, labels = problem(11, systems=6, clips=3_000)
     monkeypatch.setattr(fusion, "CROSS_VALIDATED", 600)
-    chosen = fit(logits, labels, groups=np.arange(3_000) // 10).ridge
+    chosen = fit(logits, labels, places=np.arange(3_000) // 10).ridge
     assert any(chosen == pytest.approx(0.2 * ridge) for ridge in fusion.RIDGES)  # and none of them itself
 
 
@@ -253,7 +236,7 @@ def test_systems_that_say_nothing_or_the_same_are_named():
     stacked = np.stack([logits[0], constant, logits[1], logits[0] + constant])
     fused = fit(stacked, labels, systems=["a", "flat", "b", "a again"], ridge=1e-4)
     assert fused.notes == (
-        "flat: its logits do not differ between the classes; its weight means nothing",
+        "flat: its logits do not differ between the scenes; its weight means nothing",
         "a and a again: the same logits; they share one weight evenly",
     )
     assert fused.weights[0] == pytest.approx(fused.weights[3])
@@ -290,7 +273,7 @@ def test_apply_is_equation_4():
 
 def test_save_and_load_are_exact(tmp_path):
     logits, labels = problem(7)
-    fused = fit(logits, labels, systems=["a", "b", "ü"], classes=list("wxyz"), ridge=1e-3)
+    fused = fit(logits, labels, systems=["a", "b", "ü"], labels=list("wxyz"), ridge=1e-3)
     fused.save(tmp_path / "fusion.json")
     again = Fusion.load(tmp_path / "fusion.json")
     for name in Fusion.__dataclass_fields__:
@@ -312,25 +295,25 @@ def test_what_is_refused():
         r"b: 3 of 60 clips": (broken, labels),
         r"\(3, 60\)": (logits[:, :, 0], labels),
         r"\(59,\)": (logits, labels[1:]),
-        r"class indices 0 to 3": (logits, labels + 1),
-        r"labels of type float64": (logits, labels.astype(float)),
-        r"no clip.*class 3 0": (logits[:, labels != 3], labels[labels != 3]),
+        r"indices 0 to 3": (logits, labels + 1),
+        r"scenes of type float64": (logits, labels.astype(float)),
+        r"no clip.*scene 3 0": (logits[:, labels != 3], labels[labels != 3]),
     }.items():
         with pytest.raises(UserError, match=match):
             fit(*arguments, systems=["a", "b", "c"])
     with pytest.raises(UserError, match=re.escape("system names a, a, b; expected 3 different")):
         fit(logits, labels, systems=["a", "a", "b"])
-    with pytest.raises(UserError, match="2 names of systems and 4 of classes for logits of 3 systems"):
+    with pytest.raises(UserError, match="2 names of systems and 4 of labels for logits of 3 systems"):
         fit(logits, labels, systems=["a", "b"])
-    shares = {f"class {k}": 0.25 for k in range(4)}
+    shares = {f"scene {k}": 0.25 for k in range(4)}
     for prior in ("unifrom", {"class 0": 1.0}, shares | {"class 0": 0.5}, shares | {"class 0": 0.5, "class 1": 0.0}):
-        with pytest.raises(UserError, match=r"fusion.class_prior: found .* give each of class 0, class 1"):
-            fit(logits, labels, class_prior=prior)
+        with pytest.raises(UserError, match=r"fusion.scene_prior: found .* give each of scene 0, scene 1"):
+            fit(logits, labels, scene_prior=prior)
     for ridge in ("none", -1.0, np.nan):
         with pytest.raises(UserError, match=r"fusion\.ridge: found .* expected auto, or a number from 0"):
             fit(logits, labels, ridge=ridge)
-    with pytest.raises(UserError, match="3 groups for 60 clips"):
-        fit(logits, labels, groups=[0, 1, 2])
+    with pytest.raises(UserError, match="3 places for 60 clips"):
+        fit(logits, labels, places=[0, 1, 2])
 
 
 def test_separable_classes_need_a_ridge():
@@ -373,13 +356,13 @@ def test_the_chosen_ridge_holds_out_whole_groups_and_calms_a_small_sample():
         z = fused.apply(fresh).astype(float)
         return float(np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), answers]))
 
-    chosen = fit(logits, labels, groups=np.arange(60) // 5)
+    chosen = fit(logits, labels, places=np.arange(60) // 5)
     bare = fit(logits, labels, ridge=1e-4)
     assert chosen.ridge > 1e-3
     assert log_loss(chosen) < log_loss(bare)
     # Every group twice, as two clips of one second: only whole groups left out see through it.
     twice = np.concatenate([logits, logits], axis=1), np.concatenate([labels, labels])
-    assert fit(*twice, groups=np.tile(np.arange(60), 2)).ridge > fit(*twice).ridge
+    assert fit(*twice, places=np.tile(np.arange(60), 2)).ridge > fit(*twice).ridge
 
 
 @pytest.mark.parametrize("clips", [60, 600, 30_000])
@@ -388,10 +371,10 @@ def test_labels_of_other_clips_are_said_to_be_no_better_than_chance(clips):
     assert fit(logits, labels).notes == ()
     shuffled = np.random.default_rng(1).permutation(labels)
     with pytest.warns(
-        UserWarning, match=r"no system agrees with the labels on more clips than chance has it \(\d+ % at"
+        UserWarning, match=r"no system agrees with the scenes on more clips than chance has it \(\d+ % at"
     ):
         notes = fit(logits, shuffled).notes
-    assert "their classes, in the same order" in notes[0]
+    assert "their columns are in that of the labels" in notes[0]
 
 
 def test_a_single_system_that_knows_something_is_enough():

@@ -8,7 +8,7 @@ import pytest
 import soundfile as sf
 from conftest import TINY, command, joined, new_storage
 
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
@@ -113,7 +113,7 @@ def test_files_that_were_mended_are_decoded_again_and_the_others_are_not(corpus,
             "student.augment.dir.apply_to=[a, z]",
             r"student\.augment\.dir\.apply_to: the corpus has no device 'z'; allowed: all",
         ),
-        ("partition.fusion=0.4", r"no split into train, fusion, validation by location"),
+        ("partition.fusion=0.4", r"no split into train, fusion, validation by place"),
     ],
 )
 def test_what_a_corpus_cannot_give_is_refused_before_any_work(corpus, tmp_path, override, message):

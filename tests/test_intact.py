@@ -13,18 +13,21 @@ from conftest import TINY, command, joined
 
 from asc_ray import artifacts
 from asc_ray.artifacts import Artifact, file_sha256, read_record, stored_file, stored_files, write_record
-from asc_ray.cluster.sweep import ended_trials
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_file
+from asc_ray.ensemble.fuse import fuse_systems
 from asc_ray.errors import UserError
-from asc_ray.pipeline import source_of
+from asc_ray.evaluation.artifact import read_evaluation, read_scores
+from asc_ray.evaluation.on_test import evaluate_ensemble, evaluate_student
 from asc_ray.plan import Plan, failure
+from asc_ray.search.course import ended_trials
+from asc_ray.search.trials import TrialResult
+from asc_ray.stages.work import source_of
 from asc_ray.status import state_of
+from asc_ray.students.targets import read_soft_targets
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
-from asc_ray.training.ensemble import evaluate_ensemble, evaluate_student, fuse_systems, read_evaluation, read_scores
-from asc_ray.training.search import TrialResult
-from asc_ray.training.systems import load_model, soft_targets
+from asc_ray.training.folder import load_model
 
 # --- finished files ---------------------------------------------------------------------------------------------------
 
@@ -72,8 +75,8 @@ READERS = {
     "logits/*/test-*": evaluate_all,
     "fusion/*/fusion.json": evaluate_all,
     "fusion/*/evaluation.json": lambda plan: read_scores(plan.fusion.path),
-    "fusion/*/targets/fused/*": lambda plan: soft_targets(source_of(plan).open(), plan.soft_targets("fused")),
-    "fusion/*/targets/average/*": lambda plan: soft_targets(source_of(plan).open(), plan.soft_targets("average")),
+    "fusion/*/targets/fused/*": lambda plan: read_soft_targets(source_of(plan).open(), plan.target_files("fused")),
+    "fusion/*/targets/average/*": lambda plan: read_soft_targets(source_of(plan).open(), plan.target_files("average")),
     "sweep/*/best.yaml": lambda plan: plan.student_configs(),
     "students/*": evaluate_models,
     "int8/*": evaluate_models,

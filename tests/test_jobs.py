@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.plan import STAGES, Plan
 
 RAY = Path(sys.executable).with_name("ray")

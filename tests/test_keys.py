@@ -11,14 +11,15 @@ import soundfile as sf
 from conftest import TINY
 from safetensors.torch import save_file
 
-from asc_ray.config import Config, load_config
+from asc_ray.config.composition import load_config
+from asc_ray.config.configuration import Config
 from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
+from asc_ray.search.space import Parameter
 from asc_ray.section import Section
-from asc_ray.training.loop import Recipe
-from asc_ray.training.space import Parameter
+from asc_ray.training.recipe import Recipe
 
 # What is made from what; a changed key changes all that follow.
 FOLLOWS = {
@@ -56,9 +57,8 @@ FIRST = {
     "fusion.data": "teachers",
     "fusion.folds": "",
     "fusion.ridge": "fuse",
-    "fusion.class_prior": "fuse",
+    "fusion.scene_prior": "fuse",
     "fusion.nonnegative": "fuse",
-    "fusion.tasks": "",
     "sweep": "sweep",
     "student": "sweep",
     "student.seeds": "report",
@@ -89,13 +89,12 @@ OTHERS: dict[str, list[Any]] = {
     "teachers.allow_missing": [1],
     "teachers.resources.workers": [2],
     "teachers.resources_for": [{"passt": {"cpus": 2}}],
-    "fusion.class_prior": ["uniform"],
+    "fusion.scene_prior": ["uniform"],
     "fusion.ridge": [0.1],
     "sweep.space": [{"optimizer.learning_rate": {"uniform": [0.001, 0.002]}}],
     "sweep.scheduler": ["none"],
     "sweep.validation.devices": [["a"]],
     "sweep.budget.epochs": [100],
-    "sweep.budget.minutes": [100],
     "sweep.sampler": ["random"],
     "sweep.cost": ["macs"],
     "data.mode": ["mapped"],

@@ -10,18 +10,18 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from asc_ray.config import PRESETS, network_preset
+from asc_ray.config.composition import PRESETS, network_preset
 from asc_ray.models.bsconv import BSConvConfig
 from asc_ray.models.complexity import Limits, complexity, peak_activations
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
-from asc_ray.models.ds_flexinet import PLANS, DSFlexiNet, DSFlexiNetConfig, Plan, Stage
+from asc_ray.models.ds_flexinet import PLANS, ChannelPlan, DSFlexiNet, DSFlexiNetConfig, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.passt import Passt, PasstConfig
 from asc_ray.models.registry import ModelConfig, build, folded
-from asc_ray.training.loop import Recipe
-from asc_ray.training.systems import input_shape
+from asc_ray.students.cost import input_shape
+from asc_ray.training.recipe import Recipe
 
 REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference outputs beside the checkout")
@@ -35,7 +35,7 @@ TABLE_II = {"sm1": (13_760, 3.88e6), "sm2": (30_690, 8.27e6), "sm3": (54_980, 14
 def published(name: str) -> torch.nn.Module:
     """The network on the meta device: names and shapes without 340 MB of weights."""
     with torch.device("meta"):
-        return build(PUBLISHED[name], classes=10)
+        return build(PUBLISHED[name], scenes=10)
 
 
 def mel(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_published_parameter_counts(name, count):
 @pytest.mark.parametrize("size", TABLE_II)
 def test_table_ii(size):
     parameters, macs = TABLE_II[size]
-    counted = complexity(DSFlexiNet(DSFlexiNetConfig(size=size), classes=10))
+    counted = complexity(DSFlexiNet(DSFlexiNetConfig(size=size), scenes=10))
     assert counted.parameters == pytest.approx(parameters, rel=0.005)
     assert counted.macs == pytest.approx(macs, rel=0.01)
     assert counted.bytes == {"float32": 4 * counted.parameters, "int8": counted.parameters}
@@ -90,7 +90,7 @@ TABLE_III = {"cp_resnet_64k": (63_500, 19.5e6), "bsconv_cnn": (73_390, 13.18e6)}
 def test_the_rivals_of_table_iii(name):
     parameters, macs = TABLE_III[name]
     recipe = Recipe.model_validate(network_preset(name))
-    counted = complexity(build(recipe.model, classes=10), input_shape(recipe))
+    counted = complexity(build(recipe.model, scenes=10), input_shape(recipe))
     assert counted.parameters == pytest.approx(parameters, rel=0.01)
     assert counted.macs == pytest.approx(macs, rel=0.01)
 
@@ -98,7 +98,7 @@ def test_the_rivals_of_table_iii(name):
 def test_the_dcase22_baseline_has_the_published_numbers():
     """46,512 are the bytes of its int8 form: weights of one, biases of four, and no batch norm is left."""
     recipe = Recipe.model_validate(network_preset("dcase22_baseline"))
-    model, shape = build(recipe.model, classes=10), input_shape(recipe)
+    model, shape = build(recipe.model, scenes=10), input_shape(recipe)
     assert shape == (1, 1, 40, 51)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
     assert sum(layer.weight.numel() + 4 * layer.bias.numel() for layer in layers) == 46_512
@@ -110,7 +110,7 @@ def test_the_dcase22_baseline_has_the_published_numbers():
 @pytest.mark.parametrize("name", sorted(file.stem for file in (PRESETS / "students").glob("*.yaml")))
 def test_every_student_s_preset_is_within_the_limits_of_the_challenge(name):
     recipe = Recipe.model_validate(network_preset(name))
-    counted = complexity(build(recipe.model, classes=10), input_shape(recipe))
+    counted = complexity(build(recipe.model, scenes=10), input_shape(recipe))
     assert Limits().exceeded(counted) == []
     assert Limits(bytes=counted.parameters - 1, macs=counted.macs - 1).exceeded(counted) == [
         f"limits.bytes: {counted.parameters:,}, allowed {counted.parameters - 1:,}",
@@ -139,7 +139,7 @@ def test_what_a_shortcut_keeps_is_in_the_peak_of_activations():
     """Of sm4's first block: what the shortcut has projected, what the other convolutions have, and the sum."""
     model = build(DSFlexiNetConfig(size="sm4", normalization=NormalizationConfig(kind="none")), 10)
     assert peak_activations(model)["int8"] == 3 * 56 * 64 * 16
-    plan = Plan(stem=(2, 4), stages=(Stage(channels=4, blocks=1, expansion=1),))
+    plan = ChannelPlan(stem=(2, 4), stages=(Stage(channels=4, blocks=1, expansion=1),))
     small = build(DSFlexiNetConfig(size=None, plan=plan), 10)
     assert peak_activations(small, (1, 1, 8, 8))["int8"] == 8 * 8 + 2 * 4 * 4  # into the first convolution, out of it
 
@@ -155,7 +155,7 @@ SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {
     "ds_flexinet": (DSFlexiNetConfig(size="sm1"), (256, 64)),
     "ds_flexinet, own plan": (
         DSFlexiNetConfig(
-            size=None, plan=Plan(stem=(4, 8), stages=(Stage(channels=8, blocks=2), Stage(channels=12, blocks=1)))
+            size=None, plan=ChannelPlan(stem=(4, 8), stages=(Stage(channels=8, blocks=2), Stage(channels=12, blocks=1)))
         ),
         (128, 50),
     ),
@@ -166,7 +166,7 @@ SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {
 def test_small_networks_train_and_evaluate_clip_by_clip(case):
     """Logits of the wanted shape, a gradient for everything that asks for one, and no clip that sees another."""
     config, (mels, frames) = SHRUNKEN[case]
-    model = build(config, classes=7, seed=3)
+    model = build(config, scenes=7, seed=3)
     x = mel(4, 1, mels, frames)
     choices = model.choices(frames, torch.Generator().manual_seed(0)) if isinstance(model, Passt) else ()
     logits = model(x, *choices)
@@ -184,14 +184,14 @@ def test_small_networks_train_and_evaluate_clip_by_clip(case):
 def test_build_is_a_function_of_the_seed(case):
     config, _ = SHRUNKEN[case]
     before = torch.get_rng_state()
-    first, again, other = (build(config, classes=5, seed=seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (build(config, scenes=5, seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 def test_cp_resnet_starts_with_identity_blocks_and_a_zero_head():
-    model = build(CPResNetConfig(), classes=10)
+    model = build(CPResNetConfig(), scenes=10)
     state = model.state_dict()
     assert not state["feed_forward.0.weight"].any()
     assert not any(state[key].any() for key in state if key.endswith("conv2.weight"))
@@ -205,14 +205,14 @@ def test_cp_resnet_starts_with_identity_blocks_and_a_zero_head():
 )
 def test_patchout_keeps_the_right_number_of_patches(freq, time, anywhere, tokens):
     left_out = {"patchout_freq": freq, "patchout_time": time, "patchout": anywhere}
-    model = Passt(SMALL_PASST.model_copy(update=left_out), classes=10)
+    model = Passt(SMALL_PASST.model_copy(update=left_out), scenes=10)
     x = mel(2, 1, 128, 100)
     assert model.tokens(x, model.choices(100, torch.Generator().manual_seed(0))).shape == (2, tokens, 24)
     assert model.eval().tokens(x).shape == (2, 12 * 9, 24)
 
 
 def test_patchout_leaves_out_whole_rows_and_keeps_their_order():
-    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 5}), classes=10)
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 5}), scenes=10)
     columns = 9
     with torch.no_grad():  # a token's value is then the row it comes from
         model.patch_embed.proj.weight.zero_()
@@ -231,7 +231,7 @@ def test_patchout_leaves_out_whole_rows_and_keeps_their_order():
 
 
 def test_unstructured_patchout_leaves_out_any_patches_and_keeps_their_order():
-    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0, "patchout": 50}), classes=10)
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0, "patchout": 50}), scenes=10)
     with torch.no_grad():  # a token's value is then the patch it comes from
         model.patch_embed.proj.weight.zero_()
         model.patch_embed.proj.bias.zero_()
@@ -252,7 +252,7 @@ def test_unstructured_patchout_leaves_out_any_patches_and_keeps_their_order():
 
 
 def test_time_offset_is_random_in_training_and_zero_in_evaluation():
-    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0}), classes=10)
+    model = Passt(SMALL_PASST.model_copy(update={"patchout_freq": 0}), scenes=10)
     columns = SMALL_PASST.grid[1]
     with torch.no_grad():  # a token's value is then the time position it was given
         model.patch_embed.proj.weight.zero_()
@@ -267,7 +267,7 @@ def test_time_offset_is_random_in_training_and_zero_in_evaluation():
 
 
 def test_passt_training_repeats_with_the_generator():
-    model = build(SMALL_PASST, classes=10)
+    model = build(SMALL_PASST, scenes=10)
     x = mel(2, 1, 128, 100)
     first, again, other = (model(x, *model.choices(100, torch.Generator().manual_seed(seed))) for seed in (5, 5, 6))
     assert torch.equal(first, again)
@@ -277,7 +277,7 @@ def test_passt_training_repeats_with_the_generator():
 
 
 def test_passt_refuses_an_input_off_its_grid():
-    model = build(SMALL_PASST, classes=10).eval()
+    model = build(SMALL_PASST, scenes=10).eval()
     for shape in [(1, 1, 128, 230), (1, 1, 128, 8), (1, 1, 256, 100)]:
         with pytest.raises(ValueError, match="takes 128 mels and 16 to 220 frames"):
             model(mel(*shape))
@@ -304,7 +304,7 @@ def test_normalization_stands_where_it_is_asked_for():
     def names(*places: str) -> list[str]:
         config = DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig.model_validate({"places": places}))
         return [
-            name.removeprefix("features.") for name, _ in build(config, classes=10).named_modules() if "norm" in name
+            name.removeprefix("features.") for name, _ in build(config, scenes=10).named_modules() if "norm" in name
         ]
 
     assert names("stages") == ["norm1", "norm2"]
@@ -319,7 +319,7 @@ def test_normalization_stands_where_it_is_asked_for():
 @pytest.mark.parametrize("kind", ["rn", "rn_frequency", "in", "bn", "none"])
 def test_export_has_a_dynamic_batch_and_no_normalization_operator_of_its_own(kind):
     """RN exports as mean, mul and rsqrt, which quantization leaves in float."""
-    model = build(DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind=kind)), classes=10).eval()
+    model = build(DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind=kind)), scenes=10).eval()
     batch = torch.export.Dim("batch", min=2, max=256)
     program = torch.export.export(model, (mel(3, 1, 256, 64),), dynamic_shapes=({0: batch},))
     x = mel(5, 1, 256, 64, seed=1)

@@ -18,22 +18,28 @@ from safetensors.torch import load_file
 
 from asc_ray.artifacts import Artifact, damaged_files, read_manifest
 from asc_ray.audio.frontend import LogMel
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.data.parts import part_file
+from asc_ray.ensemble.fusion import Fusion
+from asc_ray.ensemble.inference import Inference, infer
+from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import ConfigError
-from asc_ray.fusion import Fusion
+from asc_ray.evaluation.artifact import read_evaluation, read_scores
+from asc_ray.int8.train import load_int8
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.registry import build
-from asc_ray.pipeline import fusion_warning
 from asc_ray.plan import STAGES, Plan
+from asc_ray.search.order import finalists
+from asc_ray.search.proposals import propose, trial_config
+from asc_ray.search.trials import TrialResult
+from asc_ray.search.trials import best as best_of
+from asc_ray.stages.fuse import fusion_warning
+from asc_ray.students.train import train_student
 from asc_ray.training.dataset import Source
-from asc_ray.training.ensemble import read_evaluation, read_scores
-from asc_ray.training.loop import predict
-from asc_ray.training.search import TrialResult, finalists, propose, trial_config
-from asc_ray.training.search import best as best_of
-from asc_ray.training.systems import Inference, infer, load_int8, load_model, train_student, train_teacher
+from asc_ray.training.folder import load_model
+from asc_ray.training.validation import predict
 
 
 def plan_of(run):
@@ -250,7 +256,7 @@ def test_soft_targets_are_eq_4_of_the_training_clips_alone(plan):
 def test_the_fusion_learned_on_places_that_no_teacher_saw(plan):
     data = Source(plan.clips.path, plan.config.partition).open()
     assert plan.fusion.facts()["clips"] == len(data.parts["fusion"])
-    places = data.store.location
+    places = data.store.place
     assert not set(places[data.parts["fusion"]]) & set(places[data.parts["train"]])
 
 
@@ -311,8 +317,8 @@ def test_a_changed_byte_of_a_system_s_logits_is_named(finished, plan, tmp_path):
 def test_what_the_clips_cannot_give_is_refused_before_a_teacher_trains(finished, plan, tmp_path):
     for override, message in (
         (
-            "fusion.class_prior={airport: 0.5, buss: 0.5}",
-            "fusion.class_prior: found {'airport': 0.5, 'buss': 0.5};",
+            "fusion.scene_prior={airport: 0.5, buss: 0.5}",
+            "fusion.scene_prior: found {'airport': 0.5, 'buss': 0.5};",
         ),
         ("fusion.data=crossfit", "has every scene in every part"),
     ):
@@ -352,7 +358,7 @@ def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_i
     mine, theirs = (load_file(a.path / "model.safetensors") for a in (again, ours.trainings[name][f"{name}-fold0"]))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     for fold in folds:
-        assert not set(store.location[fold["train"]]) & set(store.location[fold["fusion"]])
+        assert not set(store.place[fold["train"]]) & set(store.place[fold["fusion"]])
         assert sorted([*fold["train"], *fold["fusion"]]) == sorted(whole["train"])
     assert sorted(ours.teachers) == [f"{name}-fold{fold}" for name in sorted(plan.teachers) for fold in range(2)]
     for name, artifact in ours.logits.items():

@@ -15,17 +15,17 @@ from torchao.quantization.pt2e import FakeQuantize
 
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.int8 import conversion, preparation, scheme
+from asc_ray.int8.onnx_form import OnnxModel, export_onnx
+from asc_ray.int8.train import FAKE_QUANTIZED, load_int8
 from asc_ray.models.bsconv import BSConvConfig
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig, Plan, Stage
+from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNetConfig, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.registry import build
-from asc_ray.training import quantization
-from asc_ray.training.loop import Recipe
-from asc_ray.training.onnx_model import OnnxModel, export_onnx
-from asc_ray.training.systems import FAKE_QUANTIZED, load_int8
+from asc_ray.training.recipe import Recipe
 
 # Copying an exported graph, torch uses what it deprecated itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -36,7 +36,7 @@ STAGES = (
     Stage(channels=16, blocks=2),
     Stage(channels=24, blocks=1, pool=(2, 2)),
 )  # a sum with, one without projection
-PLAN = Plan(stem=(8, 16), stages=STAGES)
+PLAN = ChannelPlan(stem=(8, 16), stages=STAGES)
 TINY = DSFlexiNetConfig(size=None, plan=PLAN)
 CYCLES = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [2.0, 2.0]])  # of a scene's stripes: frequency, time
 NOISE = 1.5
@@ -89,14 +89,14 @@ def trained() -> Trained:
     model = build(TINY, CLASSES).train()
     train(model, range(60))
     before = state(model.eval())
-    fresh = quantization.prepare(model, torch.zeros(2, *SHAPE))
+    fresh = preparation.prepare(model, torch.zeros(2, *SHAPE))
     fake = copy.deepcopy(fresh)
-    quantization.set_training(fake, True)
+    preparation.set_training(fake, True)
     train(fake, range(60, 90))
-    quantization.freeze(fake)
+    preparation.freeze(fake)
     train(fake, range(90, 95))
-    quantization.round_biases(fake)
-    return Trained(model, before, fresh, fake, quantization.convert(fake))
+    conversion.round_biases(fake)
+    return Trained(model, before, fresh, fake, conversion.convert(fake))
 
 
 def test_int8_computes_what_fake_quantization_trained(trained):
@@ -110,13 +110,13 @@ def test_int8_computes_what_fake_quantization_trained(trained):
 def test_rounding_alone_changes_little(trained):
     """Without an update of the weights: both networks take batch-norm statistics from the same clips."""
     float32, fake = copy.deepcopy(trained.float32).train(), copy.deepcopy(trained.fresh)
-    quantization.set_training(fake, True)
+    preparation.set_training(fake, True)
     with torch.no_grad():
         for step in range(40):
             float32(labelled(step)[0])
             fake(labelled(step)[0])
         x, _ = labelled(1500, 512)
-        expected, found = float32.eval()(x), quantization.convert(fake)(x)
+        expected, found = float32.eval()(x), conversion.convert(fake)(x)
     assert (found - expected).abs().mean() < 0.1 * expected.std()
 
 
@@ -124,7 +124,7 @@ def test_calibration_takes_ranges_and_leaves_the_weights(trained):
     """Post-training quantization: nothing but observers moves, and float's answers stay."""
     fake = copy.deepcopy(trained.fresh)
     before = state(fake)
-    with quantization.observing(fake), torch.no_grad():
+    with preparation.observing(fake), torch.no_grad():
         for step in range(20):
             fake(labelled(step)[0])
     after = state(fake)
@@ -134,12 +134,12 @@ def test_calibration_takes_ranges_and_leaves_the_weights(trained):
     fake(labelled(99)[0] * 10)
     assert all(torch.equal(value, after[name]) for name, value in state(fake).items()), "followed after the calibration"
     x, scene = labelled(2500, 512)
-    assert accuracy(quantization.convert(fake)(x), scene) > accuracy(trained.float32(x), scene) - 0.05
+    assert accuracy(conversion.convert(fake)(x), scene) > accuracy(trained.float32(x), scene) - 0.05
 
 
 def test_observed_ranges_take_half_of_uint8(trained):
     """Reduced range: minimum to maximum, zero included, is 127 steps."""
-    observed = [m for m in trained.fake.modules() if isinstance(m, quantization.FakeQuantizeActivation)]
+    observed = [m for m in trained.fake.modules() if isinstance(m, scheme.FakeQuantizeActivation)]
     assert len(observed) == 18
     for module in observed:
         low, high = module.activation_post_process.min_val.clamp(max=0), module.activation_post_process.max_val
@@ -175,23 +175,23 @@ def test_weights_are_the_folded_ones_on_the_symmetric_grid_of_their_channel(trai
 def test_rounded_biases_are_within_half_a_step_and_rounding_again_changes_nothing(trained):
     torch.manual_seed(1)
     fake = copy.deepcopy(trained.fresh)
-    quantization.set_training(fake, True)
+    preparation.set_training(fake, True)
     train(fake, range(5))
-    quantization.set_training(fake, False)
+    preparation.set_training(fake, False)
     before = state(fake)
-    quantization.round_biases(fake)
+    conversion.round_biases(fake)
     once = state(fake)
     moved = {name for name in before if not torch.equal(before[name], once[name])}
     assert moved
     assert all(name.endswith("bias") for name in moved)
     assert max((before[name] - once[name]).abs().max() for name in moved) < 0.01
-    quantization.round_biases(fake)
+    conversion.round_biases(fake)
     for name, value in state(fake).items():
         torch.testing.assert_close(value, once[name], rtol=0, atol=1e-6)
 
 
 def test_every_layer_and_sum_is_int8_and_normalization_is_float(trained):
-    rows = quantization.operators(trained.int8)
+    rows = conversion.operators(trained.int8)
     count = {
         kind: sum(row[1:] == (f"aten.{kind}", "int8") for row in rows) for kind in ("conv2d.default", "add.Tensor")
     }
@@ -203,7 +203,7 @@ def test_every_layer_and_sum_is_int8_and_normalization_is_float(trained):
     statistics = [node for node in trained.int8.graph.nodes if node.target is torch.ops.aten.mean.dim]
     assert len(statistics) == 2
     for node in statistics:
-        assert not any(user.target in quantization.QUANTIZE for user in node.users)
+        assert not any(user.target in scheme.QUANTIZE for user in node.users)
 
 
 def test_bytes_are_one_a_weight_and_four_a_scale_zero_point_and_bias(trained):
@@ -211,7 +211,7 @@ def test_bytes_are_one_a_weight_and_four_a_scale_zero_point_and_bias(trained):
     weights = sum(layer.weight.numel() for layer in layers)
     channels = sum(layer.weight.shape[0] for layer in layers)
     lambdas = 1
-    assert quantization.bytes_by_dtype(trained.int8) == {
+    assert conversion.bytes_by_dtype(trained.int8) == {
         "int8": weights,
         "float32": 4 * (2 * channels + lambdas),
         "int32": 4 * channels,
@@ -222,7 +222,7 @@ def test_the_int8_model_made_again_from_its_weights_is_equal_to_the_bit(trained,
     """No file of torch's own is kept of it, for reading one executes what is in it."""
     artifact = Artifact(tmp_path, "int8", "student", "0" * 16, {}, {})
     fake = copy.deepcopy(trained.fake)
-    quantization.round_biases(fake)
+    conversion.round_biases(fake)
     save_file({name: value.clone() for name, value in state(fake).items()}, artifact.open_partial() / FAKE_QUANTIZED)
     artifact.finish({})
     recipe = Recipe(model=TINY, frontend=FrontendConfig(mels=SHAPE[1], hop=2133))
@@ -230,20 +230,20 @@ def test_the_int8_model_made_again_from_its_weights_is_equal_to_the_bit(trained,
     x, _ = labelled(3000, 33)
     for size in (1, 2, 33):
         assert torch.equal(loaded(x[:size]), trained.int8(x[:size]))
-    assert quantization.bytes_by_dtype(loaded) == quantization.bytes_by_dtype(trained.int8)
+    assert conversion.bytes_by_dtype(loaded) == conversion.bytes_by_dtype(trained.int8)
 
 
 def test_resumed_training_ends_with_the_same_bits(trained, tmp_path):
     whole, first = copy.deepcopy(trained.fresh), copy.deepcopy(trained.fresh)
-    quantization.set_training(whole, True)
+    preparation.set_training(whole, True)
     train(whole, range(2))
     train(whole, range(2, 4))
-    quantization.set_training(first, True)
+    preparation.set_training(first, True)
     train(first, range(2))
     save_file({name: value.clone() for name, value in first.state_dict().items()}, tmp_path / "state.safetensors")
-    second = quantization.prepare(build(TINY, CLASSES), torch.zeros(2, *SHAPE))
+    second = preparation.prepare(build(TINY, CLASSES), torch.zeros(2, *SHAPE))
     second.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    quantization.set_training(second, True)
+    preparation.set_training(second, True)
     train(second, range(2, 4))
     expected, found = state(whole), state(second)
     assert expected.keys() == found.keys()
@@ -254,15 +254,15 @@ def test_resumed_training_ends_with_the_same_bits(trained, tmp_path):
 @pytest.mark.parametrize("mode", ["evaluation", "frozen"])
 def test_statistics_and_ranges_rest(trained, mode):
     model = copy.deepcopy(trained.fresh)
-    quantization.set_training(model, True)
+    preparation.set_training(model, True)
     train(model, range(2))
     before = state(model)
     if mode == "evaluation":
-        quantization.set_training(model, False)
+        preparation.set_training(model, False)
         model(labelled(5)[0])
         moved = set()
     else:
-        quantization.freeze(model)
+        preparation.freeze(model)
         train(model, range(2, 4))
         moved = {name for name, _ in model.named_parameters()}
     after = state(model)
@@ -275,7 +275,7 @@ def test_evaluation_does_not_depend_on_the_batch_and_training_does(trained):
     x, _ = labelled(6, 7)
     alone, together = model(x[:1]), model(x)[:1]
     torch.testing.assert_close(alone, together)
-    quantization.set_training(model, True)
+    preparation.set_training(model, True)
     assert not torch.allclose(model(x[:1]), model(x)[:1], atol=0.01)
 
 
@@ -299,11 +299,11 @@ def test_the_given_model_is_left_alone(trained):
     ids=lambda config: getattr(config, "size", config.name),
 )
 def test_networks_convert_to_what_they_trained(config, tmp_path):
-    fake = quantization.prepare(build(config, CLASSES), torch.zeros(2, *SHAPE))
-    quantization.set_training(fake, True)
+    fake = preparation.prepare(build(config, CLASSES), torch.zeros(2, *SHAPE))
+    preparation.set_training(fake, True)
     train(fake, range(3), size=8)
-    int8 = quantization.convert(fake)
-    quantization.set_training(fake, False)
+    int8 = conversion.convert(fake)
+    preparation.set_training(fake, False)
     x, _ = labelled(7, 64)
     expected = fake(x).detach()
     assert (int8(x) - expected).abs().mean() < 0.05 * expected.std()
@@ -322,7 +322,7 @@ def test_residual_normalization_of_any_lambda(trained, value, tmp_path):
     fake = copy.deepcopy(trained.fake)
     with torch.no_grad():
         dict(fake.named_parameters())["features.norm1.lambda_"].fill_(value)
-    int8 = quantization.convert(fake)
+    int8 = conversion.convert(fake)
     export_onnx(int8, tmp_path / "model.onnx")
     written = onnx.load(tmp_path / "model.onnx").graph.node
     made_by = {name: node.op_type for node in written for name in node.output}
@@ -340,13 +340,13 @@ def test_a_convolution_with_a_bias_folds_its_batch_norm():
         if name.startswith("features") and name.endswith("bias"):
             nn.init.uniform_(bias, -1, 1)
     x = torch.randn(16, 1, 40, 51)
-    fake = quantization.prepare(model, x[:2])
-    quantization.set_training(fake, True)
+    fake = preparation.prepare(model, x[:2])
+    preparation.set_training(fake, True)
     for _ in range(3):
         fake(x)
-    int8 = quantization.convert(fake)
-    quantization.set_training(fake, False)
-    quantization.round_biases(fake)
+    int8 = conversion.convert(fake)
+    preparation.set_training(fake, False)
+    conversion.round_biases(fake)
     expected = fake(x).detach()
     assert (int8(x) - expected).abs().mean() < 0.002 * expected.std()
 
@@ -359,11 +359,11 @@ def test_biases_fit_into_int32(trained, tmp_path):
             value.data[:] = 0.01 if name.endswith("weight") else -1.0
         elif name == "features.stem.4.bias":
             value.data[:] = torch.linspace(1, 3, len(value))
-    quantization.set_training(fake, True)
+    preparation.set_training(fake, True)
     x, _ = labelled(9, 64)
     for _ in range(3):
         fake(x)
-    int8 = quantization.convert(fake)
+    int8 = conversion.convert(fake)
     expected = int8(x)
     export_onnx(int8, tmp_path / "model.onnx")
     assert (OnnxModel(tmp_path / "model.onnx")(x) - expected).abs().mean() < 0.002 * expected.std()
@@ -373,10 +373,10 @@ def test_biases_fit_into_int32(trained, tmp_path):
 
 def test_a_batch_norm_that_cannot_be_folded_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.BatchNorm2d(4))
-    fake = quantization.prepare(model, torch.zeros(2, *SHAPE))
+    fake = preparation.prepare(model, torch.zeros(2, *SHAPE))
     fake(torch.randn(4, *SHAPE))
     with pytest.raises(RuntimeError, match="no rule folds the batch norm"):
-        quantization.convert(fake)
+        conversion.convert(fake)
 
 
 def test_onnxruntime_agrees(trained, tmp_path):
@@ -404,8 +404,8 @@ def test_onnxruntime_agrees(trained, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        (quantization.FakeQuantizeActivation, quantization.ACTIVATION),
-        (quantization.RangeFollower, quantization.WEIGHT),
+        (scheme.FakeQuantizeActivation, scheme.ACTIVATION),
+        (scheme.RangeFollower, scheme.WEIGHT),
     ],
 )
 def test_ranges_are_torchaos_to_the_bit(kind, settings):

@@ -21,7 +21,8 @@ from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.models.passt import Passt
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
-from asc_ray.training.loop import Recipe, predict_all
+from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import predict_all
 
 
 def rehearsed(kind: str) -> tuple[list[int], float]:
@@ -32,7 +33,7 @@ def rehearsed(kind: str) -> tuple[list[int], float]:
     torch.set_num_threads(1)
     mode = Rehearsal()  # before anything is trained: autograd counts the devices once
     on_cpu = trained(kind, torch.device("cpu"))
-    compute, kernels = loop._Trainer._compute, []
+    compute, kernels = loop.Trainer._compute, []
 
     def strictly(self: Any, *arguments: torch.Tensor) -> torch.Tensor:
         if not kernels:  # the first step lays down tables
@@ -45,7 +46,7 @@ def rehearsed(kind: str) -> tuple[list[int], float]:
 
     with (
         mode,
-        patch.object(loop._Trainer, "_compute", strictly),
+        patch.object(loop.Trainer, "_compute", strictly),
         patch.object(loop, "training_device", lambda gpus: mode.device),
     ):
         there = trained(kind, mode.device)
@@ -113,7 +114,7 @@ def test_no_step_waits_for_the_host_and_all_compute_what_the_cpu_does(process, k
 def test_a_network_compiles_in_one_piece(name):
     """Where a graph breaks, the host looks at something."""
     recipe = Recipe.model_validate({"frontend": SHORT} | NETWORKS[name])
-    model = build(recipe.model, classes=4)
+    model = build(recipe.model, scenes=4)
     frames = recipe.frontend.frames(CLIP_SAMPLES)
     choices = model.choices(frames, torch.Generator().manual_seed(0)) if isinstance(model, Passt) else ()
     mel = torch.randn(2, 1, recipe.frontend.mels, frames)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asc_ray.fusion import fit
-from asc_ray.report import figures
+from asc_ray.ensemble.fusion import fit
+from asc_ray.evaluation.artifact import Scores
+from asc_ray.evaluation.gains import gain
+from asc_ray.evaluation.scores import Evaluation, evaluate
+from asc_ray.report import figures, search_figures
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
-from asc_ray.training.evaluation import Evaluation, Scores, evaluate, gain
-from asc_ray.training.search import TrialResult
+from asc_ray.search.trials import TrialResult
 
 LABELS = (
     "airport", "bus", "metro", "metro_station", "park", "public_square", "shopping_mall", "street_pedestrian",
@@ -45,7 +47,7 @@ def example(seed: int = 0) -> ReportData:
         return SystemResult.model_validate({"name": name, "kind": kind, "evaluation": evaluation})
 
     singles = np.stack([logits(1.8 + 0.07 * i) for i in range(12)])
-    fusion = fit(singles, scene, systems=TEACHERS, classes=LABELS)
+    fusion = fit(singles, scene, systems=TEACHERS, labels=LABELS)
     systems = [result(name, "teacher", z) for name, z in zip(TEACHERS, singles, strict=True)]
     systems += [
         result("average", "fusion", singles.mean(0)),
@@ -220,10 +222,10 @@ def test_finalists_have_the_mean_of_their_seeds_and_stand_first(data, tmp_path):
 def test_what_failed_does_not_rule_the_scale():
     good = [TrialResult(number=n, parameters={"x": 90 + n}, curve=(0.9 + n / 100,), state="complete") for n in range(4)]
     failed = TrialResult(number=4, parameters={"x": 92}, curve=(), state="failed", error="no memory")
-    alone, both = (re.findall(r"<!-- (\d\d?\.\d) -->", figures.sweep(t)) for t in (good, [*good, failed]))
+    alone, both = (re.findall(r"<!-- (\d\d?\.\d) -->", search_figures.sweep(t)) for t in (good, [*good, failed]))
     assert alone
     assert min(map(float, both)) > 80
-    lines = [figures.parallel_coordinates(t).count("<path") for t in (good, [*good, failed])]
+    lines = [search_figures.parallel_coordinates(t).count("<path") for t in (good, [*good, failed])]
     assert lines[0] == lines[1]
 
 
@@ -297,8 +299,8 @@ def test_extreme_data_can_be_drawn():
     assert "<path" in figures.energy_histogram(np.full(5, 7.0), None)
     diverged = TrialResult(number=0, parameters={"x" * 80: True}, curve=(), state="diverged")
     for trials in ([diverged], [diverged.model_copy(update={"state": "failed"})]):
-        assert "<path" in figures.sweep(trials)
-        assert "<path" in figures.parallel_coordinates(trials)
-        assert "<path" in figures.pareto_front(trials, [], "bytes")
+        assert "<path" in search_figures.sweep(trials)
+        assert "<path" in search_figures.parallel_coordinates(trials)
+        assert "<path" in search_figures.pareto_front(trials, [], "bytes")
     assert "<path" in figures.training_curves({"student": {"s": [{"epoch": 1, "loss": 2.0}]}})
     assert "<path" in figures.fusion_weights({"only": 1.0}, {"x": 0.5, "y": -0.5})

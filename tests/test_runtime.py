@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.frontend import LogMel as TorchLogMel
 from asc_ray.errors import UserError
+from asc_ray.int8.bundle import seal
 from asc_ray.runtime import Bundle, verify
 from asc_ray.runtime.frontend import Frontend, LogMel
-from asc_ray.training.export import seal
 
 REFERENCE = ROOT.parent / "shared" / "reference"
 

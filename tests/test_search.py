@@ -8,31 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from asc_ray.config.configuration import check_space
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import Limits
-from asc_ray.training.distillation import LearnedWeight, ScheduledWeight
-from asc_ray.training.population import PopulationConfig, explored
-from asc_ray.training.search import (
-    BudgetConfig,
-    ObjectiveConfig,
-    SweepConfig,
-    TrialResult,
-    best,
-    cost_of,
-    finalists,
-    importances,
-    may_start,
-    parent,
-    pareto,
-    planned,
-    propose,
-    repeated,
-    should_stop,
-    trial_config,
-    within_budget,
-)
-from asc_ray.training.space import Parameter, grid, values_of
-from asc_ray.training.systems import StudentConfig, student_cost
+from asc_ray.search.config import BudgetConfig, ObjectiveConfig, SweepConfig
+from asc_ray.search.halving import should_stop
+from asc_ray.search.order import finalists, may_start, planned, repeated, within_budget
+from asc_ray.search.population import PopulationConfig, explored
+from asc_ray.search.proposals import cost_of, parent, propose, trial_config
+from asc_ray.search.space import Parameter
+from asc_ray.search.trials import TrialResult, best, importances, pareto
+from asc_ray.students.config import StudentConfig
+from asc_ray.students.cost import student_cost
+from asc_ray.training.objective import LearnedWeight, ScheduledWeight
 
 SPACE = {
     "distillation.label_weight": {"uniform": [0.0, 1.0]},
@@ -311,7 +299,6 @@ def test_explored_parameters_stay_in_the_space(seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "grid"}, "sampler: with scheduler pbt allowed is tpe or random"),
         ({"seeds": 2}, "seeds: with scheduler pbt allowed is 1"),
         ({"cost": "macs"}, "cost: with scheduler pbt"),
         ({"budget": {"epochs": 9}}, "budget: with scheduler pbt"),
@@ -356,7 +343,7 @@ def test_a_wrong_parameter_is_refused(parameter, message):
 def test_a_space_that_makes_no_valid_student_is_refused(key, parameter, message):
     sweep = SweepConfig.model_validate({"space": {key: parameter}})
     with pytest.raises(ValueError, match=message):
-        sweep.check(STUDENT)
+        check_space(sweep, STUDENT)
 
 
 def test_the_objective_weighs_devices_left_out():
@@ -386,7 +373,7 @@ CONDITIONAL = {
 def test_an_alternative_s_own_parameters_are_searched_where_it_is_chosen(number, seed):
     raw = {"space": CONDITIONAL, "seed": seed, "startup_trials": 2, "lookback": 1}
     sweep = SweepConfig.model_validate(raw)
-    sweep.check(STUDENT)
+    check_space(sweep, STUDENT)
     ended = []
     for n in range(number + 1):
         parameters = propose(sweep, n, ended)
@@ -403,28 +390,8 @@ def test_an_alternative_s_own_parameters_are_searched_where_it_is_chosen(number,
     assert trial_config(STUDENT, sweep, parameters).augment.dir.apply_to in (("a",), "all")
 
 
-def test_a_grid_has_every_point_once():
-    space = {
-        "augment.roll": {"int": [1, 3]},
-        "distillation.label_weight": {
-            "one_of": {"fixed": {"choice": [0.1, 0.2]}, "schedule": {"start": 0.5, "end": {"choice": [0.0, 0.1, 0.2]}}}
-        },
-    }
-    sweep = SweepConfig.model_validate({"space": space, "sampler": "grid", "trials": 15})
-    sweep.check(STUDENT)
-    points = [values_of(sweep.space, propose(sweep, n, [])) for n in range(15)]
-    assert len(set(map(repr, points))) == len(grid(sweep.space)) == 3 * (2 + 3)
-    assert points[0] == {"augment.roll": 1, "distillation.label_weight": 0.1}
-    assert points[-1] == {"augment.roll": 3, "distillation.label_weight": {"start": 0.5, "end": 0.2}}
-    with pytest.raises(ValueError, match=r"sweep\.trials: 16, but the grid of sweep\.space has 15 points"):
-        sweep.model_copy(update={"trials": 16}).check(STUDENT)
-    real = SweepConfig.model_validate({"space": SPACE, "sampler": "grid", "trials": 1})
-    with pytest.raises(ValueError, match="label_weight: a grid takes choice, int and one_of"):
-        real.check(STUDENT)
-
-
 def test_every_alternative_is_checked_with_all_its_ends():
     wrong = {"one_of": {"fixed": 0.5, "learned": {"start": {"uniform": [0.1, 0.9]}, "low": 0.2}}}
     sweep = SweepConfig.model_validate({"space": {"distillation.label_weight": wrong}})
     with pytest.raises(ValueError, match=r"label_weight: \{'low': 0\.2, 'start': 0\.1\}: .*low 0\.2 < start 0\.1"):
-        sweep.check(STUDENT)
+        check_space(sweep, STUDENT)

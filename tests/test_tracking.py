@@ -12,10 +12,11 @@ import pytest
 from conftest import TINY, new_storage
 from mlflow.tracking import MlflowClient
 
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
 from asc_ray.plan import dump
-from asc_ray.tracking import Tracker, default_uri
+from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.runs import Tracker
 
 
 def tracker(storage, key="k"):

@@ -21,25 +21,30 @@ from asc_ray.artifacts import Artifact
 from asc_ray.audio.augment import Augment
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.data.batches import DataConfig, epoch_batches, step_generator
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.fusion import FusionConfig
+from asc_ray.int8.config import QATConfig
+from asc_ray.int8.train import train_int8
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
-from asc_ray.training import loop, parallel, systems
+from asc_ray.search.config import ObjectiveConfig
+from asc_ray.students.config import StudentConfig
+from asc_ray.students.targets import TargetFiles, student_clips
+from asc_ray.students.train import train_student
+from asc_ray.training import loop, parallel, validation
 from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, save_checkpoint
-from asc_ray.training.dataset import PartitionConfig, SoftTargets, Source
-from asc_ray.training.distillation import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
-from asc_ray.training.gpu import Replayed
-from asc_ray.training.loop import Diverged, OptimizerConfig, Recipe, fit
-from asc_ray.training.schedules import ScheduleConfig, learning_rate_factor
-from asc_ray.training.search import ObjectiveConfig
-from asc_ray.training.systems import QATConfig, StudentConfig, student_clips, train_int8, train_student
+from asc_ray.training.dataset import Source
+from asc_ray.training.gpu import Replayed, training_device
+from asc_ray.training.loop import Diverged, fit
+from asc_ray.training.objective import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
+from asc_ray.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate_factor, optimizer_of
+from asc_ray.training.recipe import Recipe
 
 
 def test_schedule_is_the_closed_form():
@@ -127,9 +132,9 @@ def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tm
     """What the objective is given in the first step, against the step's own draw."""
     given = []
 
-    def note(self, logits, target, soft_logits, progress=0.0):
-        given.append((target, torch.softmax(soft_logits / self.config.temperature, 1)))
-        return real(self, logits, target, soft_logits, progress)
+    def note(self, logits, target, soft_targets, progress=0.0):
+        given.append((target, torch.softmax(soft_targets / self.config.temperature, 1)))
+        return real(self, logits, target, soft_targets, progress)
 
     real = Objective.forward
     monkeypatch.setattr(Objective, "forward", note)
@@ -160,7 +165,8 @@ def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clip
         recipes.append(recipe)
         return fit(model, recipe, *arguments, on_epoch=note, **given)
 
-    monkeypatch.setattr(systems, "fit", noted)
+    monkeypatch.setattr("asc_ray.students.train.fit", noted)
+    monkeypatch.setattr("asc_ray.int8.train.fit", noted)
     raw = {**recipe("cp_resnet", epochs=2).model_dump(), "balance": 1.0}
     raw["distillation"] = {"label_weight": {"start": 0.9, "end": 0.2}}
     config = StudentConfig.model_validate(raw)
@@ -171,7 +177,7 @@ def test_int8_training_keeps_the_last_lambda_and_the_balance_of_its_student(clip
     about = {"system": "fused", "labels": json.dumps(data.store.labels), "corpus": data.store.corpus}
     write_logits(folder / "train-0.arrow", data.store.ids[rows], np.zeros((len(rows), 10), np.float32), about)
     fusion.finish({})
-    targets = SoftTargets(fusion.path, "targets/fused/*")
+    targets = TargetFiles(fusion.path, "targets/fused/*")
     student, int8 = (Artifact(tmp_path, stage, "x", "0", {}, {}) for stage in ("students", "int8"))
     source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
     train_student(student, source, targets, config)
@@ -251,17 +257,17 @@ def test_the_mean_of_the_last_epochs_weights_is_the_result(data, tmp_path):
 
 def test_devices_left_out_are_not_trained_on_and_validated_apart(clips):
     source = Source(clips, PartitionConfig(fusion=0.2, validation=0.2))
-    whole, part = source.open(), replace(source, strangers=("a", "s3")).open()
+    whole, part = source.open(), replace(source, held_out_devices=("a", "s3")).open()
     device = whole.store.device
     for name in ("train", "fusion"):
         assert set(device[part.parts[name]]) == set(device[whole.parts[name]]) - {"a", "s3"}
         assert set(part.parts[name]) < set(whole.parts[name])
     assert np.array_equal(part.parts["validation"], whole.parts["validation"])
     model, front_end = build(recipe("cp_resnet").model, 10, seed=1).eval(), LogMel(recipe("cp_resnet").frontend)
-    found = loop.validate(model, front_end, part, torch.device("cpu"))
+    found = validation.validate(model, front_end, part, torch.device("cpu"))
     rows = part.parts["validation"]
     right = (
-        loop.predict(model, front_end, part.store, rows, torch.device("cpu")).argmax(1).numpy()
+        validation.predict(model, front_end, part.store, rows, torch.device("cpu")).argmax(1).numpy()
         == part.store.scene[rows]
     )
     for name, own in (
@@ -272,17 +278,17 @@ def test_devices_left_out_are_not_trained_on_and_validated_apart(clips):
         scenes = part.store.scene[rows]
         expected = np.mean([right[own & (scenes == k)].mean() for k in np.unique(scenes[own])])
         assert found[f"validation_{name}"] == pytest.approx(expected)
-    assert "validation_unseen" not in loop.validate(model, front_end, whole, torch.device("cpu"))
+    assert "validation_unseen" not in validation.validate(model, front_end, whole, torch.device("cpu"))
     for wrong in (("s9",), tuple(np.unique(device[whole.store.split == "train"]))):
         with pytest.raises(ConfigError, match=r"sweep\.validation\.devices: found .* allowed are some, and not all"):
-            replace(source, strangers=wrong).open()
+            replace(source, held_out_devices=wrong).open()
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus") / "demo"
-    sizes = {"train_clips_per_scene": 6, "train_locations_per_scene": 6}
-    make_demo_corpus(root, DemoConfig(**sizes, test_seconds_per_scene=1, test_locations_per_scene=1))
+    sizes = {"train_clips_per_scene": 6, "train_places_per_scene": 6}
+    make_demo_corpus(root, DemoConfig(**sizes, test_seconds_per_scene=1, test_places_per_scene=1))
     corpus = read_corpus(root)
     return clip_store(tmp_path_factory.mktemp("storage"), corpus, responses=root / "dirs")
 
@@ -326,7 +332,14 @@ def train(name, data, folder, until=None, soft=None, distillation=None, **change
         distillation = distillation or DistillationConfig(label_weight=0.3)
     try:
         history = fit(
-            model, config, data, data.parts["train"], folder, on_epoch=stop, soft_logits=soft, distillation=distillation
+            model,
+            config,
+            data,
+            data.parts["train"],
+            folder,
+            on_epoch=stop,
+            soft_targets=soft,
+            distillation=distillation,
         )
     except KeyboardInterrupt:
         return None, None
@@ -363,9 +376,10 @@ def test_a_training_cut_within_an_epoch_resumes_to_the_bit(data, tmp_path, monke
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     config = recipe("cp_resnet")
     with pytest.raises(KeyboardInterrupt):
-        fit(build(config.model, 10, seed=1), config, data, data.parts["train"], tmp_path / "cut", checkpoint_seconds=0)
+        fit(build(config.model, 10, seed=1), config, data, data.parts["train"], tmp_path / "cut")
     monkeypatch.undo()
     assert "-step-" in saved[-1] or cut == 3  # of the three steps of an epoch the last ends it
     resumed, resumed_history = train("cp_resnet", data, tmp_path / "cut")
@@ -446,13 +460,13 @@ def test_a_step_is_recorded_by_its_second_call_and_replayed_for_its_shapes_alone
 
 def test_a_finished_training_lives_on_in_nothing(data, tmp_path, monkeypatch):
     """On a GPU it would keep its memory from the next training of the process."""
-    made, real = [], loop._Trainer.__init__
+    made, real = [], loop.Trainer.__init__
 
     def note(self, **arguments):
         real(self, **arguments)
         made.append(weakref.ref(self))
 
-    monkeypatch.setattr(loop._Trainer, "__init__", note)
+    monkeypatch.setattr(loop.Trainer, "__init__", note)
     gc.disable()
     try:
         for number in range(3):
@@ -521,8 +535,8 @@ def test_a_diverging_training_names_epoch_step_and_clips(data, tmp_path):
     assert load_checkpoint(tmp_path) is None
 
 
-def test_parts_are_disjoint_by_location_and_students_never_see_validation_or_test(data):
-    places = {part: set(data.store.location[rows]) for part, rows in data.parts.items()}
+def test_parts_are_disjoint_by_place_and_students_never_see_validation_or_test(data):
+    places = {part: set(data.store.place[rows]) for part, rows in data.parts.items()}
     names = list(places)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -623,7 +637,7 @@ def test_the_weight_decay_is_coupled_or_not_and_spares_a_learned_lambda(kind):
     """Without a gradient, AdamW shrinks a weight by lr x decay; Adam takes its first step of lr whatever the decay."""
     model, objective = torch.nn.Linear(3, 1, bias=False), Objective(DistillationConfig(label_weight={"start": 0.3}))
     settings = OptimizerConfig(kind=kind, learning_rate=0.01, weight_decay=0.5)
-    optimizer = loop._optimizer(model, objective, settings, torch.device("cpu"))
+    optimizer = optimizer_of(model, objective, settings, torch.device("cpu"))
     before, raw = model.weight.detach().clone(), objective.raw.detach().clone()
     for parameter in (model.weight, objective.raw):
         parameter.grad = torch.zeros_like(parameter)
@@ -641,7 +655,7 @@ def test_the_recipe_cpjku_takes_the_steps_of_their_loop():
     theirs.load_state_dict(ours.state_dict())
     objective, settings = Objective(student.distillation), student.optimizer
     optimizers = (
-        loop._optimizer(ours, objective, settings, torch.device("cpu")),
+        optimizer_of(ours, objective, settings, torch.device("cpu")),
         torch.optim.Adam(theirs.parameters(), lr=0.0009, weight_decay=0.0001),
     )
     generator = torch.Generator().manual_seed(0)
@@ -677,8 +691,8 @@ def test_trials_are_judged_by_the_mean_over_scenes_and_not_over_clips(data):
     uneven = np.concatenate([rows[scenes == 0], rows[scenes == 0], rows[scenes == 0], rows])
     model, config = build(recipe("cp_resnet").model, 10, seed=1).eval(), recipe("cp_resnet")
     front_end, cpu = LogMel(config.frontend), torch.device("cpu")
-    found = loop.validate(model, front_end, replace(data, parts={**data.parts, "validation": uneven}), cpu)
-    right = loop.predict(model, front_end, data.store, uneven, cpu).argmax(1).numpy() == data.store.scene[uneven]
+    found = validation.validate(model, front_end, replace(data, parts={**data.parts, "validation": uneven}), cpu)
+    right = validation.predict(model, front_end, data.store, uneven, cpu).argmax(1).numpy() == data.store.scene[uneven]
     macro = np.mean([right[data.store.scene[uneven] == k].mean() for k in range(10)])
     assert found["validation_accuracy"] == pytest.approx(right.mean())
     assert found["validation_macro_accuracy"] == pytest.approx(macro)
@@ -692,7 +706,7 @@ def test_without_a_gpu_asked_for_a_training_is_on_the_cpu_whatever_the_machine_h
     found, _ = train("cp_resnet", data, tmp_path / "b", epochs=1)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
     assert all(value.device.type == "cpu" for value in found.values())
-    assert loop.training_device(0.25) == torch.device("cuda")
+    assert training_device(0.25) == torch.device("cuda")
     # Counting a network takes no GPU, either.
     assert complexity(build(recipe("cp_resnet").model, 10), (1, 1, 256, 17)).parameters > 0
 
@@ -713,9 +727,9 @@ def test_logits_that_are_not_finite_end_a_training_and_never_become_an_answer(da
         model.feed_forward[0].weight[0] = float("nan")
     front_end, rows = LogMel(config.frontend), data.parts["validation"]
     with pytest.raises(
-        loop.NotFinite, match=rf"the logits of {len(rows)} of {len(rows)} clips are not finite \(audio/"
+        validation.NotFinite, match=rf"the logits of {len(rows)} of {len(rows)} clips are not finite \(audio/"
     ):
-        loop.validate(model.eval(), front_end, data, torch.device("cpu"))
+        validation.validate(model.eval(), front_end, data, torch.device("cpu"))
 
     def ruin(self, *_):
         with torch.no_grad():
@@ -819,8 +833,7 @@ def test_where_the_fusion_is_learned(clips):
     """holdout: on clips of no teacher. train: on theirs. Students have all but the validation part in each way."""
     parts = PartitionConfig(fusion=0.2, validation=0.2)
     held, own, crossed = (
-        Source(clips, parts, fusion=FusionConfig(data=data, folds=3)).open()
-        for data in ("holdout", "train", "crossfit")
+        Source(clips, parts, fusion_data=data, folds=3).open() for data in ("holdout", "train", "crossfit")
     )
     assert not set(held.parts["train"]) & set(held.parts["fusion"])
     for data in (own, crossed):

@@ -11,12 +11,14 @@ import torch
 from conftest import ROOT
 
 from asc_ray.audio.frontend import LogMel
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
 from asc_ray.data.batches import DataConfig
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
-from asc_ray.training.distillation import DistillationConfig
-from asc_ray.training.loop import Recipe, fit, validate
+from asc_ray.training.loop import fit
+from asc_ray.training.objective import DistillationConfig
+from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import validate
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -77,16 +79,21 @@ def trained(kind: str, device: torch.device) -> list[float]:
     model = build(recipe.model, SCENES)
     if given["label_weight"] is not None:
         arguments["distillation"] = DistillationConfig(label_weight=given["label_weight"])
-        arguments["soft_logits"] = np.random.default_rng(1).standard_normal((CLIPS, SCENES)).astype(np.float32)
+        arguments["soft_targets"] = np.random.default_rng(1).standard_normal((CLIPS, SCENES)).astype(np.float32)
     if given["int8"]:
-        from asc_ray.training import quantization
+        from asc_ray.int8 import conversion, preparation
 
         example = torch.randn(2, 1, 64, 32, generator=torch.Generator().manual_seed(0))
-        model = quantization.prepare(model, example)
-        quantization.set_training(model, True)
+        model = preparation.prepare(model, example)
+        preparation.set_training(model, True)
         model(example)  # before the first batch the channels' ranges have no shape
-        arguments["set_training"] = quantization.set_training
-        arguments["before_epoch"] = lambda model, epoch: quantization.freeze(model) if epoch else None
+
+        def set_mode(model: torch.nn.Module, epoch: int | None) -> None:
+            preparation.set_training(model, epoch is not None)
+            if epoch:
+                preparation.freeze(model)
+
+        arguments["set_mode"] = set_mode
     with tempfile.TemporaryDirectory() as folder:
         data = noise(Path(folder), CLIPS)
         delivery = DataConfig.model_validate({"mode": given["mode"]})
@@ -94,7 +101,7 @@ def trained(kind: str, device: torch.device) -> list[float]:
         history = fit(model, recipe, data, data.parts["train"], Path(folder) / "checkpoints", **arguments)
         validate(model, LogMel(recipe.frontend).to(device), data, device)
     if given["int8"]:
-        quantization.convert(model.cpu())
+        conversion.convert(model.cpu())
     return [metrics["loss"] for metrics in history]
 
 
@@ -106,7 +113,7 @@ PLANS: dict[str, tuple[str, list[str]]] = {
     "tables": ("small-tables", ["corpus.path=null"]),
     "seeds": ("demo", ["student.seeds=3", "sweep=null"]),
     "labels alone": ("demo", ["student.distillation.soft_target=none", "student.preset=cp_mobile"]),
-    "crossfit": ("demo", ["fusion.data=crossfit", "fusion.class_prior=uniform", "logits.precision=bf16"]),
+    "crossfit": ("demo", ["fusion.data=crossfit", "fusion.scene_prior=uniform", "logits.precision=bf16"]),
     "population": (
         "demo",
         [

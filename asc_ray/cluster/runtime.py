@@ -13,8 +13,8 @@ import torch
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from asc_ray.cluster.resources import ClusterConfig, Resources, TrainerResources
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.resources import ClusterConfig, Resources, TrainerResources
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 

@@ -26,15 +26,16 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from asc_ray.artifacts import Artifact
-from asc_ray.cluster.resources import TrainerResources
 from asc_ray.cluster.runtime import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
+from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
+from asc_ray.resources import TrainerResources
+from asc_ray.students.cost import input_shape
 from asc_ray.training import parallel
 from asc_ray.training.dataset import Source
-from asc_ray.training.loop import Recipe
-from asc_ray.training.systems import input_shape, train_teacher
+from asc_ray.training.recipe import Recipe
 
 POLL_SECONDS = 0.5
 
@@ -150,7 +151,7 @@ def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:
         recipe = teachers[name].recipe
         key = recipe.model, recipe.frontend
         if key not in macs:
-            macs[key] = complexity(build(recipe.model, classes=10), input_shape(recipe)).macs
+            macs[key] = complexity(build(recipe.model, scenes=10), input_shape(recipe)).macs
         return macs[key] * recipe.optimizer.epochs
 
     return sorted(teachers, key=cost, reverse=True)

@@ -25,9 +25,9 @@ def write_clips(
 ) -> None:
     """Clips and their samples (N, 32000) int16 as one Arrow IPC file; the same input gives the same bytes.
 
-    Columns: clip_id utf8; scene, device, location, split dictionary<int32, utf8>; energy float32, the sum of
-    (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Schema metadata: labels and devices (JSON, the dictionaries'
-    order), sample_rate, corpus (its fingerprint).
+    Columns: clip_id utf8; scene, device, location (the clip's place), split dictionary<int32, utf8>; energy float32,
+    the sum of (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Schema metadata: labels and devices (JSON, the
+    dictionaries' order), sample_rate, corpus (its fingerprint).
     """
 
     def dictionary(values: list[str], vocabulary: Sequence[str]) -> pa.Array:
@@ -36,7 +36,7 @@ def write_clips(
             pa.array([index[value] for value in values], pa.int32()), pa.array(vocabulary, pa.string())
         )
 
-    locations = [clip.location for clip in clips]
+    places = [clip.place for clip in clips]
     # Sums of squared integers: exact in float64, so no order of summation shows in the result.
     energy = [float(np.dot(wave, wave)) / 32768**2 for wave in (row.astype(np.float64) for row in pcm)]
     batch = pa.RecordBatch.from_pydict(
@@ -44,7 +44,7 @@ def write_clips(
             "clip_id": pa.array([clip.clip_id for clip in clips], pa.string()),
             "scene": dictionary([clip.scene for clip in clips], labels),
             "device": dictionary([clip.device for clip in clips], devices),
-            "location": dictionary(locations, sorted(set(locations))),
+            "location": dictionary(places, sorted(set(places))),
             "split": dictionary([clip.split for clip in clips], SPLITS),
             "energy": pa.array(np.array(energy, dtype=np.float32)),
             "pcm": pa.FixedSizeListArray.from_arrays(pa.array(pcm.reshape(-1)), CLIP_SAMPLES),
@@ -67,7 +67,7 @@ def open_clips(folder: Path) -> "ClipStore":
 class ClipStore:
     """The shards of a folder as one table of N clips; PCM stays on disk, mapped into memory.
 
-    ids, device, location, split: (N,) str; scene: (N,) int64 into `labels`; energy: (N,) float32; labels, devices:
+    ids, device, place, split: (N,) str; scene: (N,) int64 into `labels`; energy: (N,) float32; labels, devices:
     tuples; corpus: the fingerprint. Without `files` the shards are all that lie in the folder. Pickling sends the paths
     only, and opens them again at the other end.
     Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
@@ -89,7 +89,7 @@ class ClipStore:
             self.corpus: str = metadata[b"corpus"].decode()
             self.ids = np.concatenate([batch["clip_id"].to_numpy(zero_copy_only=False) for batch in batches])
             self.scene = np.concatenate([batch["scene"].indices.to_numpy() for batch in batches]).astype(np.int64)
-            self.device, self.location, self.split = (
+            self.device, self.place, self.split = (
                 np.concatenate([_strings(batch[column]) for batch in batches])
                 for column in ("device", "location", "split")
             )
@@ -114,7 +114,7 @@ class ClipStore:
     @property
     def clips(self) -> list[Clip]:
         """The rows as the corpus has them, for `partition` and `unseen_devices`."""
-        columns = (self.ids, np.array(self.labels)[self.scene], self.device, self.location, self.split)
+        columns = (self.ids, np.array(self.labels)[self.scene], self.device, self.place, self.split)
         return [Clip(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def index_of(self, ids: Sequence[str] | np.ndarray) -> np.ndarray:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from asc_ray.data.demo import DemoConfig
+from asc_ray.data.faults import EXAMPLES, BadClip, Faults
 from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.files import read_plain
 from asc_ray.runtime import fit_label
@@ -32,9 +32,6 @@ from asc_ray.section import Section
 from asc_ray.shown import printable
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
-WHOLE_CORPUS = 0.5  # a fault of more than this share of the clips has one cause, and is told once
-EXAMPLES = 3
-MOST_LINES, LONGEST_LINE = 1000, 2000  # of a message
 MOST_BYTES = 1 << 26  # of a table; TAU22's have up to 20 MB
 DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
 Split = Literal["train", "test"]
@@ -58,66 +55,8 @@ class Clip:
     clip_id: str  # the file name as meta.csv has it, relative to the corpus
     scene: str
     device: str
-    location: str  # meta.csv's `identifier`: clips that share it come from one place
+    place: str  # meta.csv's `identifier`: clips that share it come from one place
     split: Split
-
-
-@dataclass(frozen=True)
-class BadClip:
-    clip_id: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.clip_id}: {self.reason}"
-
-
-class Faults(list[tuple[str, str, str]]):
-    """What is wrong with a corpus: (the line that tells it, the clip, what it has in common with others)."""
-
-    def add(self, line: str, clip: str = "", what: str = "") -> None:
-        self.append((line, clip, what or line))
-
-    def add_clip(self, clip: BadClip) -> None:
-        self.add(str(clip), clip.clip_id, clip.reason)
-
-    def refuse(self, root: Path, clips: int, skippable: bool) -> None:
-        """Raise CorpusError with all faults, if any; one of more than half of the `clips` is told once, with its cause.
-
-        `skippable`: on_bad_clip=skip would leave these clips out.
-        """
-        if not self:
-            return
-        kinds: dict[str, list[tuple[str, str, str]]] = {}
-        for fault in self:
-            kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", fault[2]), []).append(fault)
-        lines: list[str] = []
-        for some in kinds.values():
-            if some[0][1] and len(some) > max(EXAMPLES, WHOLE_CORPUS * clips):
-                examples = ", ".join(clip for _, clip, _ in some[:EXAMPLES])
-                cause = _cause([clip for _, clip, _ in some], some[0][2])
-                lines.append(f"{len(some)} of {clips} clips: {some[0][2]} ({examples}, ...){cause}")
-            else:
-                lines += [line for line, _, _ in some]
-        if len(lines) > MOST_LINES:
-            lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more"]
-        listed = "".join(f"\n  {line[:LONGEST_LINE]}" for line in lines)
-        advice = (
-            "Mend the files, or leave these clips out with corpus.on_bad_clip=skip." if skippable else "Mend the files."
-        )
-        raise CorpusError(f"{root}: {len(self)} problem(s) in the corpus:{listed}\n{advice}")
-
-
-def _cause(names: Sequence[str], what: str) -> str:
-    """Why a whole corpus has one fault, where it shows."""
-    if all(name[:1] in "\"'" and name[:1] == name[-1:] for name in names if name):
-        return ". The names are in quotes: write the tables without them"
-    if any("\\" in name for name in names):
-        return ". The names have backslashes: write them with /"
-    if "one second is expected" in what:
-        return ". These are recordings of another length: cut them into clips of one second, as TAU22's"
-    if what == "no such file":
-        return ". Is this the corpus' own folder, and was all of it unpacked?"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -214,7 +153,7 @@ def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
     for what, names in (
         ("scenes", {clip.scene for clip in clips}),
         ("devices", {clip.device for clip in clips}),
-        ("places", {clip.location for clip in clips}),
+        ("places", {clip.place for clip in clips}),
     ):
         spellings: dict[str, list[str]] = {}
         for name in sorted(names):
@@ -226,7 +165,7 @@ def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
                 )
     places: dict[Split, set[str]] = {"train": set(), "test": set()}
     for clip in clips:
-        places[clip.split].add(clip.location)
+        places[clip.split].add(clip.place)
     if both := sorted(places["train"] & places["test"]):
         some = ", ".join(both[:EXAMPLES]) + (", ..." if len(both) > EXAMPLES else "")
         yield (
@@ -394,58 +333,3 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
             if other != name:
                 faults.add_clip(BadClip(name, f"is one file with {other}"))
     return sizes
-
-
-def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Split `clips` into named parts so that no location is in two of them; {part: sorted int64 indices into `clips`}.
-
-    `shares` gives each held-out part's share of the clips of every scene; the rest is the part "train" (left out where
-    the shares add up to 1, as for cross-fitting). Per scene the locations are shuffled, and each goes to the part that
-    is then filled least relative to its share. A location with clips of several scenes goes as a whole.
-
-    Raises ConfigError for shares that are no shares, CorpusError where a scene has too few locations.
-    """
-    rest = 1 - sum(shares.values())
-    if "train" in shares or rest < -1e-9 or not all(0 < share < 1 for share in shares.values()):
-        raise ConfigError(
-            f"shares {shares}: each must lie between 0 and 1, together at most 1; the remainder is called 'train'"
-        )
-    share = ({"train": rest} if rest > 1e-9 else {}) | shares
-    rng = np.random.default_rng(seed)
-    at_location: dict[str, Counter[str]] = {}  # clips by scene
-    locations_of: dict[str, list[str]] = {}  # in order of appearance
-    for clip in clips:
-        if clip.scene not in (counts := at_location.setdefault(clip.location, Counter())):
-            locations_of.setdefault(clip.scene, []).append(clip.location)
-        counts[clip.scene] += 1
-
-    part_of: dict[str, str] = {}
-    filled: dict[str, Counter[str]] = {part: Counter() for part in share}  # clips by scene
-    for scene in sorted(locations_of):
-        free = [location for location in locations_of[scene] if location not in part_of]
-        rng.shuffle(free)
-        for position, location in enumerate(free):
-            size = at_location[location][scene]
-            empty = [part for part in share if not filled[part][scene]]
-            # The last locations are kept for parts that have none yet, whatever their share.
-            candidates = empty if len(free) - position <= len(empty) else list(share)
-            part = min(candidates, key=lambda part: (filled[part][scene] + size) / share[part])
-            part_of[location] = part
-            filled[part] += at_location[location]
-
-    lacking = [
-        f"\n  {scene}: {len(locations_of[scene])} location(s); clips "
-        + ", ".join(f"{part} {filled[part][scene]}" for part in share)
-        for scene in sorted(locations_of)
-        if not all(filled[part][scene] for part in share)
-    ]
-    if lacking or not clips:
-        raise CorpusError(
-            f"no split into {', '.join(share)} by location has every scene in every part; {len(clips)} clips."
-            f"{''.join(lacking)}\nHold out fewer parts (lower fusion.folds), or use a corpus with more locations "
-            "in these scenes."
-        )
-    indices: dict[str, list[int]] = {part: [] for part in share}
-    for index, clip in enumerate(clips):
-        indices[part_of[clip.location]].append(index)
-    return {part: np.array(values, dtype=np.int64) for part, values in indices.items()}

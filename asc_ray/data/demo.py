@@ -7,9 +7,10 @@ on all nine devices. Its figures say nothing about real places.
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -29,11 +30,15 @@ IR_SAMPLES = 2048
 class DemoConfig(Section):
     """Size of the synthetic corpus; a test second makes nine clips, one a device."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "train_places_per_scene": "train_locations_per_scene",
+        "test_places_per_scene": "test_locations_per_scene",
+    }
     seed: int = Field(0, ge=0)
     train_clips_per_scene: int = Field(80, ge=4, le=10_000)
-    train_locations_per_scene: int = Field(16, ge=2, le=1_000)
+    train_places_per_scene: int = Field(16, ge=2, le=1_000)
     test_seconds_per_scene: int = Field(10, ge=1, le=1_000)
-    test_locations_per_scene: int = Field(5, ge=1, le=1_000)
+    test_places_per_scene: int = Field(5, ge=1, le=1_000)
     impulse_responses: int = Field(16, ge=1, le=256)
 
 
@@ -285,16 +290,16 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
     devices = {name: _Device(name, config.seed) for name in DEVICES}
     meta, train, test = [], [], []
 
-    def write(stem: str, scene: str, location: str, device: str, clip: np.ndarray) -> tuple[str, str]:
+    def write(stem: str, scene: str, at: str, device: str, clip: np.ndarray) -> tuple[str, str]:
         name = f"audio/{stem}-{device}.wav"
         sf.write(out / name, np.rint(np.clip(clip, -1, 1) * 32767).astype(np.int16), RATE, subtype="PCM_16")
-        meta.append((name, scene, location, device))
+        meta.append((name, scene, at, device))
         return name, scene
 
     for scene_index, scene in enumerate(SCENES):
         for split, clips, places in (
-            ("train", config.train_clips_per_scene, config.train_locations_per_scene),
-            ("test", config.test_seconds_per_scene, config.test_locations_per_scene),
+            ("train", config.train_clips_per_scene, config.train_places_per_scene),
+            ("test", config.test_seconds_per_scene, config.test_places_per_scene),
         ):
             for place, seconds in enumerate(map(len, np.array_split(np.arange(clips), places))):
                 if not seconds:
@@ -302,19 +307,19 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
                 key = (0 if split == "train" else 1, scene_index, place)
                 rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=key))
                 number = 1000 * (split == "test") + len(SCENES) * place + scene_index
-                location = f"{CITIES[place % len(CITIES)]}-{number}"
+                at = f"{CITIES[place % len(CITIES)]}-{number}"
                 sound = _record(rng, scene, seconds)
                 if split == "train":
                     chosen = rng.choice(TRAIN_DEVICES, size=seconds, p=TRAIN_SHARES)
                     for second, device in enumerate(chosen):
                         clip = devices[device](rng, sound[second : second + 1])[0]
-                        train.append(write(f"{scene}-{location}-{number}-{second}", scene, location, device, clip))
+                        train.append(write(f"{scene}-{at}-{number}-{second}", scene, at, device, clip))
                     continue
                 recorded = {name: device(rng, sound) for name, device in devices.items()}
                 for second in range(seconds):
                     for device in DEVICES:
-                        stem = f"{scene}-{location}-{number}-{second}"
-                        test.append(write(stem, scene, location, device, recorded[device][second]))
+                        stem = f"{scene}-{at}-{number}-{second}"
+                        test.append(write(stem, scene, at, device, recorded[device][second]))
 
     for index in range(config.impulse_responses):
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(3, index)))

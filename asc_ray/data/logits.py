@@ -64,14 +64,14 @@ def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray
     """
     if missing := [key for key in REQUIRED_METADATA if key not in metadata]:
         raise ValueError(f"metadata lacks {missing}")
-    classes = len(json.loads(metadata["labels"]))
-    if logits.shape != (len(ids), classes):
-        raise ValueError(f"logits are {logits.shape}, expected ({len(ids)} clips, {classes} labels)")
+    scenes = len(json.loads(metadata["labels"]))
+    if logits.shape != (len(ids), scenes):
+        raise ValueError(f"logits are {logits.shape}, expected ({len(ids)} clips, {scenes} labels)")
     values = np.ascontiguousarray(logits, dtype=np.float32)
     batch = pa.RecordBatch.from_pydict(
         {
             "clip_id": pa.array(ids, pa.string()),
-            "logits": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), classes),
+            "logits": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), scenes),
         },
         metadata=metadata,
     )

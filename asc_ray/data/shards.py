@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from asc_ray.data.clips import CLIP_SAMPLES, write_clips
-from asc_ray.data.corpus import BadClip, Clip
+from asc_ray.data.corpus import Clip
 from asc_ray.data.decode import BadAudio, decode
+from asc_ray.data.faults import BadClip
 
 
 @dataclass(frozen=True)

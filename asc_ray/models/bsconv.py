@@ -30,9 +30,9 @@ class BSConv(nn.Sequential):
 
 
 class BSConvCNN(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, classes). A pool between blocks: F and T of 32 at least."""
+    """(B, 1, F, T) log-mel to logits (B, scenes). A pool between blocks: F and T of 32 at least."""
 
-    def __init__(self, config: BSConvConfig, classes: int):
+    def __init__(self, config: BSConvConfig, scenes: int):
         super().__init__()
         layers: list[nn.Module] = [*conv_bn(1, config.stem, 3, 2), nn.ReLU()]
         inputs = config.stem
@@ -42,7 +42,7 @@ class BSConvCNN(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             inputs = outputs
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, scenes))
         he_normal(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ STRIDES = {"b2": (2, 2), "b4": (2, 1)}  # (frequency, time); every other block k
 
 
 class CPMobileConfig(Section):
-    """The defaults are the published network: 32, 72 and 168 channels, 126,952 parameters with 10 classes."""
+    """The defaults are the published network: 32, 72 and 168 channels, 126,952 parameters with 10 scenes."""
 
     name: Literal["cp_mobile"] = "cp_mobile"
     width: int = Field(32, ge=8, le=256, multiple_of=8, description="channels of the first stage")
@@ -79,9 +79,9 @@ class Block(nn.Module):
 
 
 class CPMobile(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, classes)."""
+    """(B, 1, F, T) log-mel to logits (B, scenes)."""
 
-    def __init__(self, config: CPMobileConfig, classes: int):
+    def __init__(self, config: CPMobileConfig, scenes: int):
         super().__init__()
         self.in_c = nn.Sequential(
             nn.Sequential(*conv_bn(1, config.width // 4, 3, 2), nn.ReLU(inplace=True)),
@@ -96,7 +96,7 @@ class CPMobile(nn.Module):
                 stage[f"b{number}"] = Block(inputs, outputs, config.expansion, STRIDES.get(f"b{number}", (1, 1)))
                 inputs = outputs
             self.stages.add_module(f"s{index}", nn.Sequential(stage))
-        self.feed_forward = nn.Sequential(*conv_bn(inputs, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feed_forward = nn.Sequential(*conv_bn(inputs, scenes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         he_normal(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from asc_ray.section import Section
 
 
 class CPResNetConfig(Section):
-    """The defaults are the published network: 32, 64 and 128 - 36 channels, 127,684 parameters with 10 classes."""
+    """The defaults are the published network: 32, 64 and 128 - 36 channels, 127,684 parameters with 10 scenes."""
 
     name: Literal["cp_resnet"] = "cp_resnet"
     width: int = Field(
@@ -49,9 +49,9 @@ class Block(nn.Module):
 
 
 class CPResNet(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, classes). F >= 16 and T >= 4, for the pools."""
+    """(B, 1, F, T) log-mel to logits (B, scenes). F >= 16 and T >= 4, for the pools."""
 
-    def __init__(self, config: CPResNetConfig, classes: int):
+    def __init__(self, config: CPResNetConfig, scenes: int):
         super().__init__()
         c1, c2, c3 = config.channels
 
@@ -73,7 +73,7 @@ class CPResNet(nn.Module):
         self.stage2 = nn.Sequential(OrderedDict(block1=Block(c1, c2, (kernel(6), kernel(7)), groups=2)))
         self.stage3 = nn.Sequential(OrderedDict(block1=Block(c2, c3, (kernel(8), kernel(9)))))
         self.feed_forward = nn.Sequential(
-            nn.Conv2d(c3, classes, 1, bias=False), nn.BatchNorm2d(classes), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            nn.Conv2d(c3, scenes, 1, bias=False), nn.BatchNorm2d(scenes), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
         self._initialize()
 

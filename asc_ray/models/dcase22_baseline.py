@@ -26,14 +26,14 @@ def _conv(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class DCASE22Baseline(nn.Module):
-    """(B, 1, 40, 51) log-mel to logits (B, classes)."""
+    """(B, 1, 40, 51) log-mel to logits (B, scenes)."""
 
-    def __init__(self, config: DCASE22BaselineConfig, classes: int):
+    def __init__(self, config: DCASE22BaselineConfig, scenes: int):
         super().__init__()
         self.features = nn.Sequential(
             *_conv(1, 16), *_conv(16, 16), nn.MaxPool2d(5), *_conv(16, 32), nn.MaxPool2d((4, 10)), nn.Flatten()
         )
-        self.classifier = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, classes))
+        self.classifier = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, scenes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x))

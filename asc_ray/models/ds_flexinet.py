@@ -24,18 +24,18 @@ class Stage(Section):
     expansion: float = Field(2, ge=1, le=8, description="of a block's input channels")
 
 
-class Plan(Section):
+class ChannelPlan(Section):
     """Output channels of the two stem convolutions, and the stages."""
 
     stem: tuple[Channels, Channels]
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=8)
 
 
-def _plan(stem: tuple[int, int], channels: tuple[int, int, int]) -> Plan:
+def _plan(stem: tuple[int, int], channels: tuple[int, int, int]) -> ChannelPlan:
     """The structure that all four sizes share: one block a stage, on 64 x 16, 32 x 8 and 16 x 4 positions."""
     pools = ((1, 1), (2, 2), (2, 2))
     stages = (Stage(channels=c, blocks=1, pool=pool) for c, pool in zip(channels, pools, strict=True))
-    return Plan(stem=stem, stages=tuple(stages))
+    return ChannelPlan(stem=stem, stages=tuple(stages))
 
 
 # Found by bench/channel_plans.py, within 0.3 % of Table II's parameters and 0.5 % of its MACs; the structure was chosen
@@ -53,7 +53,7 @@ class DSFlexiNetConfig(Section):
 
     name: Literal["ds_flexinet"] = "ds_flexinet"
     size: Literal["sm1", "sm2", "sm3", "sm4"] | None = "sm2"
-    plan: Plan | None = None
+    plan: ChannelPlan | None = None
     normalization: NormalizationConfig = NormalizationConfig()
 
     @model_validator(mode="after")
@@ -63,7 +63,7 @@ class DSFlexiNetConfig(Section):
         return self
 
     @property
-    def channel_plan(self) -> Plan:
+    def channel_plan(self) -> ChannelPlan:
         return self.plan or PLANS[self.size or ""]
 
 
@@ -90,9 +90,9 @@ class Block(nn.Module):
 
 
 class DSFlexiNet(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, classes)."""
+    """(B, 1, F, T) log-mel to logits (B, scenes)."""
 
-    def __init__(self, config: DSFlexiNetConfig, classes: int):
+    def __init__(self, config: DSFlexiNetConfig, scenes: int):
         super().__init__()
         plan = config.channel_plan
         c1, channels = plan.stem
@@ -113,7 +113,7 @@ class DSFlexiNet(nn.Module):
             layers[f"stage{index}"] = nn.Sequential(*blocks)
             normalized("stages" if index < len(plan.stages) else "last", str(index), channels)
         self.features = nn.Sequential(layers)
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, scenes))
         he_normal(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

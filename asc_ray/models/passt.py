@@ -13,7 +13,7 @@ from asc_ray.section import Section, absolute
 
 
 class PasstConfig(Section):
-    """The defaults are the published network (85,358,612 parameters with 10 classes) and its patchout for scenes."""
+    """The defaults are the published network (85,358,612 parameters with 10 scenes) and its patchout for scenes."""
 
     name: Literal["passt"] = "passt"
     width: int = Field(768, ge=8, le=2048)
@@ -101,13 +101,13 @@ class Block(nn.Module):
 
 
 class Passt(nn.Module):
-    """(B, 1, mels, T) log-mel to logits (B, classes), for patch <= T <= frames.
+    """(B, 1, mels, T) log-mel to logits (B, scenes), for patch <= T <= frames.
 
     In training, structured and unstructured patchout and the random offset into the time grid are given, once for the
     whole batch, as `choices` drew them; evaluation is deterministic.
     """
 
-    def __init__(self, config: PasstConfig, classes: int):
+    def __init__(self, config: PasstConfig, scenes: int):
         super().__init__()
         self.config = config
         width, (rows, columns) = config.width, config.grid
@@ -119,9 +119,9 @@ class Passt(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.Sequential(*(Block(width, config.heads) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, scenes))
         # In the published checkpoints and used by nothing: without a gradient it is no concern of DDP or the optimizer.
-        self.head_dist = nn.Linear(width, classes).requires_grad_(False)
+        self.head_dist = nn.Linear(width, scenes).requires_grad_(False)
         self._initialize()
 
     def _initialize(self) -> None:

@@ -30,12 +30,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(config: ModelConfig, classes: int, seed: int = 0) -> nn.Module:
-    """The network on the CPU: (B, 1, F, T) to logits (B, classes). The same seed gives the same weights, and the
+def build(config: ModelConfig, scenes: int, seed: int = 0) -> nn.Module:
+    """The network on the CPU: (B, 1, F, T) to logits (B, scenes). The same seed gives the same weights, and the
     process's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return NETWORKS[config.name](config, classes)
+        return NETWORKS[config.name](config, scenes)
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from asc_ray.evaluation.scores import Evaluation
 from asc_ray.report.page import environment
-from asc_ray.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

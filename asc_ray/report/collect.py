@@ -12,14 +12,16 @@ import yaml
 
 from asc_ray.artifacts import Artifact, stored_file
 from asc_ray.data.corpus import unseen_devices
-from asc_ray.fusion import Fusion
+from asc_ray.ensemble.fuse import FUSION
+from asc_ray.ensemble.fusion import Fusion
+from asc_ray.evaluation.artifact import read_scores
+from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
+from asc_ray.search.config import SweepConfig
+from asc_ray.search.trials import TrialResult, importances
+from asc_ray.students.config import StudentConfig
 from asc_ray.training.dataset import Source
-from asc_ray.training.ensemble import FUSION, read_scores
-from asc_ray.training.evaluation import OverSeeds
-from asc_ray.training.search import SweepConfig, TrialResult, importances
-from asc_ray.training.systems import StudentConfig
 
 LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")
 

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from asc_ray.training.evaluation import Evaluation
-from asc_ray.training.search import TrialResult
+from asc_ray.evaluation.scores import Evaluation
 
 P = ParamSpec("P")
 Curves = Mapping[str, Sequence[Mapping[str, float]]]  # run -> the metrics of every epoch
@@ -50,7 +49,7 @@ STYLE: Any = {
 }
 
 
-def _svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+def as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     """Make a function that draws a figure return it as an <svg> element."""
 
     @wraps(draw)
@@ -76,7 +75,7 @@ def standalone(svg: str) -> str:
     return head + background + body.replace("currentColor", "#1d2430")
 
 
-@_svg
+@as_svg
 def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str], unseen: Sequence[str]) -> Figure:
     """Bars of accuracy by device, one a system; devices that training did not have stand last, on a shade."""
     figure = Figure(figsize=(WIDTH, 3.7))
@@ -110,7 +109,7 @@ def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str]
     return figure
 
 
-@_svg
+@as_svg
 def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> Figure:
     """Share of every scene's clips (a row) that got an answer (a column), one matrix a system."""
     labels = next(iter(systems.values())).labels
@@ -141,7 +140,7 @@ def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> F
     return figure
 
 
-@_svg
+@as_svg
 def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) -> Figure:
     """The fusion's weight of every system, beside the plain average's, and its bias of every class."""
     figure = Figure(figsize=(WIDTH, 1.1 + 0.25 * max(len(weights), len(biases))))
@@ -157,7 +156,7 @@ def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) ->
     return figure
 
 
-@_svg
+@as_svg
 def reliability(parts: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
     """Accuracy over confidence, a row a set of clips: every single system, their average, the fusion.
 
@@ -199,7 +198,7 @@ def _bars(axes: Axes, values: Mapping[str, float], color: str) -> None:
     axes.grid(axis="x")
 
 
-@_svg
+@as_svg
 def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
     """Distribution of the training clips' energy E(x) = sum x[t]^2 with ADIR's threshold; the paper's Fig. 2."""
     figure = Figure(figsize=(WIDTH, 3.2))
@@ -236,7 +235,7 @@ def _nearest_inner(edges: np.ndarray, value: float) -> int:
     return int(distance.argmin())
 
 
-@_svg
+@as_svg
 def training_curves(panels: Mapping[str, Curves]) -> Figure:
     """Loss and validation accuracy by epoch, one column a panel; runs that differ in a last number share a color."""
     figure = Figure(figsize=(WIDTH, 5.2))
@@ -262,141 +261,3 @@ def training_curves(panels: Mapping[str, Curves]) -> Figure:
         upper.grid()
         lower.grid()
     return figure
-
-
-@_svg
-def sweep(trials: Sequence[TrialResult]) -> Figure:
-    """The search: every trial's value in the order of trials, and against each parameter."""
-    parameters = sorted({name for trial in trials for name in trial.parameters})
-    columns = 4
-    rows = -(-len(parameters) // columns)
-    figure = Figure(figsize=(WIDTH, 3.0 + 2.1 * rows))
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.35] + [1.0] * rows)
-    course = figure.add_subplot(grid[0, :])
-    values = [100 * t.value for t in trials if t.has_value] or [0.0]
-    margin = 0.08 * (max(values) - min(values)) + 0.5
-    floor = min(values) - margin  # where trials without a value are drawn: their 0 would rule the scale
-    course.set_ylim(floor, max(values) + margin)
-    _points(course, trials, [t.number for t in trials], floor)
-    finished = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.number)
-    if finished:
-        so_far = np.maximum.accumulate([100 * t.value for t in finished])
-        course.step([t.number for t in finished], so_far, where="post", color=PALETTE[1], lw=1.3, label="best so far")
-    course.set(xlabel="trial", ylabel="value, %")
-    course.set_xlim(-0.7, max(t.number for t in trials) + 0.7)
-    course.xaxis.set_major_locator(MaxNLocator(integer=True))
-    course.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0)
-    course.grid()
-    for i, name in enumerate(parameters):
-        axes = figure.add_subplot(grid[1 + i // columns, i % columns], sharey=course)
-        having = [t for t in trials if name in t.parameters]
-        _points(axes, having, _positions(axes, [t.parameters[name] for t in having]), floor)
-        axes.set_xlabel(name if len(name) <= 36 else "…" + name[-35:], fontsize=8)
-        axes.set_ylabel("value, %" if i % columns == 0 else "")
-        axes.tick_params(labelsize=8, labelleft=i % columns == 0)
-        axes.grid()
-    return figure
-
-
-@_svg
-def importance(shares: Mapping[str, float]) -> Figure:
-    """How much each parameter of the search says about its best trials, as shares of 1."""
-    order = sorted(shares, key=lambda name: shares[name])
-    figure = Figure(figsize=(WIDTH, 0.7 + 0.28 * len(order)))
-    axes = figure.add_subplot()
-    axes.barh(order, [100 * shares[name] for name in order], color=ACCENT, height=0.6)
-    axes.set(xlabel="importance, %", xlim=(0, 100))
-    axes.grid(axis="x")
-    return figure
-
-
-@_svg
-def parallel_coordinates(trials: Sequence[TrialResult]) -> Figure:
-    """A line a trial over all parameters, from low to high, in the color of its value; gaps where it has none."""
-    names = sorted({name for trial in trials for name in trial.parameters})
-    drawn = sorted((t for t in trials if t.has_value), key=lambda t: t.value)
-    figure = Figure(figsize=(WIDTH, 3.6))
-    axes = figure.add_subplot()
-    heights = np.full((len(drawn), len(names)), np.nan)
-    for column, name in enumerate(names):
-        having = [i for i, trial in enumerate(drawn) if name in trial.parameters]
-        places, ends = _heights([drawn[i].parameters[name] for i in having])
-        heights[having, column] = places
-        for height, text in ends.items():
-            beyond = {0.0: -0.05, 1.0: 1.05}.get(height, height)  # above and below the lines
-            axes.text(column, beyond, text, fontsize=7, va="center", ha="center")
-    values = np.array([100 * trial.value for trial in drawn])
-    colors = matplotlib.colormaps["viridis"]
-    scale = matplotlib.colors.Normalize(*((values.min(), values.max()) if len(values) else (0, 1)))
-    for row, value in zip(heights, values, strict=True):  # the best last, above the others
-        axes.plot(row, color=colors(scale(value)), lw=1.1, alpha=0.85, marker="o", ms=2.5)
-    axes.set_xticks(range(len(names)), [name.replace(".", ".\n") for name in names], fontsize=7)
-    axes.set(yticks=[], ylim=(-0.1, 1.1))
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.5)
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, colors), ax=axes, label="value, %")
-    bar.solids.set_rasterized(False)  # type: ignore[union-attr]
-    return figure
-
-
-def _heights(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
-    """Places of a parameter's values between 0 and 1, and what is written where."""
-    if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        low, high = min(values), max(values)
-        scaled = np.asarray(values, float)
-        if low > 0 and high > 5 * np.median(values):
-            scaled = np.log(scaled)
-        span = scaled.max() - scaled.min()
-        return list((scaled - scaled.min()) / span if span else scaled * 0 + 0.5), (
-            {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"} if span else {0.5: f"{low:.4g}"}
-        )
-    choices = sorted({str(v) for v in values})
-    places = {choice: i / max(1, len(choices) - 1) for i, choice in enumerate(choices)}
-    return [places[str(v)] for v in values], {place: choice for choice, place in places.items()}
-
-
-@_svg
-def pareto_front(trials: Sequence[TrialResult], front: Sequence[TrialResult], cost: str) -> Figure:
-    """Value against cost of the trials that ran to their ends, and the line below which nobody needs to look."""
-    figure = Figure(figsize=(WIDTH, 3.4))
-    axes = figure.add_subplot()
-    complete = [t for t in trials if t.state == "complete" and t.cost is not None]
-    axes.scatter([t.cost or 0 for t in complete], [100 * t.value for t in complete], color=MUTED, s=20, label="trial")
-    axes.step(
-        [t.cost or 0 for t in front], [100 * t.value for t in front], where="post", marker="o", color=PALETTE[1],
-        label="better than all that cost less",
-    )  # fmt: skip
-    axes.set(xlabel=cost, ylabel="value, %")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.legend(loc="lower right")
-    axes.grid()
-    return figure
-
-
-def _points(axes: Axes, trials: Sequence[TrialResult], x: Sequence[float], floor: float) -> None:
-    """Every trial's value in % at its `x`, in the mark of its state."""
-    marks: dict[str, dict[str, Any]] = {
-        "complete": {"color": ACCENT, "s": 26, "zorder": 3},
-        "stopped": {"facecolors": "none", "edgecolors": MUTED, "s": 20},
-        "diverged": {"color": PALETTE[4], "marker": "x", "s": 24, "clip_on": False},
-        "failed": {"color": PALETTE[4], "marker": "+", "s": 30, "clip_on": False},
-    }
-    for state, mark in marks.items():
-        of_state = [i for i, trial in enumerate(trials) if trial.state == state]
-        if of_state:
-            values = [100 * trials[i].value if trials[i].has_value else floor for i in of_state]
-            axes.scatter([x[i] for i in of_state], values, label=state, **mark)
-
-
-def _positions(axes: Axes, values: Sequence[Any]) -> list[float]:
-    """Places of a parameter's values on the x axis: logarithmic where they crowd near zero, choices in sorted order."""
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        if min(values) > 0 and max(values) > 5 * np.median(values):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.xaxis.set_minor_formatter(lambda value, _: "")
-        return [float(v) for v in values]
-    choices = sorted({str(v) for v in values})
-    axes.set_xticks(range(len(choices)), choices)
-    axes.set_xlim(-0.5, len(choices) - 0.5)
-    return [float(choices.index(str(v))) for v in values]

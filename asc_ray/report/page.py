@@ -9,12 +9,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from asc_ray.fusion import Fusion
-from asc_ray.report import figures
+from asc_ray.ensemble.fusion import Fusion
+from asc_ray.evaluation.artifact import Scores
+from asc_ray.evaluation.scores import Evaluation
+from asc_ray.evaluation.seeds import Deviation
+from asc_ray.report import figures, search_figures
+from asc_ray.search.trials import TrialResult, pareto, values_over_seeds
 from asc_ray.section import Section
 from asc_ray.shown import in_markdown
-from asc_ray.training.evaluation import Deviation, Evaluation, Scores
-from asc_ray.training.search import TrialResult, pareto, values_over_seeds
 
 COLORS = {  # by kind, in the order of the systems
     "teacher": ("#9b6fc8",),
@@ -183,12 +185,12 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
         }
         drawn["training_curves"] = figures.training_curves({title: runs for title, runs in panels.items() if runs})
     if data.trials:
-        drawn["sweep"] = figures.sweep(data.trials)
-        drawn["parallel_coordinates"] = figures.parallel_coordinates(data.trials)
+        drawn["sweep"] = search_figures.sweep(data.trials)
+        drawn["parallel_coordinates"] = search_figures.parallel_coordinates(data.trials)
     if data.importances:
-        drawn["importance"] = figures.importance(data.importances)
+        drawn["importance"] = search_figures.importance(data.importances)
     if data.cost:
-        drawn["pareto_front"] = figures.pareto_front(data.trials, pareto(data.trials), COSTS[data.cost])
+        drawn["pareto_front"] = search_figures.pareto_front(data.trials, pareto(data.trials), COSTS[data.cost])
     return drawn
 
 

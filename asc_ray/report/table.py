@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.models.complexity import BYTES_EACH
 from asc_ray.report.page import environment
 from asc_ray.shown import in_csv, in_markdown
-from asc_ray.training.evaluation import OverSeeds
 
 PAPER = "the paper, TAU22"
 

@@ -20,7 +20,8 @@ import numpy as np
 from asc_ray.errors import UserError
 from asc_ray.files import read_plain
 from asc_ray.runtime.frontend import Frontend, LogMel
-from asc_ray.runtime.onnx_file import MOST_BYTES, NotOurs, read_model
+from asc_ray.runtime.onnx_file import MOST_BYTES, read_model
+from asc_ray.runtime.protobuf import NotOurs
 from asc_ray.shown import printable
 
 MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json", "SHA256SUMS"

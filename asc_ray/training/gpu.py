@@ -12,6 +12,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from asc_ray.errors import UserError
+
+
+def training_device(gpus: float) -> torch.device:
+    """Where to compute with so many GPUs, or such a part of one: without any on the CPU, whatever the machine has.
+
+    Raises UserError where a GPU was asked for and torch sees none.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"gpus: {gpus:g} was asked for, and torch {torch.__version__} sees no GPU here; install a CUDA build of "
+            "torch on every node, or ask for gpus: 0"
+        )
+    return torch.device("cuda")
+
 
 @cache
 def _stream(device: int) -> torch.cuda.Stream:

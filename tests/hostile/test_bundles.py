@@ -19,8 +19,8 @@ from conftest import BUNDLE_LABELS, command
 from onnx import TensorProto, helper
 from refusal import refused, replaced, sparse
 
+from asc_ray.int8.bundle import seal
 from asc_ray.runtime import Bundle, verify
-from asc_ray.training.export import seal
 
 pytestmark = pytest.mark.timeout(60)
 SUMS = "SHA256SUMS"

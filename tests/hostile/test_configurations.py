@@ -6,8 +6,8 @@ import pytest
 from conftest import TINY
 from refusal import refused, sparse
 
-from asc_ray.config import load_config
-from asc_ray.yaml_text import read_yaml
+from asc_ray.config.composition import load_config
+from asc_ray.config.yaml_text import read_yaml
 
 pytestmark = pytest.mark.timeout(60)
 

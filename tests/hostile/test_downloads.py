@@ -9,7 +9,8 @@ from refusal import refused
 from test_download import FILES, TOP, Server, out, packed, publish, server  # noqa: F401
 
 from asc_ray.data import download as module
-from asc_ray.data.download import SOURCES, Archive, download
+from asc_ray.data.archives import Archive
+from asc_ray.data.download import SOURCES, download
 
 pytestmark = pytest.mark.timeout(60)
 NAME = "audio.2.zip"
@@ -77,7 +78,7 @@ def test_a_body_longer_than_the_archive(server, out, monkeypatch):  # noqa: F811
     """It ends when the archive's size is reached, however long the server goes on."""
     source = SOURCES["tiny"]
     smaller = tuple(Archive(a.name, a.md5, a.size - 100 if a.name == NAME else a.size) for a in source.archives)
-    monkeypatch.setitem(SOURCES, "tiny", module.Source(source.url, source.top, smaller))
+    monkeypatch.setitem(SOURCES, "tiny", module.PublicCorpus(source.url, source.top, smaller))
     refused(lambda: download("tiny", out, base_url=server.url), NAME, "more than the")
     assert not (out / ".download" / f"{NAME}.part").exists()
 

@@ -14,16 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asc_ray.audio.recording import BadAudio, Recording
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
+from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.decode import decode
 from asc_ray.errors import ConfigError, CorpusError, UserError
+from asc_ray.int8.bundle import seal
 from asc_ray.models.pretrained import read_tensors
 from asc_ray.plan import dump
 from asc_ray.runtime import Bundle
-from asc_ray.runtime.onnx_file import NotOurs, read_model
-from asc_ray.training.export import seal
-from asc_ray.yaml_text import read_yaml
+from asc_ray.runtime.onnx_file import read_model
+from asc_ray.runtime.protobuf import NotOurs
 
 pytestmark = pytest.mark.timeout(300)
 bounded = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

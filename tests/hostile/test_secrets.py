@@ -14,13 +14,13 @@ from conftest import TINY
 from refusal import refused
 
 import asc_ray
-from asc_ray.config import load_config
+from asc_ray.config.composition import load_config
+from asc_ray.evaluation.scores import evaluate
 from asc_ray.plan import dump
 from asc_ray.report.card import Card, render_card
 from asc_ray.report.table import ComparedRow, Comparison, comma_separated, markdown
 from asc_ray.shown import in_csv, in_markdown, masked, path_in_csv, printable
-from asc_ray.tracking import Tracker
-from asc_ray.training.evaluation import evaluate
+from asc_ray.tracking.runs import Tracker
 
 pytestmark = pytest.mark.timeout(120)
 URIS = [

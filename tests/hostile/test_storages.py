@@ -11,17 +11,8 @@ import pytest
 from refusal import refused, replaced, sparse
 
 from asc_ray import artifacts
-from asc_ray.artifacts import (
-    LOCK,
-    Artifact,
-    damaged_files,
-    exclusive,
-    is_locked,
-    read_manifest,
-    read_record,
-    stored_files,
-    write_record,
-)
+from asc_ray.artifacts import Artifact, damaged_files, read_manifest, read_record, stored_files, write_record
+from asc_ray.lock import LOCK, exclusive, is_locked
 
 pytestmark = pytest.mark.timeout(60)
 

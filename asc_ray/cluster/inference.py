@@ -1,0 +1,76 @@
+"""Logits of every system as Ray tasks over parts of the clips."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asc_ray.artifacts import Artifact
+from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
+from asc_ray.data.clips import SPLITS
+from asc_ray.data.logits import read_logits
+from asc_ray.data.parts import finished_parts, missing_parts, part_file
+from asc_ray.ensemble.inference import Inference, Precision, infer
+from asc_ray.errors import UserError
+from asc_ray.resources import Resources
+from asc_ray.training.dataset import Source
+from asc_ray.training.recipe import Recipe
+
+
+def store_logits(
+    systems: Mapping[str, tuple[Artifact, tuple[Path, ...], Recipe]],
+    source: Source,
+    part_clips: int,
+    batch_size: int,
+    precision: Precision,
+    resources: Resources,
+    retries: int,
+    on_event: OnEvent,
+) -> None:
+    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folders, recipe).
+
+    A task is some clips of one split and all systems of one front end that lack their logits.
+    """
+    store = source.store()
+    rows = {split: np.flatnonzero(store.split == split) for split in SPLITS}
+    reports: dict[str, list[dict[str, Any]]] = {}
+    shares: dict[tuple[str, str, int, int], list[Inference]] = {}  # by front end, split, first clip and the one behind
+    for name, (artifact, teachers, recipe) in systems.items():
+        folder, reports[name] = artifact.open_partial(), []
+        for split in SPLITS:
+            finished = finished_parts(folder, split, store.ids[rows[split]])
+            reports[name] += finished
+            metadata = {"system": name, "config": artifact.key, "split": split}
+            for some in missing_parts(len(rows[split]), finished, part_clips):
+                key = recipe.frontend.model_dump_json(), split, some.start, some.stop
+                file = part_file(folder, split, some.start)
+                shares.setdefault(key, []).append(Inference(name, teachers, recipe, file, metadata))
+    tasks = {}
+    for (_, split, first, end), share in shares.items():
+        title = f"{share[0].system}-{split}-{first:09d}"
+        clips = rows[split][first:end]
+        tasks[title] = Task(title, infer, (share, source, clips, batch_size, precision, resources.gpus), resources)
+    done = sum(map(len, reports.values()))
+    total = done + sum(map(len, shares.values()))
+    counts = {title: len(task.arguments[0]) for title, task in tasks.items()}
+    on_event("logits", {"done": done, "total": total})
+    results = run_tasks(
+        list(tasks.values()),
+        retries,
+        on_event,
+        lambda name, _: on_event("logits", {"advance": counts[name], "total": total}),
+    )
+    for result in results:
+        for name, report in result.items():
+            reports[name].append(report)
+    for name, (artifact, _, _) in systems.items():
+        for split in SPLITS:
+            held = read_logits(artifact.partial, split).ids
+            if not np.array_equal(held, store.ids[rows[split]]):
+                raise UserError(f"{artifact.partial}: not the {split} clips in order; delete the folder and try again")
+        facts: dict[str, Any] = {"clips": len(store), "parts": len(reports[name])}
+        if found := [report["bf16_difference"] for report in reports[name] if "bf16_difference" in report]:
+            facts["bf16_difference"] = max(found)
+        checksums = {report["file"]: report["sha256"] for report in reports[name]}
+        artifact.finish(facts, scratch=("*.json",), checksums=checksums)

@@ -1,0 +1,88 @@
+"""The whole configuration: one frozen section that holds every other one."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from asc_ray.config.explain import explain
+from asc_ray.data.batches import DataConfig
+from asc_ray.data.corpus import CorpusConfig
+from asc_ray.data.division import PartitionConfig
+from asc_ray.ensemble.fusion import FusionConfig
+from asc_ray.ensemble.inference import LogitsConfig
+from asc_ray.ensemble.teachers import TeachersConfig
+from asc_ray.int8.config import QATConfig
+from asc_ray.models.complexity import Limits
+from asc_ray.resources import ClusterConfig, Resources
+from asc_ray.search.config import NOT_JUDGED, SweepConfig
+from asc_ray.section import Section, absolute
+from asc_ray.students.config import StudentConfig, changed
+from asc_ray.tracking.config import TrackingConfig
+
+SOFT_TARGET = "distillation.soft_target"
+
+
+class Config(Section):
+    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$")
+    storage: Path
+    corpus: CorpusConfig = CorpusConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    teachers: TeachersConfig
+    logits: LogitsConfig = LogitsConfig()
+    fusion: FusionConfig = FusionConfig()
+    sweep: SweepConfig | None = None
+    student: StudentConfig
+    limits: Limits = Limits()
+    student_resources: Resources = Resources()
+    qat: QATConfig = QATConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("storage")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        if "://" in str(value) or str(value).startswith(("s3:", "gs:")):
+            raise ValueError("is a URI; allowed is a folder that every node of the cluster can reach")
+        if not value.is_absolute() and str(value)[:1] != "~" and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            raise ValueError("in a Ray job it must be absolute: the working directory is a temporary copy")
+        return absolute(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.sweep:
+            check_space(self.sweep, self.student)
+        allowed = ("none", "average", "fused", *self.teachers.recipes)
+        for soft in self.soft_target_names:
+            if soft not in allowed:
+                raise ValueError(f"student.{SOFT_TARGET}: {soft!r} is unknown; allowed: {', '.join(allowed)}")
+        return self
+
+    @property
+    def soft_target_names(self) -> tuple[str, ...]:
+        """The student's soft target, and those that the search may choose."""
+        found = {self.student.distillation.soft_target: None}
+        for key, parameter in self.sweep.space.items() if self.sweep else ():
+            if key in (SOFT_TARGET, "distillation"):
+                found |= {changed(self.student, {key: end}).distillation.soft_target: None for end in parameter.ends()}
+        return tuple(found)
+
+    @property
+    def taught(self) -> bool:
+        """Whether students may have soft targets."""
+        return set(self.soft_target_names) != {"none"}
+
+
+def check_space(sweep: SweepConfig, student: StudentConfig) -> None:
+    """Raises ValueError where a key of the space is unknown, or an end of its range is not allowed."""
+    for key, parameter in sweep.space.items():
+        if key in NOT_JUDGED:
+            raise ValueError(f"sweep.space.{key}: is not searched, because {NOT_JUDGED[key]}; give it in student.{key}")
+        for value in parameter.ends():
+            try:
+                changed(student, {key: value})
+            except ValidationError as error:
+                raise ValueError(f"sweep.space.{key}: {value!r}: student.{explain(error, StudentConfig)}") from None
+            except KeyError as error:
+                raise ValueError(f"sweep.space.{key}: student has no key {error.args[0]!r}") from None

@@ -1,0 +1,90 @@
+"""How the training clips are divided, by place, into parts that learn, fuse and validate."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from asc_ray.data.corpus import Clip
+from asc_ray.errors import ConfigError, CorpusError
+from asc_ray.section import Section
+
+FusionData = Literal["holdout", "crossfit", "train"]
+
+
+class PartitionConfig(Section):
+    """Shares of the training clips, by place, that no teacher is trained on; the rest is the part `train`.
+
+    `fusion` is where eq. 4 is learned, with `fusion.data: holdout`; `validation` selects and stops, and trains nothing
+    at all.
+    """
+
+    fusion: float = Field(0.12, gt=0.0, lt=0.5)
+    validation: float = Field(0.12, gt=0.0, lt=0.5)
+    seed: int = Field(0, ge=0)
+
+    def shares(self, fusion_data: FusionData, folds: int) -> dict[str, float]:
+        """What `partition` takes out of the part `train`."""
+        validation = {"validation": self.validation}
+        if fusion_data == "holdout":
+            return {"fusion": self.fusion} | validation
+        if fusion_data == "crossfit":
+            return {f"fold-{n}": (1 - self.validation) / folds for n in range(folds)} | validation
+        return validation
+
+
+def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Split `clips` into named parts so that no place is in two of them; {part: sorted int64 indices into `clips`}.
+
+    `shares` gives each held-out part's share of the clips of every scene; the rest is the part "train" (left out where
+    the shares add up to 1, as for cross-fitting). Per scene the places are shuffled, and each goes to the part that
+    is then filled least relative to its share. A place with clips of several scenes goes as a whole.
+
+    Raises ConfigError for shares that are no shares, CorpusError where a scene has too few places.
+    """
+    rest = 1 - sum(shares.values())
+    if "train" in shares or rest < -1e-9 or not all(0 < share < 1 for share in shares.values()):
+        raise ConfigError(
+            f"shares {shares}: each must lie between 0 and 1, together at most 1; the remainder is called 'train'"
+        )
+    share = ({"train": rest} if rest > 1e-9 else {}) | shares
+    rng = np.random.default_rng(seed)
+    at_place: dict[str, Counter[str]] = {}  # clips by scene
+    places_of: dict[str, list[str]] = {}  # in order of appearance
+    for clip in clips:
+        if clip.scene not in (counts := at_place.setdefault(clip.place, Counter())):
+            places_of.setdefault(clip.scene, []).append(clip.place)
+        counts[clip.scene] += 1
+
+    part_of: dict[str, str] = {}
+    filled: dict[str, Counter[str]] = {part: Counter() for part in share}  # clips by scene
+    for scene in sorted(places_of):
+        free = [place for place in places_of[scene] if place not in part_of]
+        rng.shuffle(free)
+        for position, place in enumerate(free):
+            size = at_place[place][scene]
+            empty = [part for part in share if not filled[part][scene]]
+            # The last places are kept for parts that have none yet, whatever their share.
+            candidates = empty if len(free) - position <= len(empty) else list(share)
+            part = min(candidates, key=lambda part: (filled[part][scene] + size) / share[part])
+            part_of[place] = part
+            filled[part] += at_place[place]
+
+    lacking = [
+        f"\n  {scene}: {len(places_of[scene])} place(s); clips "
+        + ", ".join(f"{part} {filled[part][scene]}" for part in share)
+        for scene in sorted(places_of)
+        if not all(filled[part][scene] for part in share)
+    ]
+    if lacking or not clips:
+        raise CorpusError(
+            f"no split into {', '.join(share)} by place has every scene in every part; {len(clips)} clips."
+            f"{''.join(lacking)}\nHold out fewer parts (lower fusion.folds), or use a corpus with more places "
+            "in these scenes."
+        )
+    indices: dict[str, list[int]] = {part: [] for part in share}
+    for index, clip in enumerate(clips):
+        indices[part_of[clip.place]].append(index)
+    return {part: np.array(values, dtype=np.int64) for part, values in indices.items()}

@@ -1,0 +1,102 @@
+"""What a fusion refuses in its inputs, and what it notes about them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from asc_ray.ensemble.newton import Shard
+from asc_ray.errors import UserError
+
+CHANCE = 3.0  # standard deviations that agreement must be above chance for a system to know anything
+
+Ridge = Annotated[float, Field(ge=0.0)] | Literal["auto"]
+ScenePrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(gt=0.0)]]
+
+
+def notes_on(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]:
+    """What a user should know: that no system knows the scenes, or that the clips do not determine a weight."""
+    products, squares = np.zeros((len(systems), len(systems))), np.zeros(len(systems))
+    for shard in shards:
+        logits = shard.read().astype(np.float64)
+        squares += (logits**2).sum(axis=(1, 2))
+        logits -= logits.mean(axis=2, keepdims=True)
+        flat = logits.reshape(len(systems), -1)
+        products += flat @ flat.T
+    spread = products.diagonal()
+    constant = [s for s in range(len(systems)) if spread[s] <= 1e-10 * squares[s]]
+    equal = [
+        (t, s)
+        for t, s in combinations([s for s in range(len(systems)) if s not in constant], 2)
+        if spread[t] + spread[s] - 2 * products[t, s] <= 1e-10 * max(spread[t], spread[s])
+    ]
+    notes = [f"{systems[s]}: its logits do not differ between the scenes; its weight means nothing" for s in constant]
+    notes += [f"{systems[t]} and {systems[s]}: the same logits; they share one weight evenly" for t, s in equal]
+    right, certainty = _agreement(shards)
+    if certainty < CHANCE:
+        notes.insert(
+            0,
+            f"no system agrees with the scenes on more clips than chance has it ({100 * right:.0f} % at most): check "
+            "that the logits are of the same clips in the same order, and that their columns are in that of the labels",
+        )
+    return tuple(notes)
+
+
+def _agreement(shards: Sequence[Shard]) -> tuple[float, float]:
+    """The largest share of clips that a system is right on, and how many standard deviations above chance the most
+    certain one is: above the share on which its answers and scenes of other clips would agree."""
+    answers = np.concatenate([shard.read().argmax(axis=2) for shard in shards], axis=1)  # (S, N)
+    scene = np.concatenate([shard.scene for shard in shards])
+    right = (answers == scene).mean(axis=1)
+    chance = np.zeros(len(answers))
+    for one, count in zip(*np.unique(scene, return_counts=True), strict=True):
+        chance += (answers == one).mean(axis=1) * count / len(scene)
+    certainty = (right - chance) / np.sqrt(np.maximum(chance * (1 - chance), 1e-12) / len(scene))
+    return float(right.max()), float(certainty.max())
+
+
+def check_prior(scene_prior: ScenePrior, labels: Sequence[str]) -> None:
+    """Raises UserError where the scenes' shares are not one for each, above 0, together 1."""
+    if scene_prior in ("empirical", "uniform"):
+        return
+    shares = scene_prior if isinstance(scene_prior, Mapping) else {}
+    if shares.keys() != set(labels) or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(
+            f"fusion.scene_prior: found {scene_prior}; give each of {', '.join(labels)} its share, above 0 and "
+            "together 1, or choose empirical or uniform"
+        )
+
+
+def scene_counts(shards: Sequence[Shard], labels: Sequence[str]) -> np.ndarray:
+    return sum((np.bincount(shard.scene, minlength=len(labels)) for shard in shards), np.zeros(len(labels), int))
+
+
+def check_inputs(shards: Sequence[Shard], systems: Sequence[str], labels: Sequence[str], ridge: Ridge) -> None:
+    """Refuse names that are not different, scenes that are no indices, labels without a clip, no ridge."""
+    if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < np.inf):
+        raise UserError(f"fusion.ridge: found {ridge!r}; expected auto, or a number from 0")
+    for kind, names in (("system", systems), ("label", labels)):
+        if len(set(names)) != len(names):
+            raise UserError(f"fusion: {kind} names {', '.join(names)}; expected {len(names)} different ones")
+    for scene in (shard.scene for shard in shards):
+        if scene.dtype.kind not in "iu" or scene.min() < 0 or scene.max() >= len(labels):
+            raise UserError(f"fusion: scenes of type {scene.dtype}, expected indices 0 to {len(labels) - 1}")
+    counts = scene_counts(shards, labels)
+    if not counts.all():
+        found = ", ".join(f"{name} {n}" for name, n in zip(labels, counts, strict=True))
+        raise UserError(
+            f"fusion: a scene has no clip to learn its bias from (clips: {found}); give clips of each scene, or leave "
+            "it out"
+        )
+
+
+def refuse_broken(shards: Sequence[Shard], systems: Sequence[str]) -> None:
+    """Raise UserError with the systems whose logits are not finite, and of how many clips."""
+    broken, total = np.zeros(len(systems), dtype=np.int64), 0
+    for shard in shards:
+        broken += (~np.isfinite(shard.read()).all(axis=2)).sum(axis=1)
+        total += len(shard.scene)
+    found = ", ".join(f"{name}: {n} of {total} clips" for name, n in zip(systems, broken, strict=True) if n)
+    raise UserError(f"fusion: logits that are not finite: {found}; compute them again, or leave these systems out")

@@ -1,0 +1,97 @@
+"""From finished systems to stored logits."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from asc_ray.artifacts import read_manifest
+from asc_ray.audio.frontend import LogMel
+from asc_ray.data.logits import write_logits
+from asc_ray.data.parts import note_part
+from asc_ray.errors import UserError
+from asc_ray.models.registry import folded
+from asc_ray.resources import Resources
+from asc_ray.section import Section
+from asc_ray.training.dataset import Source
+from asc_ray.training.folder import WEIGHTS, load_model
+from asc_ray.training.gpu import training_device
+from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import NotFinite, predict_all, refuse_not_finite
+
+Precision = Literal["fp32", "bf16"]
+
+
+class LogitsConfig(Section):
+    batch_size: int = Field(64, ge=1)
+    precision: Precision = Field("fp32", description="of the networks; bf16 notes its largest difference to fp32")
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One system's share of an inference: its weights, and the file that takes its logits.
+
+    `teachers`: one, or with cross-fitting that of every fold.
+    """
+
+    system: str
+    teachers: tuple[Path, ...]
+    recipe: Recipe
+    file: Path
+    metadata: Mapping[str, str]
+
+
+def infer(
+    systems: Sequence[Inference], source: Source, rows: np.ndarray, batch: int, precision: Precision, gpus: float = 0.0
+) -> dict[str, dict[str, Any]]:
+    """Write the logits of finished teachers that share a front end for the store's clips `rows`, all splits alike.
+
+    With cross-fitting a clip's logits are those of the teacher that did not see it, and the mean of all folds' teachers
+    where none did. The clips are read and transformed once for all systems, and batch norms are folded into the
+    convolutions. Returns the record of each system's part, for `bf16` with the largest difference to fp32 in a first
+    batch. Raises UserError for logits that are not finite.
+    """
+    store, fold = source.store(), np.full(len(rows), -1)
+    if len(systems[0].teachers) > 1:
+        for number, unseen in enumerate(source.open().folds):
+            fold[np.isin(rows, unseen)] = number
+    device = training_device(gpus)
+    front_end = LogMel(systems[0].recipe.frontend).to(device)
+    models = [[folded(load_model(path, s.recipe, len(store.labels))) for path in s.teachers] for s in systems]
+    for model in chain(*models):
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    logits = torch.empty(len(systems), len(rows), len(store.labels))
+    differences = torch.zeros(len(systems))
+    for number in np.unique(fold).tolist():
+        here = np.flatnonzero(fold == number)
+        asked = [own if number < 0 else own[number : number + 1] for own in models]
+
+        def predicted(clips: np.ndarray, bf16: bool, asked: list[list[nn.Module]] = asked) -> torch.Tensor:
+            each = predict_all(list(chain(*asked)), front_end, store, rows[clips], device, batch, bf16)
+            return torch.stack([own.mean(dim=0) for own in each.split([len(own) for own in asked])])
+
+        logits[:, here] = predicted(here, precision == "bf16")
+        if precision == "bf16":
+            first = here[:batch]
+            worst = (predicted(first, False) - logits[:, first]).abs().amax(dim=(1, 2))
+            differences = torch.maximum(differences, worst)
+    records = {}
+    for system, values, difference in zip(systems, logits, differences.tolist(), strict=True):
+        try:
+            refuse_not_finite(values, store.ids[rows])
+        except NotFinite as error:
+            raise UserError(f"system {system.system}: {error}; look at its weights, or train it again") from None
+        weights = [read_manifest(path)["files"][WEIGHTS]["sha256"] for path in system.teachers]
+        metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": " ".join(weights)}
+        write_logits(system.file, store.ids[rows], values.numpy(), {**system.metadata, **metadata})
+        facts = {"bf16_difference": difference} if precision == "bf16" else {}
+        records[system.system] = note_part(system.file, store.ids[rows], facts)
+    return records

@@ -1,0 +1,88 @@
+"""The systems of an ensemble: their configuration, their trainings, and those that come from published checkpoints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from asc_ray.artifacts import Artifact
+from asc_ray.models.passt import PasstConfig
+from asc_ray.models.pretrained import load_published, start_from
+from asc_ray.models.registry import NETWORKS, build
+from asc_ray.resources import TrainerResources
+from asc_ray.section import Section
+from asc_ray.training import parallel
+from asc_ray.training.dataset import Source
+from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights
+from asc_ray.training.loop import OnEpoch, fit
+from asc_ray.training.recipe import Recipe
+
+
+class TeachersConfig(Section):
+    """`checkpoints`: a folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained."""
+
+    checkpoints: Path | None = None
+    recipes: dict[str, Recipe] = Field(min_length=1)
+    resources: TrainerResources = TrainerResources()
+    resources_for: dict[str, TrainerResources] = Field({}, description="in place of `resources`, by the model's name")
+    allow_missing: int = Field(
+        0, ge=0, description="so many systems may fail for good, and the ensemble goes on without them"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TeachersConfig":
+        if unknown := sorted(set(self.resources_for) - set(NETWORKS)):
+            raise ValueError(f"resources_for: unknown model {unknown[0]!r}; allowed: {', '.join(NETWORKS)}")
+        if self.allow_missing >= len(self.recipes):
+            raise ValueError(
+                f"allow_missing: {self.allow_missing} of {len(self.recipes)} systems; one at least must be left"
+            )
+        return self
+
+    def resources_of(self, recipe: Recipe) -> TrainerResources:
+        return self.resources_for.get(recipe.model.name, self.resources)
+
+    def requests(self) -> dict[str, TrainerResources]:
+        """What the systems ask for, by the key that says so."""
+        models = {recipe.model.name for recipe in self.recipes.values()}
+        asked = {
+            f"teachers.resources_for.{model}": self.resources_for[model] for model in models & {*self.resources_for}
+        }
+        return asked if len(asked) == len(models) else asked | {"teachers.resources": self.resources}
+
+
+def train_teacher(
+    artifact: Artifact,
+    source: Source,
+    recipe: Recipe,
+    gpus: float = 0.0,
+    on_epoch: OnEpoch = lambda metrics: None,
+) -> None:
+    """Train one system of the ensemble on the part `train`, on all ranks of a torch.distributed group together."""
+    folder = artifact.open_partial()
+    data = source.open()
+    model, started = build(recipe.model, len(data.store.labels), recipe.seed), None
+    if isinstance(recipe.model, PasstConfig) and recipe.model.pretrained:
+        started = start_from(model, recipe.model.pretrained, data.store.labels)
+    history = fit(
+        model,
+        recipe,
+        data,
+        data.parts["train"],
+        folder / "checkpoints",
+        gpus=gpus,
+        on_epoch=noted(folder, recipe, on_epoch),
+    )
+    if parallel.rank() == 0:
+        save_weights(model, folder / WEIGHTS, about(recipe, data.store.labels))
+        parameters = sum(p.numel() for p in model.parameters())
+        artifact.finish({"history": history, "parameters": parameters, "started_from": started}, SCRATCH)
+
+
+def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, labels: Sequence[str]) -> None:
+    """A system from a published checkpoint instead of a training. Raises UserError where it does not fit."""
+    model = build(recipe.model, len(labels), recipe.seed)
+    known = load_published(model, file, about(recipe, labels))
+    save_weights(model, artifact.open_partial() / WEIGHTS, about(recipe, labels))
+    parameters = sum(p.numel() for p in model.parameters())
+    artifact.finish({"history": [], "parameters": parameters, "imported": file.name, "on_trust": not known})

@@ -1,0 +1,53 @@
+"""Scores as artifacts: the ensemble's on held-out and test clips, and a student's on the test split."""
+
+from pathlib import Path
+
+import numpy as np
+
+from asc_ray.artifacts import stored_file
+from asc_ray.data.clips import ClipStore
+from asc_ray.ensemble.fusion import Fusion
+from asc_ray.evaluation.gains import Gain, gain
+from asc_ray.evaluation.groups import device_groups
+from asc_ray.evaluation.scores import Evaluation, evaluate
+from asc_ray.section import Section
+
+EVALUATION = "evaluation.json"
+
+
+class Scores(Section):
+    """Every single system, their average and the fusion (and students), on the same clips."""
+
+    systems: dict[str, Evaluation]
+    gain: Gain  # of the fusion over the average
+
+
+def score_ensemble(
+    store: ClipStore, rows: np.ndarray, logits: np.ndarray, systems: tuple[str, ...], fusion: Fusion
+) -> Scores:
+    """Every single system, their average, and the fusion, on the same clips; logits (S, N, K)."""
+    outputs = dict(zip(systems, logits, strict=True)) | {"average": logits.mean(axis=0), "fusion": fusion.apply(logits)}
+    return Scores(
+        systems={name: score(store, rows, values) for name, values in outputs.items()},
+        gain=gain(outputs["average"], outputs["fusion"], store.scene[rows], store.place[rows]),
+    )
+
+
+def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
+    """Logits (N, K) of the store's clips `rows` against their scenes, by device group."""
+    groups = device_groups(store.device[store.split == "train"], store.device[rows])
+    return evaluate(
+        logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]
+    )
+
+
+def read_scores(folder: Path) -> Scores:
+    return Scores.model_validate_json(stored_file(folder, EVALUATION).read_text())
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    return Evaluation.model_validate_json(stored_file(folder, EVALUATION).read_text())
+
+
+def headline(e: Evaluation) -> dict[str, float]:
+    return {"accuracy": e.accuracy, "log_loss": e.log_loss, "calibration_error": e.calibration_error}

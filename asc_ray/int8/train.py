@@ -1,0 +1,129 @@
+"""The training of an int8 student, from artifacts to an artifact."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from asc_ray.artifacts import Artifact, read_manifest, stored_file
+from asc_ray.audio.frontend import LogMel
+from asc_ray.int8.config import ONNX_MODEL, QATConfig
+from asc_ray.int8.conversion import bytes_by_dtype, convert, round_biases
+from asc_ray.int8.onnx_form import export_onnx
+from asc_ray.int8.preparation import freeze, observing, prepare, set_training
+from asc_ray.models.registry import build
+from asc_ray.students.config import StudentConfig
+from asc_ray.students.cost import input_shape
+from asc_ray.students.targets import TargetFiles, read_soft_targets, student_clips
+from asc_ray.training.dataset import Dataset, Source
+from asc_ray.training.folder import SCRATCH, about, load_model, noted, save_weights
+from asc_ray.training.loop import OnEpoch, fit
+from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import Metrics, predict, validate
+
+FAKE_QUANTIZED = "fake-quantized.safetensors"
+
+
+def train_int8(
+    artifact: Artifact,
+    source: Source,
+    targets: TargetFiles | None,
+    student: Path,
+    config: StudentConfig,
+    qat: QATConfig,
+    gpus: float = 0.0,
+    on_epoch: OnEpoch = lambda metrics: None,
+) -> None:
+    """Quantization-aware training of the finished `student`, or post-training quantization, and the int8 model."""
+
+    folder = artifact.open_partial()
+    data = source.open()
+    prepared = prepare(load_model(student, config, len(data.store.labels)), _example(config))
+    history: list[Metrics] = []
+    if qat.epochs:
+        soft = read_soft_targets(data, targets)
+        history = _fit_int8(prepared, folder, data, soft, student, config, qat, gpus, on_epoch)
+    else:
+        clips = student_clips(data)
+        some = np.random.default_rng(config.seed).choice(clips, min(qat.calibration_clips, len(clips)), replace=False)
+        with observing(prepared):
+            predict(prepared, LogMel(config.frontend), data.store, some, torch.device("cpu"))
+    # Of weights that lie channels last torch makes a graph that copies by strides, which no engine joins with anything.
+    prepared.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    round_biases(prepared)
+    int8 = convert(prepared)
+    save_weights(prepared, folder / FAKE_QUANTIZED, about(config, data.store.labels))
+    export_onnx(int8, folder / ONNX_MODEL)
+    artifact.finish(
+        {
+            "history": history,
+            "bytes": bytes_by_dtype(int8),
+            "validation": validate(int8, LogMel(config.frontend), data, torch.device("cpu")),
+        },
+        SCRATCH,
+    )
+
+
+def _fit_int8(
+    prepared: nn.Module,
+    folder: Path,
+    data: Dataset,
+    soft: np.ndarray | None,
+    student: Path,
+    config: StudentConfig,
+    qat: QATConfig,
+    gpus: float,
+    on_epoch: OnEpoch,
+) -> list[Metrics]:
+    settings = config.optimizer.scaled_to(qat.epochs).model_copy(
+        update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay, "average_epochs": 1}
+    )
+    # The last weights, whatever the student's: the best may be of an epoch before the observers were frozen. The steps
+    # of fake quantization are finer than those of bf16. And a graph whose form changes twice an epoch is not compiled.
+    precision = "fp32" if config.precision == "bf16" else config.precision
+    own = {"optimizer": settings, "select": "last", "precision": precision, "compile": False}
+    recipe = config.model_copy(update=own)
+
+    def set_mode(module: nn.Module, epoch: int | None) -> None:
+        set_training(module, epoch is not None)
+        if epoch is not None and epoch >= qat.epochs - qat.frozen_epochs:
+            freeze(module)
+
+    distillation = None if soft is None else config.distillation
+    trained = read_manifest(student)["facts"]["history"]
+    if distillation and trained:  # lambda stays what it was in the student's last epoch
+        distillation = distillation.model_copy(update={"label_weight": trained[-1]["label_weight"]})
+    return fit(
+        prepared,
+        recipe,
+        data,
+        student_clips(data),
+        folder / "checkpoints",
+        distillation=distillation,
+        soft_targets=soft,
+        gpus=gpus,
+        on_epoch=noted(folder, recipe, on_epoch),
+        set_mode=set_mode,
+    )
+
+
+def load_fake_quantized(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
+    """What the finished int8 training in `folder` trained and converted, in evaluation form."""
+    prepared = prepare(build(recipe.model, scenes, recipe.seed), _example(recipe))
+    prepared.load_state_dict(load_file(stored_file(folder, FAKE_QUANTIZED)))
+    set_training(prepared, False)
+    return prepared
+
+
+def load_int8(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
+    """The int8 model in torch, of a finished int8 training in `folder`: converted anew, equal to the bit.
+
+    torch's own file of such a model is read by executing what is in it; weights and a recipe are not.
+    """
+    return convert(load_fake_quantized(folder, recipe, scenes))
+
+
+def _example(recipe: Recipe) -> torch.Tensor:
+    return torch.zeros(input_shape(recipe, batch=2))

@@ -1,0 +1,82 @@
+"""Running the stages of a plan: what is complete is skipped, what is half-done goes on."""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from asc_ray.config.configuration import Config
+from asc_ray.errors import UserError
+from asc_ray.lock import exclusive
+from asc_ray.plan import Plan, dump
+from asc_ray.progress import Progress
+
+
+def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
+    """Bring the stages' artifacts into being, skipping what is complete and resuming what is half-done.
+
+    Raises UserError for a user's mistake, ConfigError before any work starts when the cluster cannot run it.
+    """
+    plan = Plan(config)
+    for name, error in plan.left_out.items():
+        progress.left_out(name, error)
+    todo = [stage for stage in stages if plan.missing(stage)]
+    for stage in stages:
+        if stage not in todo and plan.by_stage()[stage]:
+            progress.skipped(stage, plan.by_stage()[stage])
+    if not todo:
+        progress.nothing_to_do()
+        return plan
+    for stage in todo:
+        for need in plan.needs(stage):
+            if need not in todo and plan.missing(need):
+                raise UserError(
+                    f"{stage}: needs the stage `{need}`, which is not done; run `asc-ray {need}` with the same "
+                    "configuration first, or `asc-ray pipeline` for all stages"
+                )
+    if {"sweep", "student"} & set(todo):
+        plan.refuse_large()
+    if "ingest" in todo and plan.source:
+        for note in plan.source.notes:
+            progress.note(note)
+    with at_work(plan, config.name, plan.key, dump(config), plan.complete_keys(), progress) as work:
+        for stage in todo:
+            if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again
+                continue
+            with progress.stage(stage):
+                import_module(f"asc_ray.stages.{stage}").make(work)
+    return work.plan
+
+
+@contextmanager
+def at_work(
+    plan: Plan, name: str, key: str, parameters: Mapping[str, Any], complete: Container[str], progress: Progress
+) -> Iterator[Any]:
+    """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
+    # Heavy imports wait until there is work: `asc-ray status` and a finished configuration answer at once.
+    from asc_ray.cluster import runtime
+    from asc_ray.stages.work import Work
+
+    config = plan.config
+
+    def connected_tracker() -> Any:
+        from asc_ray.tracking.runs import Tracker
+
+        return Tracker(config.tracking.uri, config.tracking.experiment, config.storage, name, key)
+
+    with exclusive(config.storage), ThreadPoolExecutor(1) as beside:
+        progress.note(f"storage {config.storage}")
+        # MLflow and its database take as long as a cluster of one machine, which mostly waits: both at once.
+        made = beside.submit(connected_tracker)
+        with runtime.connected(config.cluster):
+            tracker = made.result()
+            runtime.check_feasible(
+                {
+                    **config.teachers.requests(),
+                    "logits.resources": config.logits.resources,
+                    "student_resources": config.student_resources,
+                }
+            )
+            with tracker.parent(parameters, complete):
+                yield Work(plan, tracker, progress)

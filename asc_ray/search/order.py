@@ -1,0 +1,52 @@
+"""Which trials a search has, and when each of them may start."""
+
+from collections.abc import Sequence
+
+from asc_ray.search.config import SweepConfig
+from asc_ray.search.trials import TrialResult
+
+
+def within_budget(config: SweepConfig, ended: Sequence[TrialResult]) -> SweepConfig:
+    """The search as far as its budget of epochs goes: no trial starts when those it learns from have used it up."""
+    if config.budget.epochs is None:
+        return config
+    for number in range(config.trials):
+        if sum(len(result.curve) for result in visible(config, number, ended)) >= config.budget.epochs:
+            return config.model_copy(update={"trials": number})
+    return config
+
+
+def finalists(config: SweepConfig, ended: Sequence[TrialResult]) -> list[int]:
+    """The best trials that ran to their end, once all of the search have ended; the first of equals first."""
+    searched = [r for r in ended if r.number < config.searched]
+    if len(searched) < config.searched:
+        return []
+    complete = sorted((r for r in searched if r.state == "complete"), key=lambda r: (-r.value, r.number))
+    return [r.number for r in complete[: config.finalists]]
+
+
+def planned(config: SweepConfig, ended: Sequence[TrialResult]) -> int:
+    """How many trials there are as far as is known: those of the search, then the finalists' other seeds."""
+    return config.searched + len(finalists(config, ended)) * (config.seeds - 1)
+
+
+def repeated(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> tuple[int | None, int]:
+    """Of a trial after those of the search: which one it repeats, and with what added to its seed."""
+    if number < config.searched:
+        return None, 0
+    finalist, seed = divmod(number - config.searched, config.seeds - 1)
+    return finalists(config, ended)[finalist], seed + 1
+
+
+def may_start(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> bool:
+    """Whether every trial that trial `number` learns from has ended."""
+    if number >= config.searched:
+        return number < planned(config, ended)
+    if config.scheduler == "pbt":
+        first = number // config.trials * config.trials
+        return sum(r.number < first for r in ended) == first
+    return len(visible(config, number, ended)) == max(0, number - config.lookback + 1)
+
+
+def visible(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> list[TrialResult]:
+    return sorted((r for r in ended if r.number <= number - config.lookback), key=lambda r: r.number)

@@ -1,0 +1,72 @@
+"""Population-based training (Jaderberg et al., 2017), in generations: who wins does not depend on who ends first.
+
+A population of P trains for `every` epochs; then the worst go on from the weights of the best, with their parameters
+changed a little. Member i in generation g is trial g x P + i: the trials of a generation follow from the results of the
+one before, like every other decision of a search.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from asc_ray.search.space import Parameter, Space
+from asc_ray.section import Section
+
+
+class PopulationConfig(Section):
+    """Of `scheduler: pbt`, where `trials` is the size of the population."""
+
+    every: int = Field(5, ge=1, description="epochs of a generation")
+    replaced: float = Field(0.25, gt=0.0, le=0.5, description="share that goes on from the weights of as many best")
+    resample: float = Field(0.25, ge=0.0, le=1.0, description="chance of a parameter to be drawn anew, not changed")
+
+
+def ancestor(
+    config: PopulationConfig, member: int, values: Sequence[float | None], rng: np.random.Generator
+) -> int | None:
+    """Which member of the last generation this one goes on from: itself, or one of the best where it is of the worst.
+
+    `values`: one a member, the higher the better, None for a member that has no weights to go on from. None where no
+    member has.
+    """
+    alive = sorted((m for m, value in enumerate(values) if value is not None), key=lambda m: (-values[m], m))  # type: ignore[operator]
+    if not alive:
+        return None
+    number = max(1, round(config.replaced * len(values)))
+    worst = alive[max(number, len(alive) - number) :]
+    if values[member] is not None and member not in worst:
+        return member
+    return alive[int(rng.integers(min(number, len(alive))))]
+
+
+def explored(
+    config: PopulationConfig, space: Space, parameters: Mapping[str, Any], rng: np.random.Generator
+) -> dict[str, Any]:
+    """The parameters changed: ranges by a factor of 0.8 or 1.25, choices to a neighbor, some drawn anew."""
+    return {name: _changed(config, space[name], value, rng) for name, value in parameters.items()}
+
+
+def _changed(config: PopulationConfig, parameter: Parameter, value: Any, rng: np.random.Generator) -> Any:
+    anew = rng.random() < config.resample
+    if parameter.choice is not None:
+        here = parameter.choice.index(value)
+        to = (
+            rng.integers(len(parameter.choice))
+            if anew
+            else np.clip(here + rng.choice((-1, 1)), 0, len(parameter.choice) - 1)
+        )
+        return parameter.choice[int(to)]
+    low, high = parameter.uniform or parameter.loguniform or parameter.int or (0, 0)
+    if anew:
+        if parameter.int:
+            return int(rng.integers(parameter.int[0], parameter.int[1] + 1))
+        if parameter.loguniform:
+            return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        return float(rng.uniform(low, high))
+    factor = float(rng.choice((0.8, 1.25)))
+    if parameter.int:
+        step = round(value * factor)
+        return int(np.clip(step if step != value else value + (1 if factor > 1 else -1), low, high))
+    return float(np.clip(value * factor, low, high))

@@ -1,0 +1,196 @@
+"""`asc-ray export`: a finished int8 student as one folder, checked, with a card, and registered in MLflow."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, stored_files, write_atomically
+from asc_ray.config.yaml_text import read_yaml
+from asc_ray.data.clips import ClipStore, open_clips
+from asc_ray.data.corpus import unseen_devices
+from asc_ray.errors import UserError
+from asc_ray.evaluation.artifact import read_evaluation, score
+from asc_ray.int8.bundle import CARD, compare, operator_counts, seal, write_bundle
+from asc_ray.int8.train import load_int8
+from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.plan import BEST_STUDENT
+from asc_ray.progress import Progress
+from asc_ray.report.card import Card, render_card
+from asc_ray.runtime import CHECKSUMS, MODEL
+from asc_ray.shown import masked
+from asc_ray.students.config import StudentConfig
+from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.registry import check_name, register
+from asc_ray.tracking.runs import artifacts_of, runs_of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an int8 student comes from, as its manifests say."""
+
+    int8: Path
+    student: Path
+    clips: Path
+
+    @property
+    def storage(self) -> Path:
+        return self.int8.parents[1]
+
+    @property
+    def key(self) -> str:
+        return str(read_manifest(self.int8)["key"])
+
+    def config(self) -> StudentConfig:
+        """Of the training: the configuration's student, or the search's best with its seed."""
+        manifest = read_manifest(self.student)
+        section = manifest["config"]["student"]
+        if key := manifest["inputs"].get("sweep"):
+            found = stored_file(_artifact(self.storage, "sweep", key), BEST_STUDENT)
+            best = read_yaml(found.read_text(), str(found))["student"]
+            section = {**best, "seed": section["seed"]}
+        return StudentConfig.model_validate(section)
+
+
+def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]:
+    """The int8 student that `run` names, and the tracking server that knows it.
+
+    A path: the folder of a finished int8 training, or a file in it. Else the ID of a run in MLflow: that of an int8
+    training, or of a pipeline with one or more, of which the best on the validation part is taken.
+    Raises UserError for what is neither.
+    """
+    path = Path(run).resolve()
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        found = [folder]
+        read_manifest(folder)  # refuses what is no artifact
+        uri = uri or default_uri(folder.parents[1])
+    else:
+        uri = uri or default_uri(default_storage)
+        stages = artifacts_of(uri, run)
+        found = [folder for storage, key in stages for folder in storage.glob(f"int8/*-{key}")]
+        if not found:
+            raise UserError(
+                f"{run}: no folder, and not the run of a finished int8 training in {masked(uri)}. Give the folder that "
+                "`asc-ray status` shows, or a run's ID with --config or --set tracking.uri=..."
+            )
+    for folder in found:
+        manifest = read_manifest(folder)
+        if (stage := manifest["stage"]) != "int8":
+            raise UserError(
+                f"{folder}: of the stage {stage}, and not an int8 student; run `asc-ray qat` and give what it made"
+            )
+        if "validation" not in manifest["facts"]:
+            raise UserError(f"{folder}: made by an earlier version; run `asc-ray qat` again")
+    best = max(found, key=lambda folder: read_manifest(folder)["facts"]["validation"]["validation_macro_accuracy"])
+    stored_files(best)
+    storage = best.parents[1]
+    student = _artifact(storage, "students", read_manifest(best)["inputs"]["student"])
+    clips = _artifact(storage, "clips", read_manifest(student)["inputs"]["clips"])
+    return Origin(best, student, clips), uri
+
+
+def _artifact(storage: Path, stage: str, key: str) -> Path:
+    for folder in storage.glob(f"{stage}/*-{key}"):
+        return folder
+    raise UserError(f"{storage / stage}: nothing with the key {key}, which the model was made from; was it deleted?")
+
+
+def export(run: str, out: Path, name: str, uri: str | None, default_storage: Path, progress: Progress) -> None:
+    """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
+
+    Raises UserError where `find`, `compare` and `register` do, and where `out` holds something else.
+    """
+    check_name(name)
+    out = out.absolute()
+    taken = UserError(f"{out}: exists, and is not this bundle; choose another folder, or delete it")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
+        raise taken
+    origin, uri = find(run, uri, default_storage)
+    store, config = open_clips(origin.clips), origin.config()
+    building = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
+    try:
+        write_bundle(building, origin.int8, store.labels, config.frontend)
+        test = np.flatnonzero(store.split == "test")
+        int8 = load_int8(origin.int8, config, len(store.labels))
+        logits, agreement = compare(building, int8, store, test)
+        runs = runs_of(uri, {"int8": origin.key, "student": str(read_manifest(origin.student)["key"])})
+        counts = operator_counts(int8)
+        size = (building / MODEL).stat().st_size
+        card = _card(origin, config, store, test, logits, agreement, runs, counts, size)
+        write_atomically(building / CARD, render_card(card))
+        seal(building)
+        if (out / CHECKSUMS).is_file():
+            if (out / CHECKSUMS).read_text() != (building / CHECKSUMS).read_text():
+                raise taken
+            shutil.rmtree(building)
+        else:
+            if out.exists():
+                out.rmdir()
+            building.rename(out)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    progress.note(f"{card.scores.clips} test clips: {100 * card.scores.accuracy:.1f} % right in onnxruntime")
+    progress.note(
+        f"torch names {agreement['differ']:.0f} of them differently; the largest difference of a logit is "
+        f"{agreement['largest_difference']:.4f}"
+    )
+    if "int8" in runs:
+        partition = read_manifest(origin.student)["config"]["partition"]
+        judged_on = content_key(clips=origin.clips.name, partition=partition)
+        progress.note(register(uri, runs["int8"], out, name, card.validation, judged_on))
+    else:
+        progress.note(f"not registered: no run in {masked(uri)} has trained this model")
+
+
+def _card(
+    origin: Origin,
+    config: StudentConfig,
+    store: ClipStore,
+    test: np.ndarray,
+    logits: np.ndarray,
+    agreement: Mapping[str, float],
+    runs: Mapping[str, str],
+    operators: Sequence[tuple[str, str, int]],
+    file_bytes: int,
+) -> Card:
+    int8, student, clips = (read_manifest(folder) for folder in (origin.int8, origin.student, origin.clips))
+    model = config.model
+    size = model.size if isinstance(model, DSFlexiNetConfig) else None
+    scored = content_key(stage="evaluation", config={}, inputs={"model": student["key"]})
+    evaluation = Artifact(origin.storage, "evaluation", "students", scored, {}, {})
+    made_from = {**clips["inputs"], **student["inputs"], "student": student["key"], "int8": int8["key"]}
+    lineage: dict[str, Any] = {**made_from, **{f"MLflow run of the {what}": id for what, id in runs.items()}}
+    lineage |= {package: version(package) for package in ("torch", "torchao", "onnxruntime")}
+    return Card(
+        title=f"{model.name} {size}" if size else model.name,
+        version=version("asc-ray"),
+        network=f"{model.name} {size or ''}".strip(),
+        labels=store.labels,
+        sample_rate=config.frontend.sample_rate,
+        input=student["facts"]["input"],
+        parameters=student["facts"]["parameters"],
+        macs=student["facts"]["macs"],
+        bytes=int8["facts"]["bytes"],
+        file_bytes=file_bytes,
+        scores=score(store, test, logits),
+        float_scores=read_evaluation(evaluation.path) if evaluation.complete else None,
+        unseen=unseen_devices(store.clips),
+        validation=int8["facts"]["validation"]["validation_macro_accuracy"],
+        agreement=agreement,
+        corpus=clips["facts"]["corpus"],
+        training_clips=int((store.split == "train").sum()),
+        fingerprint=store.corpus,
+        lineage=lineage,
+        operators=operators,
+    )

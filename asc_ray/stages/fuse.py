@@ -1,0 +1,62 @@
+"""From the systems' logits to the fusion and the soft targets."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from asc_ray.config.configuration import Config
+from asc_ray.ensemble.fuse import fuse_systems
+from asc_ray.evaluation.gains import Gain
+from asc_ray.resources import Resources
+from asc_ray.stages.work import Job, Work
+
+
+def make(work: Work) -> None:
+    plan, config = work.plan, work.plan.config
+    if warning := fusion_warning(config, len(plan.imported)):
+        work.progress.note(warning)
+    logits = {name: artifact.path for name, artifact in plan.logits.items()}
+    cpus = Resources(cpus=config.logits.resources.cpus)
+    work.together({"fusion": Job(plan.fusion, fuse_systems, (work.source, logits, config.fusion), cpus)})
+    facts = plan.fusion.facts()
+    for line in fusion_summary(facts):
+        work.progress.note(line)
+    figures = {f"held_out/{name}/{key}": v for name, own in facts["validation"].items() for key, v in own.items()}
+    figures |= {f"fusion/weight/{name}": weight for name, weight in facts["weights"].items()}
+    figures |= {f"fusion/bias/{name}": bias for name, bias in facts["biases"].items()}
+    work.tracker.log_summary({key.replace(" ", "_"): value for key, value in figures.items()})
+
+
+def fusion_warning(config: Config, imported: int) -> str | None:
+    """That the clips for eq. 4 are known to the teachers, `imported` of which were trained elsewhere."""
+    if config.fusion.data == "train":
+        return (
+            "warning: fusion.data is train: eq. 4 is learned on clips that the teachers were trained on, and favors "
+            "those that overfit; holdout and crossfit do not"
+        )
+    if imported:
+        return (
+            f"warning: {imported} systems come from teachers.checkpoints; where they were trained on the whole "
+            "training split, eq. 4 is learned on clips that they know"
+        )
+    return None
+
+
+def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
+    """A table of the systems on held-out places, the fusion's gain over the average, and what the fit noticed."""
+    figures, weights, without = facts["validation"], facts["weights"], facts["validation_without"]
+    width = max(map(len, figures))
+    lines = [f"{'held-out places':{width}}  weight  log loss  accuracy  log loss without it"]
+    for name, own in figures.items():
+        weight = f"{weights[name]:6.3f}" if name in weights else " " * 6
+        line = f"{name:{width}}  {weight}  {own['log_loss']:8.3f}  {100 * own['accuracy']:6.1f} %"
+        if name in without:
+            line += f"  {without[name]['log_loss'] - figures['fusion']['log_loss']:+.4f}"
+        lines.append(line)
+    gain = Gain.model_validate(facts["validation_gain"])
+    loss, accuracy = gain.log_loss, gain.accuracy
+    lines.append(
+        f"fusion over the average: log loss {-loss.value:+.3f} ({-loss.high:+.3f} to {-loss.low:+.3f}), accuracy "
+        f"{100 * accuracy.value:+.1f} points ({100 * accuracy.low:+.1f} to {100 * accuracy.high:+.1f}); 95 % by "
+        f"resampling {gain.places} places"
+    )
+    return [*lines, *facts["notes"]]

@@ -1,0 +1,43 @@
+"""From a corpus to the clip store."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from asc_ray.artifacts import stored_files
+from asc_ray.cluster.ingest import ingest
+from asc_ray.data.corpus import read_corpus
+from asc_ray.stages.work import Work
+
+
+def make(work: Work) -> None:
+    plan, config = work.plan, work.plan.config
+    if plan.demo:
+        stored_files(plan.demo.path)
+    corpus = plan.source or read_corpus(plan.corpus_root(), config.corpus.on_bad_clip)
+    ingest(
+        plan.clips,
+        corpus,
+        plan.impulse_responses(),
+        skip_bad=config.corpus.on_bad_clip == "skip",
+        shard_clips=config.corpus.shard_clips,
+        retries=config.cluster.retries,
+        on_event=work.progress.event,
+    )
+    if config.sweep:  # of a corpus that was not there before
+        replace(work.source, held_out_devices=config.sweep.validation.devices).open()
+    facts = plan.clips.facts()
+    for line in ingest_summary(facts):
+        work.progress.note(line)
+
+
+def ingest_summary(facts: Mapping[str, Any]) -> list[str]:
+    """One line on the clips, one on what was changed while decoding, one on what was left out."""
+    lines = [f"{facts['clips']} clips, {len(facts['labels'])} scenes, {len(facts['devices'])} devices"]
+    if facts["notes"]:
+        lines.append("clips " + ", ".join(f"{note}: {count}" for note, count in sorted(facts["notes"].items())))
+    if facts["skipped"]:
+        names = ", ".join(f"{clip['clip_id']} ({clip['reason']})" for clip in facts["skipped"][:5])
+        more = f" and {len(facts['skipped']) - 5} more, all in the manifest" if len(facts["skipped"]) > 5 else ""
+        lines.append(f"{len(facts['skipped'])} bad clips left out: {names}{more}")
+    return lines

@@ -1,0 +1,33 @@
+"""The report: one page of all that was made."""
+
+from asc_ray.artifacts import stored_file
+from asc_ray.int8.config import ONNX_MODEL
+from asc_ray.plan import REPORT, dump, scores_over_seeds
+from asc_ray.report.collect import write_report
+from asc_ray.stages.work import Work
+
+
+def make(work: Work) -> None:
+    artifact = work.plan.report
+    folder = artifact.open_partial()
+    plan = work.plan
+    write_report(
+        folder / REPORT,
+        title=plan.config.name,
+        source=work.source,
+        student_config=next(iter(plan.student_configs().values())),
+        config=dump(plan.config),
+        clips=plan.clips,
+        teachers=plan.teachers,
+        fusion=plan.fusion,
+        sweep=plan.sweep,
+        search=plan.config.sweep,
+        students=plan.students,
+        int8=plan.int8,
+        evaluation=plan.evaluation,
+        student_scores=scores_over_seeds(plan),
+    )
+    artifact.finish({})
+    work.tracker.log_file("", artifact.path / REPORT)
+    for name, int8 in plan.int8.items():
+        work.tracker.log_file("", stored_file(int8.path, ONNX_MODEL), name)

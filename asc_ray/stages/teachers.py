@@ -1,0 +1,68 @@
+"""The systems of the ensemble: trained here, or taken from published checkpoints."""
+
+from dataclasses import replace
+
+from asc_ray.artifacts import write_record
+from asc_ray.cluster.runtime import Task, run_tasks
+from asc_ray.cluster.teachers import Teacher, train_teachers
+from asc_ray.ensemble.checks import check_prior
+from asc_ray.ensemble.teachers import import_teacher
+from asc_ray.errors import UserError
+from asc_ray.plan import FAILED, Plan
+from asc_ray.stages.work import Work
+
+
+def make(work: Work) -> None:
+    plan, config = work.plan, work.plan.config
+    _import_teachers(work)
+    todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
+    if not todo:
+        return
+    # What the configuration asks of the clips is refused here, and not by each teacher.
+    check_prior(config.fusion.scene_prior, work.source.open().store.labels)
+    waiting = {}
+    for system, own in plan.trainings.items():
+        recipe = config.teachers.recipes[system]
+        for fold, (name, artifact) in enumerate(own.items()):
+            if name in todo:
+                sees = work.source if len(own) == 1 else replace(work.source, fold=fold)
+                waiting[name] = Teacher(artifact, recipe, sees, config.teachers.resources_of(recipe))
+    work.progress.expect("teachers", {name: t.recipe.optimizer.epochs for name, t in waiting.items()})
+    for artifact in todo.values():
+        (artifact.partial / FAILED).unlink(missing_ok=True)
+    with work.tracked(todo) as on_event:
+        errors = train_teachers(waiting, config.cluster.retries, on_event)
+    for name, error in errors.items():
+        write_record(todo[name].open_partial() / FAILED, {"error": error})
+    if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
+        raise UserError(
+            f"{len(untried)} of {len(todo)} teachers were not finished ({', '.join(untried)}): no node had room for "
+            "them, or Ray Train's controllers died too often. The others are kept; the same command goes on"
+        )
+    failed = [system for system, own in plan.trainings.items() if own.keys() & errors.keys()]
+    if len(failed) + len(plan.left_out) > config.teachers.allow_missing:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise UserError(
+            f"{len(errors)} of {len(todo)} teachers failed ({reasons}). The others are kept; the same command goes on "
+            "with those that failed, and --set teachers.allow_missing=N goes on without so many"
+        )
+    for name, error in errors.items():
+        work.progress.left_out(name, error)
+    if errors:
+        work.plan = Plan(config)
+
+
+def _import_teachers(work: Work) -> None:
+    plan, config = work.plan, work.plan.config
+    labels = plan.clips.facts()["labels"]
+    todo = {name: plan.teachers[name] for name in plan.imported if not plan.teachers[name].complete}
+    with work.tracked(todo) as on_event:
+        tasks = []
+        for name, artifact in todo.items():
+            on_event(name, {"started": True})
+            arguments = (artifact, plan.imported[name], config.teachers.recipes[name], labels)
+            tasks.append(Task(name, import_teacher, arguments, config.logits.resources))
+        run_tasks(tasks, config.cluster.retries, on_event, lambda name, _: on_event(name, {"finished": True}))
+    if todo:
+        work.progress.note(f"{len(todo)} of {len(plan.teachers)} systems from {config.teachers.checkpoints}")
+        work.say_on_trust({name: artifact.facts() for name, artifact in todo.items()})

@@ -1,0 +1,101 @@
+"""What every stage works with: the plan, the tracker, the progress, and jobs on the cluster."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from asc_ray.artifacts import Artifact
+from asc_ray.cluster.runtime import Task, run_tasks
+from asc_ray.cluster.stream import stream
+from asc_ray.plan import Plan
+from asc_ray.progress import Progress
+from asc_ray.resources import Resources
+from asc_ray.training.dataset import Source
+
+
+@dataclass(frozen=True)
+class Job:
+    """`function(artifact, *arguments)` on the cluster; it counts epochs where it reports them."""
+
+    artifact: Artifact
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    resources: Resources
+    epochs: int = 0
+
+
+@dataclass
+class Work:
+    """What a stage's builder needs: the plan, which changes when systems are left out, the tracker, the progress."""
+
+    plan: Plan
+    tracker: Any
+    progress: Progress
+
+    @property
+    def source(self) -> Source:
+        return source_of(self.plan)
+
+    @contextmanager
+    def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+        """A listener that opens a child run for each named artifact at its first event and logs every epoch.
+
+        What finished is FINISHED, what did not is FAILED, or KILLED by an interrupt.
+        """
+        status = "FAILED"
+
+        def on_event(name: str, event: dict[str, Any]) -> None:
+            artifact = artifacts.get(name)
+            if artifact is not None:
+                self.tracker.start(name, artifact.key, artifact.config)
+                if "epoch" in event:
+                    self.tracker.log(name, event, int(event["epoch"]))
+                if event.get("finished") and "state" not in event:  # what has a state is ended by who knows it
+                    self.tracker.end(name)
+            self.progress.event(name, event)
+
+        try:
+            yield on_event
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            for name, artifact in artifacts.items():
+                self.tracker.end(name, "FINISHED" if artifact.complete else status)
+
+    def together(self, jobs: Mapping[str, Job], tracked: bool = True) -> None:
+        """Run what is not complete as tasks on the cluster, as many at once as fit, each in a child run of its name."""
+        config = self.plan.config
+        todo = {name: job for name, job in jobs.items() if not job.artifact.complete}
+        self.progress.expect("all", {name: job.epochs for name, job in todo.items() if job.epochs})
+        with self.tracked({name: job.artifact for name, job in todo.items()} if tracked else {}) as on_event:
+            tasks = []
+            for name, job in todo.items():
+                if not job.epochs:
+                    on_event(name, {"started": True})
+                tasks.append(Task(name, job.function, (job.artifact, *job.arguments), job.resources, bool(job.epochs)))
+
+            def on_done(name: str, result: Any) -> None:
+                if tracked:
+                    on_event(name, {"started": True})
+                    self.tracker.log_file(name, todo[name].artifact.path / "manifest.json")
+                if len(todo) > 1 and todo[name].epochs:
+                    on_event(name, {"finished": True})
+
+            run_tasks(tasks, config.cluster.retries, on_event, on_done, patient=True)
+
+    def say_on_trust(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say which networks come from files that do not say which output is which scene."""
+        if names := [name for name, own in facts.items() if own["on_trust"]]:
+            order = ", ".join(self.plan.clips.facts()["labels"])
+            self.progress.note(
+                f"warning: the weights of {', '.join(names)} do not say in which order they name the scenes; this is "
+                f"taken on trust: {order}"
+            )
+
+
+def source_of(plan: Plan) -> Source:
+    """The clips of a plan's trainings."""
+    config = plan.config
+    return Source(plan.clips.path, config.partition, config.data, stream, config.fusion.data, config.fusion.folds)

@@ -1,0 +1,32 @@
+"""A student's configuration: a recipe and its soft targets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from asc_ray.config.overrides import apply_overrides
+from asc_ray.training.objective import DistillationConfig
+from asc_ray.training.recipe import Recipe
+
+
+class StudentConfig(Recipe):
+    """A recipe and its soft targets."""
+
+    checkpoint: Path | None = Field(None, description="a published checkpoint of the model, taken instead of training")
+    seeds: int = Field(1, ge=1, le=100, description="so many students are trained, with `seed` and those after it")
+    distillation: DistillationConfig = DistillationConfig()
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        if self.checkpoint and self.seeds > 1:
+            raise ValueError(f"seeds: {self.seeds}, but a student from a checkpoint is not trained; allowed is 1")
+        return self
+
+
+def changed(student: StudentConfig, values: Mapping[str, Any]) -> StudentConfig:
+    """The student's configuration with these values, by key, laid over it."""
+    raw = student.model_dump()
+    apply_overrides(raw, values)
+    return StudentConfig.model_validate(raw)

@@ -1,0 +1,36 @@
+"""What a network costs on a device, and the limits that it has to keep."""
+
+from asc_ray.data.clips import CLIP_SAMPLES
+from asc_ray.errors import ConfigError
+from asc_ray.models.complexity import Complexity, Limits, complexity
+from asc_ray.models.registry import build
+from asc_ray.training.recipe import Recipe
+
+
+def network_cost(recipe: Recipe, scenes: int) -> Complexity:
+    """What the recipe's network costs on its front end. Raises ConfigError where it does not work."""
+    shape = input_shape(recipe)
+    try:
+        return complexity(build(recipe.model, scenes), shape)
+    except (RuntimeError, ValueError):
+        mels, frames = shape[2:]
+        raise ConfigError(
+            f"{recipe.model.name} does not work on the {mels} mels x {frames} frames of a clip; change the network, "
+            "frontend.mels or frontend.hop"
+        ) from None
+
+
+def student_cost(student: Recipe, limits: Limits, scenes: int) -> Complexity:
+    """`network_cost` of a student. Raises ConfigError also where it is over the device's limits."""
+    cost = network_cost(student, scenes)
+    if over := limits.exceeded(cost):
+        raise ConfigError(
+            f"{student.model.name} is too large for the device ({'; '.join(over)}); choose a smaller one, or raise the "
+            "limits"
+        )
+    return cost
+
+
+def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
+    """Shape (batch, 1, mels, frames) of what the recipe's model sees."""
+    return (batch, 1, recipe.frontend.mels, recipe.frontend.frames(CLIP_SAMPLES))

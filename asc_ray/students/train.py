@@ -1,0 +1,81 @@
+"""The training of a student, from artifacts to an artifact."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from asc_ray.artifacts import Artifact
+from asc_ray.models.complexity import complexity
+from asc_ray.models.normalization import ResidualNorm
+from asc_ray.models.pretrained import load_published
+from asc_ray.models.registry import build
+from asc_ray.students.config import StudentConfig
+from asc_ray.students.cost import input_shape
+from asc_ray.students.targets import TargetFiles, read_soft_targets, student_clips
+from asc_ray.training.dataset import Dataset, Source
+from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights
+from asc_ray.training.loop import OnEpoch, fit
+from asc_ray.training.validation import Metrics
+
+
+def train_student(
+    artifact: Artifact,
+    source: Source,
+    targets: TargetFiles | None,
+    config: StudentConfig,
+    gpus: float = 0.0,
+    on_epoch: OnEpoch = lambda metrics: None,
+) -> None:
+    """Train a student on all clips but the validation part, from the soft `targets`.
+
+    With `config.checkpoint` it has that file's weights instead. Raises UserError where they do not fit.
+    """
+    folder = artifact.open_partial()
+    data = source.open()
+    model, known = build(config.model, len(data.store.labels), config.seed), True
+    if config.checkpoint:
+        known = load_published(model, config.checkpoint, about(config, data.store.labels))
+        history = []
+    else:
+        soft = read_soft_targets(data, targets)
+        history = fit_student(model, config, data, soft, folder / "checkpoints", gpus, noted(folder, config, on_epoch))
+    save_weights(model, folder / WEIGHTS, about(config, data.store.labels))
+    shape = input_shape(config)
+    cost = complexity(model.cpu(), shape)
+    learned = {name: layer.lambda_.item() for name, layer in model.named_modules() if isinstance(layer, ResidualNorm)}
+    artifact.finish(
+        {
+            "history": history,
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "bytes": cost.bytes,
+            "input": shape,
+            "residual_lambda": learned,
+            "on_trust": not known,
+        },
+        SCRATCH,
+    )
+
+
+def fit_student(
+    model: nn.Module,
+    config: StudentConfig,
+    data: Dataset,
+    soft: np.ndarray | None,
+    checkpoints: Path,
+    gpus: float,
+    on_epoch: OnEpoch,
+) -> list[Metrics]:
+    """`fit` with the student's clips and what `read_soft_targets` gave; a search trial is this and no more."""
+    return fit(
+        model,
+        config,
+        data,
+        student_clips(data),
+        checkpoints,
+        distillation=None if soft is None else config.distillation,
+        soft_targets=soft,
+        gpus=gpus,
+        on_epoch=on_epoch,
+    )

@@ -1,0 +1,33 @@
+"""Where runs are tracked; free of mlflow, so that a configuration is read without it."""
+
+from pathlib import Path
+
+from pydantic import Field, field_serializer, field_validator
+
+from asc_ray.section import Section
+from asc_ray.shown import masked
+
+
+class TrackingConfig(Section):
+    """`uri`: any MLflow tracking URI; without one, a sqlite database in the storage.
+
+    A login in it goes to MLflow alone: what is written or shown of a configuration has *** in its place.
+    """
+
+    uri: str | None = None
+    experiment: str = Field("asc-ray", min_length=1)
+
+    @field_validator("uri")
+    @classmethod
+    def _with_its_login(cls, value: str | None) -> str | None:
+        if value and "***" in value:
+            raise ValueError("its login was taken out when it was written; give the whole URI, or leave it out")
+        return value
+
+    @field_serializer("uri")
+    def _without_login(self, value: str | None) -> str | None:
+        return value and masked(value)
+
+
+def default_uri(storage: Path) -> str:
+    return f"sqlite:///{storage / 'mlflow.db'}"

@@ -1,0 +1,46 @@
+"""What a training leaves in its artifact's folder: weights, and notes of its progress."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from asc_ray.artifacts import stored_file, write_record
+from asc_ray.models.pretrained import metadata
+from asc_ray.models.registry import build
+from asc_ray.training.loop import OnEpoch
+from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import Metrics
+
+WEIGHTS = "model.safetensors"
+PROGRESS = "progress.json"
+SCRATCH = ("checkpoints", PROGRESS)
+
+
+def about(recipe: Recipe, labels: Sequence[str]) -> dict[str, Any]:
+    """What a file of weights says of them, and what must agree where they are used again."""
+    return {"labels": list(labels), "frontend": recipe.frontend.model_dump(exclude={"fmax_jitter"})}
+
+
+def load_model(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
+    """The recipe's network with the weights that a finished training left in `folder`, in evaluation form."""
+    model = build(recipe.model, scenes, recipe.seed)
+    model.load_state_dict(load_file(stored_file(folder, WEIGHTS)))
+    return model.eval()
+
+
+def save_weights(model: nn.Module, file: Path, about: Mapping[str, Any]) -> None:
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(tensors, file, metadata(about))
+
+
+def noted(folder: Path, recipe: Recipe, on_epoch: OnEpoch) -> OnEpoch:
+    """`on_epoch` that also leaves a note in the folder, for `asc-ray status` from another shell."""
+
+    def note(metrics: Metrics) -> None:
+        write_record(folder / PROGRESS, {**metrics, "epochs": recipe.optimizer.epochs})
+        on_epoch(metrics)
+
+    return note

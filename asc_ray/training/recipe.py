@@ -1,0 +1,59 @@
+"""A recipe: all that defines one training but its data."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from asc_ray.audio.augment import AugmentConfig, check_masks
+from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.errors import ConfigError
+from asc_ray.models.dcase22_baseline import FRAMES, MELS, DCASE22BaselineConfig
+from asc_ray.models.passt import PasstConfig
+from asc_ray.models.registry import ModelConfig
+from asc_ray.section import Section
+from asc_ray.training.optimizer import OptimizerConfig
+
+Precision = Literal["bf16", "tf32", "fp32"]
+
+
+class Recipe(Section):
+    """All that defines one training but its data."""
+
+    later = frozenset({"precision", "deterministic"})
+    model: ModelConfig = Field(discriminator="name")
+    frontend: FrontendConfig = FrontendConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    balance: float = Field(
+        0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: as many clips of every device"
+    )
+    compile: bool = Field(False, description="torch.compile the network; where that fails, it trains without")
+    precision: Precision = Field("bf16", description="of the network's training on a GPU; on a CPU it is fp32")
+    deterministic: bool = Field(False, description="the same bits in every run on a GPU, slower; on a CPU they are")
+    select: Literal["last", "best"] = Field(
+        "last", description="which weights are the result: the last epoch's, or those best on the validation part"
+    )
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        try:
+            check_masks(self.augment, self.frontend)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if self.select == "best" and self.optimizer.average_epochs > 1:
+            raise ValueError(
+                "select: best, and optimizer.average_epochs > 1 averages the last ones; choose one of them"
+            )
+        mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
+        if isinstance(self.model, DCASE22BaselineConfig) and (mels, frames) != (MELS, FRAMES):
+            raise ValueError(
+                f"frontend makes {mels} mels x {frames} frames of a clip, dcase22_baseline takes {MELS} x {FRAMES}; "
+                "use student.preset: dcase22_baseline, or change frontend.mels and frontend.hop"
+            )
+        if isinstance(self.model, PasstConfig) and (self.model.mels != mels or self.model.frames < frames):
+            raise ValueError(
+                f"frontend makes {mels} mels x {frames} frames of a clip, model takes {self.model.mels} x at most "
+                f"{self.model.frames}; change frontend.mels, frontend.hop, model.mels or model.frames"
+            )
+        return self

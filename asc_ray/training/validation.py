@@ -1,0 +1,85 @@
+"""A network's answers on stored clips, and its figures on the validation part."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asc_ray.audio.frontend import LogMel
+from asc_ray.data.batches import Waves, eval_batches, waveform
+from asc_ray.data.clips import ClipStore
+from asc_ray.errors import UserError
+from asc_ray.training.dataset import Dataset
+from asc_ray.training.gpu import on_gpu
+
+Metrics = dict[str, float]
+
+
+class NotFinite(UserError):
+    """A network answers with values that are infinite or not a number."""
+
+
+def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device) -> Metrics:
+    """Accuracy, macro accuracy (mean over scenes) and log loss on the validation part.
+
+    Where devices are left out of the training, also the macro accuracy on theirs (`unseen`) and the others' (`seen`).
+    """
+    clips = data.parts["validation"]
+    log_p = torch.log_softmax(predict(model, front_end, data.store, clips, device), dim=1)
+    scene = torch.from_numpy(data.store.scene[clips])
+    right = (log_p.argmax(1) == scene).double()
+
+    def macro(some: Tensor) -> float:
+        return float(np.mean([float(right[some & (scene == k)].mean()) for k in scene[some].unique().tolist()]))
+
+    metrics = {
+        "validation_accuracy": float(right.mean()),
+        "validation_macro_accuracy": macro(torch.ones_like(scene, dtype=torch.bool)),
+        "validation_log_loss": float(F.nll_loss(log_p, scene)),
+    }
+    if data.held_out_devices:
+        held_out = torch.from_numpy(np.isin(data.store.device[clips], data.held_out_devices))
+        metrics |= {"validation_seen": macro(~held_out), "validation_unseen": macro(held_out)}
+    return metrics
+
+
+def predict(
+    model: nn.Module, front_end: LogMel, store: ClipStore, clips: np.ndarray, device: torch.device, batch_size: int = 64
+) -> Tensor:
+    """Logits (N, K) float32 on the host of the store's `clips`, not augmented; `model` is in evaluation form.
+
+    Raises NotFinite where a logit is infinite or not a number.
+    """
+    logits = predict_all([model], front_end, store, clips, device, batch_size)[0]
+    refuse_not_finite(logits, store.ids[clips])
+    return logits
+
+
+def refuse_not_finite(logits: Tensor, ids: np.ndarray) -> None:
+    """Raises NotFinite with the clips `ids` (N,) whose logits (N, K) hold something else than numbers."""
+    broken = ~logits.isfinite().all(dim=1).numpy()
+    if broken.any():
+        names = ", ".join(map(str, ids[broken][:3])) + (", ..." if broken.sum() > 3 else "")
+        raise NotFinite(f"the logits of {broken.sum()} of {len(ids)} clips are not finite ({names})")
+
+
+@torch.no_grad()
+def predict_all(
+    models: Sequence[nn.Module],
+    front_end: LogMel,
+    store: ClipStore,
+    clips: np.ndarray,
+    device: torch.device,
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> Tensor:
+    """`predict` of several networks behind one front end: (S, N, K). `bf16` runs the networks in mixed precision."""
+    outputs = []
+    with on_gpu(device):
+        for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
+            mel = front_end(waveform(pcm)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                outputs.append(torch.stack([model(mel).float() for model in models]))
+        return torch.cat(outputs, dim=1).cpu()
