@@ -652,7 +652,7 @@ def loader_loop(bench: Bench) -> None:
         if number == 4 and bench.gpu:
             start = time.perf_counter()
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
-            logits = model(front_end(wave.to(bench.device, non_blocking=True)))
+            logits = model(front_end(wave[:, None].to(bench.device, non_blocking=True)))
         loss = nn.functional.cross_entropy(logits.float(), scene.to(bench.device))
         optimizer.zero_grad()
         loss.backward()

@@ -344,7 +344,7 @@ class _Trainer:
         """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
         state = copy.deepcopy(self.model.state_dict())
         forward = torch.compile(self._forward, dynamic=False)  # dynamic shapes would depend on which batch came first
-        mel = self.front_end(torch.zeros(batch_size, CLIP_SAMPLES, device=self._device))
+        mel = self.front_end(torch.zeros(batch_size, 1, CLIP_SAMPLES, device=self._device))
         choices = [moved(value, self._device) for value in self._choices(torch.Generator())]
         try:
             self._logits(forward, mel, choices).sum().backward()
@@ -406,7 +406,7 @@ class _Trainer:
             draw, scene = self._draw.unpacked(drawn), scene[:, 0].long()
             wave = self.augment.wave(waveform(pcm), draw)
         with record_function("front end"):
-            mel = self.front_end(wave, draw.fmax_shift)
+            mel = self.front_end(wave[:, None], draw.fmax_shift)
         with record_function("augmentation"):
             mel = self.augment.mel(mel, draw)
             target = self._one_hot[scene]
@@ -536,7 +536,7 @@ def predict_all(
     outputs = []
     with on_gpu(device):
         for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
-            mel = front_end(waveform(pcm)).contiguous(memory_format=torch.channels_last)
+            mel = front_end(waveform(pcm)[:, None]).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 outputs.append(torch.stack([model(mel).float() for model in models]))
         return torch.cat(outputs, dim=1).cpu()
