@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchaudio_cpu import import_torchaudio
 from train import AUGMENT
 from train import PARTS as RANGES
 
@@ -485,10 +486,10 @@ def front_ends(bench: Bench) -> None:
 
 def torchaudio_rate(bench: Bench, config: FrontendConfig, wave: Tensor) -> str:
     try:
-        from torchaudio.transforms import MelSpectrogram
+        torchaudio = import_torchaudio()
     except ImportError:
         return ""
-    theirs = MelSpectrogram(
+    theirs = torchaudio.transforms.MelSpectrogram(
         config.sample_rate, config.n_fft, config.window, config.hop, config.fmin, config.fmax, n_mels=config.mels
     ).to(bench.device)
     rate = len(wave) / bench.seconds(lambda: theirs(wave).add_(1e-5).log_())
