@@ -5,7 +5,7 @@ CONFIG ?= demo
 CORPUS ?=
 SET ?=
 
-.PHONY: run test campaign lint format clean
+.PHONY: run test campaign golden lint format clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/asc-ray pipeline --config "$(CONFIG)" $(if $(CORPUS),--set "corpus.path=$(abspath $(CORPUS))") $(SET)
@@ -15,6 +15,9 @@ test: $(VENV)/.installed-dev lint
 
 campaign: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest -m campaign
+
+golden: $(VENV)/.installed-dev
+	$(VENV)/bin/python tests/renew.py
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

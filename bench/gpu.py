@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchaudio_cpu import import_torchaudio
 from train import AUGMENT
 from train import PARTS as RANGES
 
@@ -487,10 +488,10 @@ def front_ends(bench: Bench) -> None:
 
 def torchaudio_rate(bench: Bench, config: FrontendConfig, wave: Tensor) -> str:
     try:
-        from torchaudio.transforms import MelSpectrogram
+        torchaudio = import_torchaudio()
     except ImportError:
         return ""
-    theirs = MelSpectrogram(
+    theirs = torchaudio.transforms.MelSpectrogram(
         config.sample_rate, config.n_fft, config.window, config.hop, config.fmin, config.fmax, n_mels=config.mels
     ).to(bench.device)
     rate = len(wave) / bench.seconds(lambda: theirs(wave).add_(1e-5).log_())
@@ -654,7 +655,7 @@ def loader_loop(bench: Bench) -> None:
         if number == 4 and bench.gpu:
             start = time.perf_counter()
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.gpu):
-            logits = model(front_end(wave.to(bench.device, non_blocking=True)))
+            logits = model(front_end(wave[:, None].to(bench.device, non_blocking=True)))
         loss = nn.functional.cross_entropy(logits.float(), scene.to(bench.device))
         optimizer.zero_grad()
         loss.backward()

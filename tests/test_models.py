@@ -1,15 +1,29 @@
 """The networks against CP-JKU's outputs, state dicts and counts, Table II, and their invariants."""
 
-import importlib.util
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from reference import (
+    FRONT_ENDS,
+    NETWORKS,
+    RENEW,
+    SOUNDS,
+    filled,
+    golden,
+    logits_digest,
+    names_digest,
+    needs_reference,
+    own_outputs,
+    published,
+    published_outputs,
+    published_shapes,
+    waves,
+)
 
+from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import PRESETS, network_preset
 from asc_ray.models.bsconv import BSConvConfig
 from asc_ray.models.complexity import Limits, complexity, peak_activations
@@ -23,50 +37,57 @@ from asc_ray.models.registry import ModelConfig, build, folded
 from asc_ray.students.cost import input_shape
 from asc_ray.training.recipe import Recipe
 
-REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference outputs beside the checkout")
-
-PUBLISHED = {"passt": PasstConfig(), "cp_resnet": CPResNetConfig(), "cp_mobile": CPMobileConfig()}
 SMALL_PASST = PasstConfig(width=24, depth=2, heads=3, frames=220)
 # Parameters and MACs of the paper's Table II.
 TABLE_II = {"sm1": (13_760, 3.88e6), "sm2": (30_690, 8.27e6), "sm3": (54_980, 14.34e6), "sm4": (126_120, 23.03e6)}
-
-
-def published(name: str) -> torch.nn.Module:
-    """The network on the meta device: names and shapes without 340 MB of weights."""
-    with torch.device("meta"):
-        return build(PUBLISHED[name], scenes=10)
 
 
 def mel(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@needs_reference
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_state_dict_has_the_published_names_and_shapes(name):
-    expected = json.loads((REFERENCE / f"{name}_state_dict.json").read_text())
-    assert {key: list(value.shape) for key, value in published(name).state_dict().items()} == expected
+    shapes = {key: list(value.shape) for key, value in published(name).state_dict().items()}
+    assert names_digest(shapes) == golden("published")[name]["names"], RENEW
 
 
 @needs_reference
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_logits_agree_with_the_published_code(name):
-    spec = importlib.util.spec_from_file_location("fill", REFERENCE / "fill.py")
-    assert spec
-    assert spec.loader
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
-    model = published(name).to_empty(device="cpu")
-    fill.fill_(model).eval()
-    reference = np.load(REFERENCE / f"{name}.npz")
-    inputs = [key for key in reference if key.startswith("mel_")]
-    assert inputs
-    for key in inputs:
-        expected = reference[key.replace("mel_", "logits_")]
+@pytest.mark.parametrize("name", NETWORKS)
+def test_state_dict_has_the_published_names_and_shapes_one_by_one(name):
+    assert {key: list(value.shape) for key, value in published(name).state_dict().items()} == published_shapes(name)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_log_mel_and_network_together_agree_with_the_published_code(name):
+    model, expected = filled(published(name).to_empty(device="cpu")), golden("published")[name]["logits"]
+    assert expected.keys() == SOUNDS.keys()
+    for sound, digests in expected.items():
         with torch.no_grad():
-            logits = model(torch.from_numpy(reference[key])[:, None]).numpy()
+            logits = model(LogMel(FRONT_ENDS[name])(waves(*SOUNDS[sound])[:, None]))
+        tolerance = 1e-4 * np.abs(digests).max()
+        np.testing.assert_allclose(logits_digest(logits), digests, rtol=0, atol=tolerance, err_msg=RENEW)
+
+
+@needs_reference
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_agree_with_the_published_code(name):
+    model, mels = filled(published(name).to_empty(device="cpu")), dict(published_outputs(name, "mel"))
+    for sound, expected in published_outputs(name, "logits"):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(mels.pop(sound))[:, None]).numpy()
         assert abs(logits - expected).max() <= 1e-4 * abs(expected).max()
+    assert not mels
+
+
+def test_our_own_networks_answer_as_they_did():
+    """With every weight of a formula, on the log-mel of a formula's sound; so do the built-in impulse responses."""
+    found, expected = own_outputs(), golden("own")
+    np.testing.assert_allclose(found["responses"], expected["responses"], rtol=0, atol=1e-5, err_msg=RENEW)
+    assert found["logits"].keys() == expected["logits"].keys(), RENEW
+    for name, logits in expected["logits"].items():
+        tolerance = 1e-4 * np.abs(logits).max()
+        np.testing.assert_allclose(found["logits"][name], logits, rtol=0, atol=tolerance, err_msg=f"{name}: {RENEW}")
 
 
 @pytest.mark.parametrize(("name", "count"), [("passt", 85_358_612), ("cp_resnet", 127_684), ("cp_mobile", 126_952)])

@@ -1,8 +1,6 @@
 """Checkpoints of other programs, in the forms in which they are published."""
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from asc_ray.models.passt import PasstConfig
 from asc_ray.models.pretrained import load_published, metadata, published, read_tensors, start_from
 from asc_ray.models.registry import build
 
-REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "reference"
 LABELS = [f"scene {number}" for number in range(10)]
 ABOUT = {"labels": LABELS, "frontend": {"hop": 750, "fmax": 15500.0}}
 SMALL = PasstConfig(width=24, depth=2, heads=3, frames=220)
@@ -54,15 +51,6 @@ def test_every_form_loads_to_the_bit(tmp_path, form):
     model = resnet(2)
     assert load_published(model, tmp_path / form, ABOUT) is False
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference beside the checkout")
-@pytest.mark.parametrize(("name", "config"), [("passt", PasstConfig(depth=12)), ("cp_resnet", CPResNetConfig())])
-def test_the_published_names_and_shapes_are_all_there(tmp_path, name, config):
-    shapes = json.loads((REFERENCE / f"{name}_state_dict.json").read_text())
-    with torch.device("meta"):
-        own = {key: tuple(value.shape) for key, value in build(config, 10).state_dict().items()}
-    assert own == {key: tuple(shape) for key, shape in shapes.items()}
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -1,7 +1,6 @@
 """The bundle on a device: the front end in NumPy against training's and the published ones, what is refused."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from conftest import BUNDLE_FRONTEND, BUNDLE_LABELS, ROOT, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import FRONT_ENDS, RENEW, SOUNDS, golden, mel_digest, needs_reference, published_outputs, waves
 
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.frontend import LogMel as TorchLogMel
@@ -24,8 +24,6 @@ from asc_ray.errors import UserError
 from asc_ray.int8.bundle import seal
 from asc_ray.runtime import Bundle, verify
 from asc_ray.runtime.frontend import Frontend, LogMel
-
-REFERENCE = ROOT.parent / "shared" / "reference"
 
 
 def frontend(config: FrontendConfig, samples: int) -> Frontend:
@@ -47,7 +45,7 @@ def test_the_front_end_is_trainings(config, sound):
         "tone": 0.5 * np.sin(2 * np.pi * 1000 * time)[None] + 1e-2 * noise(1),
         "full scale": np.sign(noise(1)),
     }[sound]
-    expected = TorchLogMel(config)(torch.from_numpy(wave)).numpy()
+    expected = TorchLogMel(config)(torch.from_numpy(wave)[:, None]).numpy()
     found = LogMel(frontend(config, 32_000))(wave)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
@@ -66,27 +64,31 @@ def test_the_front_end_is_trainings_for_any_settings(window, hop, samples, mels,
         sample_rate=8000, n_fft=64, window=window, hop=hop, mels=mels, fmin=fmin, fmax=3500.0, fmax_jitter=0
     )
     wave = noise(1, samples, seed=samples)
-    expected = TorchLogMel(config)(torch.from_numpy(wave)).numpy()
+    expected = TorchLogMel(config)(torch.from_numpy(wave)[:, None]).numpy()
     np.testing.assert_allclose(LogMel(frontend(config, samples))(wave), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no published outputs beside the checkout")
-def test_the_front_end_is_the_published_one():
-    spec = importlib.util.spec_from_file_location("fill", REFERENCE / "fill.py")
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
-    mels = {name: mel for name, mel in np.load(REFERENCE / "cp_mobile.npz").items() if name.startswith("mel_")}
-    assert mels
-    for name, expected in mels.items():
-        wave = fill.wave(*map(int, name.split("_")[1:])).numpy()
-        found = LogMel(frontend(FrontendConfig(), wave.shape[1]))(wave)
+@pytest.mark.parametrize("system", FRONT_ENDS)
+def test_the_front_end_agrees_with_digests_of_the_published_one(system):
+    for sound, digests in golden("published")[system]["mel"].items():
+        wave = waves(*SOUNDS[sound]).numpy()
+        found = LogMel(frontend(FRONT_ENDS[system], wave.shape[1]))(wave)
+        np.testing.assert_allclose(mel_digest(found), digests, rtol=0, atol=1e-4, err_msg=RENEW)
+
+
+@needs_reference
+@pytest.mark.parametrize("system", FRONT_ENDS)
+def test_the_front_end_is_the_published_one(system):
+    for sound, expected in published_outputs(system, "mel"):
+        wave = waves(*SOUNDS[sound]).numpy()
+        found = LogMel(frontend(FRONT_ENDS[system], wave.shape[1]))(wave)
         np.testing.assert_allclose(found[:, 0], expected, rtol=0, atol=1e-4)
 
 
 def test_a_bundle_computes_what_torch_does(bundle, int8_training):
     opened, waves = Bundle(bundle), noise(40)
     assert opened.labels == BUNDLE_LABELS
-    expected = int8_training.model(TorchLogMel(BUNDLE_FRONTEND)(torch.from_numpy(waves))).numpy()
+    expected = int8_training.model(TorchLogMel(BUNDLE_FRONTEND)(torch.from_numpy(waves)[:, None])).numpy()
     found = opened.logits(waves)
     assert abs(found - expected).mean() < 0.1 * expected.std()
     odds = np.exp(found.astype(float))

@@ -168,7 +168,7 @@ class Augment:
 
     @torch.no_grad()
     def mel(self, mel: Tensor, draw: Draw) -> Tensor:
-        """Log-mels (B, 1, F, T) as LogMel gives them -> (B, 1, F, T): masks, then Freq-MixStyle, as drawn."""
+        """Log-mels (B, 1, F, T) -> (B, 1, F, T): masks, then Freq-MixStyle, as drawn."""
         if draw.freq_mask is not None:
             mel = mel.masked_fill(_masked(draw.freq_mask, mel.shape[2])[:, None, :, None], MASKED)
         if draw.time_mask is not None:

@@ -71,23 +71,28 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave: Tensor, fmax_shift: Tensor | None = None) -> Tensor:
-        """(B, T) float32 in +-1 -> (B, 1, mels, 1 + (T - 1) // hop) float32.
+        """(..., T) float32 in +-1 -> (..., mels, 1 + (T - 1) // hop) float32, as torchaudio's transforms do.
 
-        fmax_shift: (B,) Hz added to the upper mel edge (training), the first clip's for all of them, a multiple of
+        A network takes a channel: wave[:, None] of (B, T) gives (B, 1, mels, frames).
+        fmax_shift: (B,) Hz added to the upper mel edge (training), the first item's for all of them, a multiple of
         FMAX_STEP within the configured range; the edge is held at the Nyquist frequency.
         Raises ValueError where T is too short for the reflected edges of the centred STFT.
         """
-        if wave.shape[1] <= self.config.window // 2 + 1:
-            raise ValueError(f"a clip of {wave.shape[1]} samples is too short for a window of {self.config.window}")
+        *leading, samples = wave.shape
+        if samples <= self.config.window // 2 + 1:
+            raise ValueError(f"a clip of {samples} samples is too short for a window of {self.config.window}")
+        clips = wave.reshape(-1, samples)
         if wave.device.type == "cpu":
             bank = self._bank(0.0 if fmax_shift is None else float(fmax_shift[0]))
-            return torch.cat([self._transform(part, bank) for part in wave.split(_CPU_SLAB)])[:, None]
-        tf32 = torch.backends.cuda.matmul.allow_tf32  # which a training may ask for, and a log-mel does not
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            return self._transform(wave, self._bank_there(wave.device, fmax_shift))[:, None]
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+            mel = torch.cat([self._transform(part, bank) for part in clips.split(_CPU_SLAB)])
+        else:
+            tf32 = torch.backends.cuda.matmul.allow_tf32  # which a training may ask for, and a log-mel does not
+            torch.backends.cuda.matmul.allow_tf32 = False
+            try:
+                mel = self._transform(clips, self._bank_there(wave.device, fmax_shift))
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = tf32
+        return mel.view(*leading, *mel.shape[1:])
 
     def _transform(self, wave: Tensor, bank: list[_Group]) -> Tensor:
         config = self.config

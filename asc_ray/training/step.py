@@ -55,7 +55,7 @@ class Trainer:
         """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
         state = copy.deepcopy(self.model.state_dict())
         forward = torch.compile(self._forward, dynamic=False)  # dynamic shapes would depend on which batch came first
-        mel = self.front_end(torch.zeros(batch_size, CLIP_SAMPLES, device=self._device))
+        mel = self.front_end(torch.zeros(batch_size, 1, CLIP_SAMPLES, device=self._device))
         choices = [moved(value, self._device) for value in self._choices(torch.Generator())]
         try:
             self._logits(forward, mel, choices).sum().backward()
@@ -117,7 +117,7 @@ class Trainer:
             draw, scene = self._draw.unpacked(drawn), scene[:, 0].long()
             wave = self.augment.wave(waveform(pcm), draw)
         with record_function("front end"):
-            mel = self.front_end(wave, draw.fmax_shift)
+            mel = self.front_end(wave[:, None], draw.fmax_shift)
         with record_function("augmentation"):
             mel = self.augment.mel(mel, draw)
             target = self._one_hot[scene]

@@ -79,7 +79,7 @@ def predict_all(
     outputs = []
     with on_gpu(device):
         for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
-            mel = front_end(waveform(pcm)).contiguous(memory_format=torch.channels_last)
+            mel = front_end(waveform(pcm)[:, None]).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 outputs.append(torch.stack([model(mel).float() for model in models]))
         return torch.cat(outputs, dim=1).cpu()
