@@ -138,10 +138,17 @@ def _table(all_of: Sections, key: str, section: Schema) -> str:
     lines = ["", "| key | allowed | default | meaning |", "|---|---|---|---|"]
     for field, schema in section["properties"].items():
         default = _default(schema["default"]) if "default" in schema else ""
-        meaning = schema.get("description") or _first_sentence(all_of, schema)
+        meaning = _sentence(schema.get("description") or _first_sentence(all_of, schema))
         cells = (f"`{key}.{field}`".replace("`.", "`"), _allowed(all_of, schema), default, meaning)
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    if re.match(r"[a-z]+[ ,;:]", text):
+        text = text[0].upper() + text[1:]
+    return f"{text}." if text and not text.endswith(".") else text
 
 
 def _default(value: Any) -> str:
