@@ -42,10 +42,13 @@ PRESETS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 
 
 class TeachersConfig(Section):
-    """`checkpoints`: a folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained."""
+    """The ensemble's systems, and what their trainings ask of the cluster."""
 
-    checkpoints: Path | None = None
-    recipes: dict[str, Recipe] = Field(min_length=1)
+    checkpoints: Path | None = Field(
+        None,
+        description="folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained",
+    )
+    recipes: dict[str, Recipe] = Field(min_length=1, description="of the systems, by their names")
     resources: TrainerResources = TrainerResources()
     resources_for: dict[str, TrainerResources] = Field({}, description="in place of `resources`, by the model's name")
     allow_missing: int = Field(
@@ -75,19 +78,21 @@ class TeachersConfig(Section):
 
 
 class LogitsConfig(Section):
-    batch_size: int = Field(64, ge=1)
+    """How the teachers' logits are computed."""
+
+    batch_size: int = Field(64, ge=1, description="clips that go through a network together")
     precision: Precision = Field("fp32", description="of the networks; bf16 notes its largest difference to fp32")
     resources: Resources = Resources()
 
 
 class TrackingConfig(Section):
-    """`uri`: any MLflow tracking URI; without one, a sqlite database in the storage.
+    """Where runs are noted.
 
-    A login in it goes to MLflow alone: what is written or shown of a configuration has *** in its place.
+    A login in `uri` goes to MLflow alone: what is written or shown of a configuration has *** in its place.
     """
 
-    uri: str | None = None
-    experiment: str = Field("asc-ray", min_length=1)
+    uri: str | None = Field(None, description="any MLflow tracking URI; null: a sqlite database in the storage")
+    experiment: str = Field("asc-ray", min_length=1, description="name of the experiment in MLflow")
 
     @field_validator("uri")
     @classmethod
@@ -105,8 +110,8 @@ S = TypeVar("S", bound=Section)
 
 
 class Config(Section):
-    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$")
-    storage: Path
+    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$", description="of the report, and of the run in MLflow")
+    storage: Path = Field(description="folder below which all is made; every node of a cluster must reach it")
     corpus: CorpusConfig = CorpusConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()

@@ -34,7 +34,9 @@ ClassPrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(
 
 
 class FusionConfig(Section):
-    """`data`: what eq. 4 is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
+    """How eq. 4 is learned.
+
+    `data`: what it is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
     the training split but the validation part; every teacher is trained `folds` times, and a clip's logits are those of
     the model that did not see it. train: the clips that the teachers were trained on.
 
@@ -42,10 +44,10 @@ class FusionConfig(Section):
     weighs the same (empirical), or every class does (uniform), or classes weigh as given, label by label.
     """
 
-    data: Literal["holdout", "crossfit", "train"] = "holdout"
+    data: Literal["holdout", "crossfit", "train"] = Field("holdout", description="clips that it is learned on")
     folds: int = Field(4, ge=2, description="of crossfit")
-    ridge: Ridge = "auto"
-    class_prior: ClassPrior = "empirical"
+    ridge: Ridge = Field("auto", description="strength of the pull towards the average of the systems")
+    class_prior: ClassPrior = Field("empirical", description="how much each scene weighs")
     nonnegative: bool = Field(False, description="no system has a negative weight")
     tasks: int = Field(1, ge=1, description="so many tasks of the cluster share each pass over the clips; in no key")
 

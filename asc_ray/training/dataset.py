@@ -26,15 +26,15 @@ IMPULSE_RESPONSES = "impulse_responses.safetensors"
 
 
 class PartitionConfig(Section):
-    """Shares of the training clips, by location, that no teacher is trained on; the rest is the part `train`.
+    """Shares of the training clips, by place, that no teacher is trained on; the rest is the part `train`.
 
     `fusion` is where eq. 4 is learned, with `fusion.data: holdout`; `validation` selects and stops, and trains nothing
     at all.
     """
 
-    fusion: float = Field(0.12, gt=0.0, lt=0.5)
-    validation: float = Field(0.12, gt=0.0, lt=0.5)
-    seed: int = Field(0, ge=0)
+    fusion: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `fusion`")
+    validation: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `validation`")
+    seed: int = Field(0, ge=0, description="of the division")
 
     def shares(self, fusion: FusionConfig) -> dict[str, float]:
         """What `partition` takes out of the part `train`."""

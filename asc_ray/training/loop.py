@@ -45,10 +45,10 @@ class OptimizerConfig(Section):
     kind: Literal["adamw", "adam"] = Field(
         "adamw", description="adam adds the weight decay to the gradient (L2), adamw takes it from the weights"
     )
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(64, ge=2)
-    learning_rate: float = Field(1e-3, gt=0.0, le=1.0)
-    weight_decay: float = Field(1e-3, ge=0.0, le=1.0)
+    epochs: int = Field(30, ge=1, description="passes over the training clips")
+    batch_size: int = Field(64, ge=2, description="clips of a step")
+    learning_rate: float = Field(1e-3, gt=0.0, le=1.0, description="its largest value, which the schedule scales")
+    weight_decay: float = Field(1e-3, ge=0.0, le=1.0, description="as `kind` has it")
     schedule: ScheduleConfig = ScheduleConfig()
     clip_norm: float = Field(5.0, gt=0.0, description="largest norm of the gradient over all weights")
     accumulate: int = Field(1, ge=1, description="parts in which a batch goes through the network, for less memory")
@@ -79,7 +79,7 @@ class Recipe(Section):
     """All that defines one training but its data."""
 
     later = frozenset({"precision", "deterministic"})
-    model: ModelConfig = Field(discriminator="name")
+    model: ModelConfig = Field(discriminator="name", description="the network, and its settings")
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -92,7 +92,7 @@ class Recipe(Section):
     select: Literal["last", "best"] = Field(
         "last", description="which weights are the result: the last epoch's, or those best on the validation part"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the first weights and of all that is drawn")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

@@ -10,10 +10,10 @@ from asc_ray.section import Section
 class ScheduleConfig(Section):
     """Exponential warm-up, plateau, linear ramp-down to `last_factor`; all lengths in epochs."""
 
-    warm_up: int = Field(3, ge=0)
-    ramp_down_start: int = Field(15, ge=0)
-    ramp_down_length: int = Field(12, ge=1)
-    last_factor: float = Field(0.005, ge=0.0, le=1.0)
+    warm_up: int = Field(3, ge=0, description="epochs of the warm-up")
+    ramp_down_start: int = Field(15, ge=0, description="epochs before the rate begins to fall")
+    ramp_down_length: int = Field(12, ge=1, description="epochs that it falls for")
+    last_factor: float = Field(0.005, ge=0.0, le=1.0, description="share of the rate that is left then")
 
 
 def learning_rate_factor(epoch: int, schedule: ScheduleConfig) -> float:
