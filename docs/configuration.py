@@ -146,7 +146,7 @@ def _table(all_of: Sections, key: str, section: Schema) -> str:
 
 def _sentence(text: str) -> str:
     """With a capital letter and a full stop."""
-    if re.match(r"[a-z]+[ ,;:]", text):
+    if re.match(r"[a-z-]+[ ,;:]", text):
         text = text[0].upper() + text[1:]
     return f"{text}." if text and not text.endswith(".") else text
 
