@@ -1,11 +1,11 @@
-# Two commands: `make run` trains the demo from corpus to report, `make test` checks the code.
+# Two commands: `make run` trains the demo from corpus to report, `make test` checks the code. `make docs` builds the site.
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= demo
 CORPUS ?=
 SET ?=
 
-.PHONY: run test campaign golden lint format clean
+.PHONY: run test campaign golden lint format docs clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/asc-ray pipeline --config "$(CONFIG)" $(if $(CORPUS),--set "corpus.path=$(abspath $(CORPUS))") $(SET)
@@ -28,6 +28,10 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python docs/configuration.py
+	$(VENV)/bin/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -41,4 +45,8 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/pip install --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/pip install --editable '.[docs]'
 	@touch $@ $(VENV)/.installed

@@ -10,8 +10,8 @@ from asc_ray.section import Section
 class Resources(Section):
     """What one training worker or inference task asks of the cluster; fractions of a GPU are allowed."""
 
-    cpus: float = Field(1, gt=0.0)
-    gpus: float = Field(0, ge=0.0)
+    cpus: float = Field(1, gt=0.0, description="CPUs of each, and so many threads")
+    gpus: float = Field(0, ge=0.0, description="GPUs of each; 0 computes on the CPU")
 
     def options(self) -> dict[str, float]:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
@@ -27,7 +27,7 @@ class Resources(Section):
 class TrainerResources(Resources):
     """Of one training: `workers` processes, each with these CPUs and GPUs, that take every step together."""
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="processes that share a training")
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> Self:
@@ -37,7 +37,9 @@ class TrainerResources(Resources):
 
 
 class ClusterConfig(Section):
-    """`address`: a Ray cluster to join; without one, that of RAY_ADDRESS; without that, an embedded one."""
+    """The Ray cluster that does the work."""
 
-    address: str | None = None
+    address: str | None = Field(
+        None, description="a Ray cluster to join; null: that of RAY_ADDRESS; without that, an embedded one"
+    )
     retries: int = Field(3, ge=0, description="how often a training is resumed after its worker died")

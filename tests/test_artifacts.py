@@ -63,7 +63,7 @@ def test_another_key_is_another_folder(tmp_path):
 
 def test_a_storage_has_one_run_at_a_time_and_the_lock_dies_with_its_process(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from asc_ray.artifacts import exclusive\n"
+        "import sys, time; from pathlib import Path; from asc_ray.lock import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

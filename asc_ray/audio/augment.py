@@ -26,7 +26,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class DirConfig(Section):
     """Device impulse response augmentation; adaptive (ADIR, eq. 3) where a threshold is given."""
 
-    p: Probability = 0.0
+    p: Probability = Field(0.0, description="chance of a clip, of those that may be convolved")
     threshold: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
         None, description="convolve only clips of more energy than this; auto: the training set's mean; null: all clips"
     )
@@ -38,8 +38,8 @@ class DirConfig(Section):
 class FreqMixStyleConfig(Section):
     """Freq-MixStyle of the log-mel; the mixing weight is Beta(alpha, alpha)."""
 
-    p: Probability = 0.0
-    alpha: float = Field(0.3, gt=0)
+    p: Probability = Field(0.0, description="chance of a clip to get a part of another's statistics")
+    alpha: float = Field(0.3, gt=0, description="of the Beta distribution; the smaller, the less evenly two clips mix")
 
 
 class AugmentConfig(Section):

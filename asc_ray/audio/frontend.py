@@ -31,13 +31,13 @@ _Group = tuple[int, int, Tensor]  # (start, stop) in the row of squares and weig
 class FrontendConfig(Section):
     """Log-mel settings; the defaults are the student's. Frequencies in Hz, `n_fft`, `window`, `hop` in samples."""
 
-    sample_rate: int = Field(32_000, ge=1)
-    n_fft: int = Field(4096, ge=4, multiple_of=2)
-    window: int = Field(3072, ge=2)
-    hop: int = Field(500, ge=1)
-    mels: int = Field(256, ge=1)
-    fmin: float = Field(0.0, ge=0)
-    fmax: float = Field(15_500.0, gt=0)
+    sample_rate: int = Field(32_000, ge=1, description="of the waveform")
+    n_fft: int = Field(4096, ge=4, multiple_of=2, description="length of the Fourier transform")
+    window: int = Field(3072, ge=2, description="length of the window")
+    hop: int = Field(500, ge=1, description="from one frame to the next")
+    mels: int = Field(256, ge=1, description="mel bins")
+    fmin: float = Field(0.0, ge=0, description="lower edge of the first mel bin")
+    fmax: float = Field(15_500.0, gt=0, description="upper edge of the last mel bin")
     fmax_jitter: float = Field(1000.0, ge=0, description="range in Hz of the upper mel edge in training, 0: off")
 
     @model_validator(mode="after")

@@ -24,8 +24,8 @@ SOFT_TARGET = "distillation.soft_target"
 
 
 class Config(Section):
-    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$")
-    storage: Path
+    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$", description="of the report, and of the run in MLflow")
+    storage: Path = Field(description="folder below which all is made; every node of a cluster must reach it")
     corpus: CorpusConfig = CorpusConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()

@@ -30,7 +30,7 @@ class DataConfig(Section):
     read ahead through Ray Data; `auto` is resident on a GPU where it fits, else mapped.
     """
 
-    mode: Literal["auto", "mapped", "resident", "stream"] = "auto"
+    mode: Literal["auto", "mapped", "resident", "stream"] = Field("auto", description="where clips are read from")
     resident_share: float = Field(
         0.5, gt=0.0, le=1.0, description="share of what is free of the device, or of its part, for a resident split"
     )

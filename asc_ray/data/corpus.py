@@ -38,15 +38,19 @@ Split = Literal["train", "test"]
 
 
 class CorpusConfig(Section):
-    """`path` None stands for the synthetic demo corpus that `demo` describes."""
+    """The corpus, and how it is read. `path` None stands for the synthetic demo corpus that `demo` describes."""
 
-    path: Path | None = None
+    path: Path | None = Field(None, description="folder of a corpus in the layout of TAU22")
     train_split: Path | None = Field(
         None, description="a list of training clips instead of fold1_train.csv, as DCASE24's split5.csv"
     )
-    on_bad_clip: Literal["refuse", "skip"] = "refuse"
+    on_bad_clip: Literal["refuse", "skip"] = Field(
+        "refuse", description="whether a clip that cannot be used stops the ingest, or is left out and recorded"
+    )
     shard_clips: int = Field(4096, ge=1, le=4096, description="clips of one Arrow file")
-    impulse_responses: Path | None = None  # folder of wavs for DIR
+    impulse_responses: Path | None = Field(
+        None, description="folder of wavs for DIR; null: `dirs` in the corpus, else a built-in bank"
+    )
     demo: DemoConfig = Field(default_factory=DemoConfig)
 
 

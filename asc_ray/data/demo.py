@@ -34,12 +34,12 @@ class DemoConfig(Section):
         "train_places_per_scene": "train_locations_per_scene",
         "test_places_per_scene": "test_locations_per_scene",
     }
-    seed: int = Field(0, ge=0)
-    train_clips_per_scene: int = Field(80, ge=4, le=10_000)
-    train_places_per_scene: int = Field(16, ge=2, le=1_000)
-    test_seconds_per_scene: int = Field(10, ge=1, le=1_000)
-    test_places_per_scene: int = Field(5, ge=1, le=1_000)
-    impulse_responses: int = Field(16, ge=1, le=256)
+    seed: int = Field(0, ge=0, description="of all that is drawn")
+    train_clips_per_scene: int = Field(80, ge=4, le=10_000, description="training clips of each scene")
+    train_places_per_scene: int = Field(16, ge=2, le=1_000, description="places that they come from")
+    test_seconds_per_scene: int = Field(10, ge=1, le=1_000, description="test seconds of each scene")
+    test_places_per_scene: int = Field(5, ge=1, le=1_000, description="places that they come from")
+    impulse_responses: int = Field(16, ge=1, le=256, description="responses in the folder `dirs`")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ class PartitionConfig(Section):
     at all.
     """
 
-    fusion: float = Field(0.12, gt=0.0, lt=0.5)
-    validation: float = Field(0.12, gt=0.0, lt=0.5)
-    seed: int = Field(0, ge=0)
+    fusion: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `fusion`")
+    validation: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `validation`")
+    seed: int = Field(0, ge=0, description="of the division")
 
     def shares(self, fusion_data: FusionData, folds: int) -> dict[str, float]:
         """What `partition` takes out of the part `train`."""

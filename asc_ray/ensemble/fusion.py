@@ -31,7 +31,9 @@ CLIPS_A_SHARD = 65_536  # of logits that are in memory anyway
 
 
 class FusionConfig(Section):
-    """`data`: what eq. 4 is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
+    """How eq. 4 is learned.
+
+    `data`: what it is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
     the training split but the validation part; every teacher is trained `folds` times, and a clip's logits are those of
     the model that did not see it. train: the clips that the teachers were trained on.
 
@@ -41,10 +43,10 @@ class FusionConfig(Section):
 
     gone: ClassVar[Mapping[str, Any]] = {"tasks": 1}
     renamed: ClassVar[Mapping[str, str]] = {"scene_prior": "class_prior"}
-    data: FusionData = "holdout"
+    data: FusionData = Field("holdout", description="clips that it is learned on")
     folds: int = Field(4, ge=2, description="of crossfit")
-    ridge: Ridge = "auto"
-    scene_prior: ScenePrior = "empirical"
+    ridge: Ridge = Field("auto", description="strength of the pull towards the average of the systems")
+    scene_prior: ScenePrior = Field("empirical", description="how much each scene weighs")
     nonnegative: bool = Field(False, description="no system has a negative weight")
 
 

@@ -30,7 +30,9 @@ Precision = Literal["fp32", "bf16"]
 
 
 class LogitsConfig(Section):
-    batch_size: int = Field(64, ge=1)
+    """How the teachers' logits are computed."""
+
+    batch_size: int = Field(64, ge=1, description="clips that go through a network together")
     precision: Precision = Field("fp32", description="of the networks; bf16 notes its largest difference to fp32")
     resources: Resources = Resources()
 

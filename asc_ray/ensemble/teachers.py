@@ -19,10 +19,13 @@ from asc_ray.training.recipe import Recipe
 
 
 class TeachersConfig(Section):
-    """`checkpoints`: a folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained."""
+    """The ensemble's systems, and what their trainings ask of the cluster."""
 
-    checkpoints: Path | None = None
-    recipes: dict[str, Recipe] = Field(min_length=1)
+    checkpoints: Path | None = Field(
+        None,
+        description="folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained",
+    )
+    recipes: dict[str, Recipe] = Field(min_length=1, description="of the systems, by their names")
     resources: TrainerResources = TrainerResources()
     resources_for: dict[str, TrainerResources] = Field({}, description="in place of `resources`, by the model's name")
     allow_missing: int = Field(

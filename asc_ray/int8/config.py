@@ -16,8 +16,8 @@ class QATConfig(Section):
     epochs: int = Field(20, ge=0, description="0: post-training quantization, weights as they are")
     calibration_clips: int = Field(512, ge=1, description="training clips that give the ranges with `epochs: 0`")
     frozen_epochs: int = Field(4, ge=0, description="last epochs with observers and batch-norm statistics frozen")
-    learning_rate: float = Field(5e-5, gt=0.0, le=1.0)
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    learning_rate: float = Field(5e-5, gt=0.0, le=1.0, description="instead of the student's; its schedule stays")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="instead of the student's")
 
     @model_validator(mode="after")
     def _observes_first(self) -> Self:

@@ -14,9 +14,9 @@ class BSConvConfig(Section):
     """The defaults meet Table III's 73.39 K parameters and 13.18 M MACs; its channels are not known, these are ours."""
 
     name: Literal["bsconv_cnn"] = "bsconv_cnn"
-    stem: int = Field(16, ge=1, le=256)
+    stem: int = Field(16, ge=1, le=256, description="channels of the first convolution")
     channels: tuple[Annotated[int, Field(ge=1, le=2048)], ...] = Field(
-        (40, 80, 112, 176, 184), min_length=1, max_length=8
+        (40, 80, 112, 176, 184), min_length=1, max_length=8, description="output channels of the blocks"
     )
 
 

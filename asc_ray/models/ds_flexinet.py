@@ -18,17 +18,17 @@ Step = Annotated[int, Field(ge=1, le=4)]
 class Stage(Section):
     """`blocks` blocks of `channels` output channels, behind a max pool of `pool` (frequency, time) positions."""
 
-    channels: Channels
-    blocks: int = Field(ge=1, le=16)
-    pool: tuple[Step, Step] = (1, 1)
+    channels: Channels = Field(description="output channels of its blocks")
+    blocks: int = Field(ge=1, le=16, description="how many")
+    pool: tuple[Step, Step] = Field((1, 1), description="of the max pool, in mel bins and frames")
     expansion: float = Field(2, ge=1, le=8, description="of a block's input channels")
 
 
 class ChannelPlan(Section):
     """Output channels of the two stem convolutions, and the stages."""
 
-    stem: tuple[Channels, Channels]
-    stages: tuple[Stage, ...] = Field(min_length=1, max_length=8)
+    stem: tuple[Channels, Channels] = Field(description="output channels of the two first convolutions")
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=8, description="in their order")
 
 
 def _plan(stem: tuple[int, int], channels: tuple[int, int, int]) -> ChannelPlan:
@@ -52,8 +52,8 @@ class DSFlexiNetConfig(Section):
     """A size of Table II, or with `size: null` a plan of one's own."""
 
     name: Literal["ds_flexinet"] = "ds_flexinet"
-    size: Literal["sm1", "sm2", "sm3", "sm4"] | None = "sm2"
-    plan: ChannelPlan | None = None
+    size: Literal["sm1", "sm2", "sm3", "sm4"] | None = Field("sm2", description="of Table II")
+    plan: ChannelPlan | None = Field(None, description="channels and stages of one's own")
     normalization: NormalizationConfig = NormalizationConfig()
 
     @model_validator(mode="after")

@@ -11,15 +11,19 @@ from asc_ray.section import Section
 
 
 class NormalizationConfig(Section):
-    """`rn`: eq. 2 with the statistics of eq. 1. `rn_frequency`: the same by frequency bin. `in`: eq. 1.
+    """Which normalization there is, and where.
+
+    `rn`: eq. 2 with the statistics of eq. 1. `rn_frequency`: the same by frequency bin. `in`: eq. 1. `bn`: batch norm.
 
     `places`: of the log-mel, behind the two stem convolutions, between the stages (the paper's), behind the last one.
     """
 
-    kind: Literal["rn", "rn_frequency", "in", "bn", "none"] = "rn"
-    lambda_start: float = Field(0.5, ge=0, le=10)
-    eps: float = Field(1e-5, gt=0, le=1)
-    places: Annotated[tuple[Literal["input", "stem", "stages", "last"], ...], Field(min_length=1)] = ("stages",)
+    kind: Literal["rn", "rn_frequency", "in", "bn", "none"] = Field("rn", description="what is computed")
+    lambda_start: float = Field(0.5, ge=0, le=10, description="lambda of eq. 2 before the training")
+    eps: float = Field(1e-5, gt=0, le=1, description="added to the variance")
+    places: Annotated[tuple[Literal["input", "stem", "stages", "last"], ...], Field(min_length=1)] = Field(
+        ("stages",), description="where it is"
+    )
 
 
 @torch.fx.wrap  # in a traced graph nothing has a type

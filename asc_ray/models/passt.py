@@ -16,12 +16,12 @@ class PasstConfig(Section):
     """The defaults are the published network (85,358,612 parameters with 10 scenes) and its patchout for scenes."""
 
     name: Literal["passt"] = "passt"
-    width: int = Field(768, ge=8, le=2048)
-    depth: int = Field(12, ge=1, le=48)
-    heads: int = Field(12, ge=1, le=32)
+    width: int = Field(768, ge=8, le=2048, description="numbers of a token")
+    depth: int = Field(12, ge=1, le=48, description="transformer blocks")
+    heads: int = Field(12, ge=1, le=32, description="attention heads of a block; they divide `width`")
     patch: int = Field(16, ge=1, le=64, description="side of a patch, in mel bins and frames")
     stride: int = Field(10, ge=1, le=64, description="of the patches; below `patch` they overlap")
-    mels: int = Field(128, ge=1, le=1024)
+    mels: int = Field(128, ge=1, le=1024, description="mel bins of the input, as the front end makes them")
     frames: int = Field(998, ge=1, le=100_000, description="longest input; shorter ones use a part of the time grid")
     patchout_freq: int = Field(6, ge=0, description="rows of patches left out of a training batch")
     patchout_time: int = Field(0, ge=0, description="columns of patches left out of a training batch")

@@ -38,8 +38,8 @@ class ObjectiveConfig(Section):
     `weight` x the macro accuracy on their validation clips + (1 - weight) x that on the others'.
     """
 
-    devices: tuple[str, ...] = ()
-    weight: float = Field(0.5, ge=0.0, le=1.0)
+    devices: tuple[str, ...] = Field((), description="held-out devices")
+    weight: float = Field(0.5, ge=0.0, le=1.0, description="their share of the objective")
 
     def value(self, metrics: Mapping[str, float]) -> float:
         if not self.devices:
@@ -61,15 +61,15 @@ class SweepConfig(Section):
     and changes as it trains.
     """
 
-    trials: int = Field(40, ge=1)
-    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    trials: int = Field(40, ge=1, description="how many; with `pbt` members of the population")
+    scheduler: Literal["asha", "pbt", "none"] = Field("asha", description="what ends or changes a trial on its way")
     population: PopulationConfig = PopulationConfig()
     budget: BudgetConfig = BudgetConfig()
     cost: Literal["bytes", "macs"] | None = Field(
         None, description="to be low while the objective is high: bytes of the int8 weights, or multiply-accumulates"
     )
     epochs: int = Field(30, ge=1, description="epochs of a trial that is not stopped; the schedule is scaled to them")
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random"] = Field("tpe", description="what proposes parameters")
     startup_trials: int = Field(10, ge=1, description="random proposals before the search learns from results")
     lookback: int = Field(4, ge=1, description="trial n learns from trials 0 .. n - lookback; bounds concurrency")
     grace_epochs: int = Field(5, ge=1, description="no trial is stopped before")
@@ -77,8 +77,8 @@ class SweepConfig(Section):
     finalists: int = Field(1, ge=1, description="best trials that are run again with other seeds")
     seeds: int = Field(1, ge=1, description="of each finalist; the winner has the best mean over them")
     validation: ObjectiveConfig = ObjectiveConfig()
-    seed: int = Field(0, ge=0)
-    space: dict[str, Parameter] = Field(min_length=1)
+    seed: int = Field(0, ge=0, description="of the proposals")
+    space: dict[str, Parameter] = Field(min_length=1, description="what is searched, by keys of `student`")
 
     @property
     def searched(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from optuna.trial import FixedTrial
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from asc_ray.section import Section
 
@@ -26,11 +26,13 @@ class Parameter(Section):
     searched only where the alternative is chosen.
     """
 
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    int: tuple[builtins.int, builtins.int] | None = None
-    choice: tuple[builtins.bool | builtins.int | float | str | None, ...] | None = None
-    one_of: dict[str, Any] | None = None
+    uniform: tuple[float, float] | None = Field(None, description="bounds of a range, uniform in the values")
+    loguniform: tuple[float, float] | None = Field(None, description="bounds of a range, uniform in the logarithms")
+    int: tuple[builtins.int, builtins.int] | None = Field(None, description="bounds of a range of whole numbers")
+    choice: tuple[builtins.bool | builtins.int | float | str | None, ...] | None = Field(
+        None, description="values of which one is taken"
+    )
+    one_of: dict[str, Any] | None = Field(None, description="named alternatives of which one is taken")
 
     @model_validator(mode="after")
     def _one_and_ordered(self) -> "Parameter":

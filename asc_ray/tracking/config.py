@@ -9,13 +9,13 @@ from asc_ray.shown import masked
 
 
 class TrackingConfig(Section):
-    """`uri`: any MLflow tracking URI; without one, a sqlite database in the storage.
+    """Where runs are noted.
 
-    A login in it goes to MLflow alone: what is written or shown of a configuration has *** in its place.
+    A login in `uri` goes to MLflow alone: what is written or shown of a configuration has *** in its place.
     """
 
-    uri: str | None = None
-    experiment: str = Field("asc-ray", min_length=1)
+    uri: str | None = Field(None, description="any MLflow tracking URI; null: a sqlite database in the storage")
+    experiment: str = Field("asc-ray", min_length=1, description="name of the experiment in MLflow")
 
     @field_validator("uri")
     @classmethod

@@ -16,17 +16,17 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class ScheduledWeight(Section):
     """From `start` in the first epoch to `end` in the last."""
 
-    start: Share
-    end: Share
-    shape: Literal["linear", "cosine"] = "linear"
+    start: Share = Field(description="in the first epoch")
+    end: Share = Field(description="in the last epoch")
+    shape: Literal["linear", "cosine"] = Field("linear", description="of the way from one to the other")
 
 
 class LearnedWeight(Section):
     """Trained with the network, by the same objective, between `low` and `high`."""
 
-    start: Share
-    low: Share = 0.0
-    high: Share = 1.0
+    start: Share = Field(description="before the first step")
+    low: Share = Field(0.0, description="never below")
+    high: Share = Field(1.0, description="never above")
 
     @model_validator(mode="after")
     def _inside(self) -> Self:
@@ -51,15 +51,17 @@ LabelWeight = Annotated[
 
 
 class DistillationConfig(Section):
-    """`soft_target`: `none`, `average`, `fused`, or the name of one teacher system.
+    """What a student learns from.
+
+    `soft_target`: `none`, `average`, `fused`, or the name of one teacher system.
 
     `label_weight` is lambda of eq. 5, the share of the label loss: a number, `{start, end, shape}` over the epochs, or
     `{start, low, high}` to learn it.
     """
 
-    soft_target: str = "fused"
-    label_weight: LabelWeight = 0.17
-    temperature: float = Field(2.0, gt=0.0, le=100.0)
+    soft_target: str = Field("fused", description="whose logits are learned from")
+    label_weight: LabelWeight = Field(0.17, description="share of the label loss, lambda of eq. 5")
+    temperature: float = Field(2.0, gt=0.0, le=100.0, description="that both sides' logits are divided by")
 
 
 class Objective(nn.Module):

@@ -14,10 +14,10 @@ from asc_ray.training.objective import Objective
 class ScheduleConfig(Section):
     """Exponential warm-up, plateau, linear ramp-down to `last_factor`; all lengths in epochs."""
 
-    warm_up: int = Field(3, ge=0)
-    ramp_down_start: int = Field(15, ge=0)
-    ramp_down_length: int = Field(12, ge=1)
-    last_factor: float = Field(0.005, ge=0.0, le=1.0)
+    warm_up: int = Field(3, ge=0, description="epochs of the warm-up")
+    ramp_down_start: int = Field(15, ge=0, description="epochs before the rate begins to fall")
+    ramp_down_length: int = Field(12, ge=1, description="epochs that it falls for")
+    last_factor: float = Field(0.005, ge=0.0, le=1.0, description="share of the rate that is left then")
 
 
 def learning_rate_factor(epoch: int, schedule: ScheduleConfig) -> float:
@@ -39,10 +39,10 @@ class OptimizerConfig(Section):
     kind: Literal["adamw", "adam"] = Field(
         "adamw", description="adam adds the weight decay to the gradient (L2), adamw takes it from the weights"
     )
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(64, ge=2)
-    learning_rate: float = Field(1e-3, gt=0.0, le=1.0)
-    weight_decay: float = Field(1e-3, ge=0.0, le=1.0)
+    epochs: int = Field(30, ge=1, description="passes over the training clips")
+    batch_size: int = Field(64, ge=2, description="clips of a step")
+    learning_rate: float = Field(1e-3, gt=0.0, le=1.0, description="its largest value, which the schedule scales")
+    weight_decay: float = Field(1e-3, ge=0.0, le=1.0, description="as `kind` has it")
     schedule: ScheduleConfig = ScheduleConfig()
     clip_norm: float = Field(5.0, gt=0.0, description="largest norm of the gradient over all weights")
     accumulate: int = Field(1, ge=1, description="parts in which a batch goes through the network, for less memory")

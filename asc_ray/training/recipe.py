@@ -20,7 +20,7 @@ class Recipe(Section):
     """All that defines one training but its data."""
 
     later = frozenset({"precision", "deterministic"})
-    model: ModelConfig = Field(discriminator="name")
+    model: ModelConfig = Field(discriminator="name", description="the network, and its settings")
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -33,7 +33,7 @@ class Recipe(Section):
     select: Literal["last", "best"] = Field(
         "last", description="which weights are the result: the last epoch's, or those best on the validation part"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the first weights and of all that is drawn")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

@@ -86,7 +86,7 @@ def test_a_body_longer_than_the_archive(server, out, monkeypatch):  # noqa: F811
 def test_an_archive_swapped_after_its_check(server, out, tmp_path, monkeypatch):  # noqa: F811
     """Another file under its name is not what was compared."""
     evil = packed(tmp_path, "evil.zip", {f"{TOP}/audio/c.wav": b"swapped"})
-    original = module._unpack
+    original = module.unpack
 
     def swapped(path, *rest):
         if path.name == NAME:
@@ -94,7 +94,7 @@ def test_an_archive_swapped_after_its_check(server, out, tmp_path, monkeypatch):
             os.replace(tmp_path / "other", path)
         original(path, *rest)
 
-    monkeypatch.setattr(module, "_unpack", swapped)
+    monkeypatch.setattr(module, "unpack", swapped)
     refused(lambda: download("tiny", out, base_url=server.url), NAME, "checksum")
     assert not (out / "audio" / "c.wav").exists()
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from refusal import refused, replaced, sparse
 
-from asc_ray import artifacts
+from asc_ray import lock
 from asc_ray.artifacts import Artifact, damaged_files, read_manifest, read_record, stored_files, write_record
 from asc_ray.lock import LOCK, exclusive, is_locked
 
@@ -82,7 +82,7 @@ def test_state_of_a_killed_run_that_is_none_is_as_if_it_were_not_there(tmp_path,
 HOLD = """
 import sys, time
 from pathlib import Path
-from asc_ray.artifacts import exclusive
+from asc_ray.lock import exclusive
 with exclusive(Path(sys.argv[1])):
     print("in", flush=True)
     sys.stdin.read()
@@ -160,7 +160,7 @@ def test_a_file_system_without_locks_is_told_from_one_that_is_locked(storage, mo
     def refuse(*_):
         raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
 
-    monkeypatch.setattr(artifacts.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(lock.fcntl, "fcntl", refuse)
     refused(lambda: enter(storage), message, code=2)
 
 
