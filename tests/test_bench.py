@@ -27,14 +27,15 @@ def clips(finished: Run):
 def test_front_end():
     output = run("frontend", "--batch", 4, "--runs", 2)
     for name in ("student", "CP-ResNet", "PaSST"):
-        ratio, difference = re.search(rf"{name} .* ratio ([\d.]+), .* difference ([\d.e-]+)", output).groups()
-        assert float(ratio) > 0
-        assert float(difference) < 1e-4
+        found = re.search(rf"{name} .* difference to plain ([\d.e-]+)\n  plain .* ratio [\d.]+", output)
+        assert float(found[1]) < 1e-4
+    if "without torchaudio" not in output:
+        assert len(re.findall(r"^  torchaudio.* ratio [\d.]+", output, re.MULTILINE)) == 5
 
 
 def test_clip_store(clips):
     output = run("clips", clips, "--batch", 16, "--runs", 5)
-    assert float(re.search(r"shuffled batch\s+median\s+(\d+) clips/s", output).group(1)) > 0
+    assert re.search(r"shuffled batch\s+median\s+\d+ clips/s", output)
 
 
 def test_ingest_of_a_shard_takes_less_than_a_gigabyte(finished):
@@ -44,14 +45,12 @@ def test_ingest_of_a_shard_takes_less_than_a_gigabyte(finished):
 
 def test_logits(clips):
     output = run("logits", clips, "--clips", 16, "--systems", 2, "--runs", 1)
-    ratio, difference = re.search(r"ratio ([\d.]+), .* difference ([\d.e-]+)", output).groups()
-    assert float(ratio) > 0
-    assert float(difference) < 1e-4
+    assert float(re.search(r"ratio [\d.]+, .* difference ([\d.e-]+)", output)[1]) < 1e-4
 
 
 def test_training(clips):
     output = run("train", clips, "--model", "sm1", "--batch", 16, "--epochs", 1)
-    assert float(re.search(r"whole loop: median ([\d.]+) clips/s", output).group(1)) > 0
+    assert re.search(r"whole loop: median [\d.]+ clips/s", output)
     shares = [float(share) for share in re.findall(r"us a clip\s+([\d.]+) %", output)]
     assert len(shares) == 6
     assert sum(shares) == pytest.approx(100, abs=0.5)
@@ -74,12 +73,12 @@ def test_fanout(clips):
 def test_teachers_steps():
     output = run("teachers", "--batch", 2, "--runs", 1)
     for name in ("plain, every patch", "plain, patchout 6", "one after another"):
-        assert float(re.search(rf"{name} .* ratio ([\d.]+)", output).group(1)) > 0
+        assert re.search(rf"{name} .* ratio [\d.]+", output)
 
 
 def test_fusion(tmp_path):
     output = run("fusion", "--clips", 20_000, "--systems", 3, "--runs", 1)
-    assert float(re.search(r"ratio ([\d.]+)", output).group(1)) > 0
+    assert re.search(r"ratio [\d.]+", output)
     run("fusion", "--write", tmp_path / "logits", "--clips", 100_000, "--systems", 3)
     output = run("fusion", "--stream", tmp_path / "logits")
     assert 0.05 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0

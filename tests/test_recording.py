@@ -216,7 +216,7 @@ def assert_as_libsndfile(path) -> None:
         expected, rate = sf.read(path, dtype="float32", always_2d=True)
         assert rate == fast.rate
         assert np.array_equal(fast.samples(path), expected)
-    out = np.empty((1, 32_000), np.int16)
+    out = np.zeros((1, 32_000), np.int16)
     result = decode([path], out)[0]
     assert isinstance(result, BadAudio) or out.any()
 

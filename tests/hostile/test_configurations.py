@@ -135,9 +135,10 @@ def test_a_strangers_override(override, message):
     refused(lambda: load_config(TINY, [override]), message, code=2)
 
 
-def test_a_section_whose_lines_are_all_commented_out_changes_nothing(tmp_path):
+def test_a_section_whose_lines_are_all_commented_out_is_a_null_and_takes_the_base_s_away(tmp_path):
     (tmp_path / "c.yaml").write_text(f"base: {TINY}\nteachers:\n  override:\n    # passt: {{}}\n")
-    assert load_config(tmp_path / "c.yaml").teachers.recipes
+    recipe = load_config(tmp_path / "c.yaml").teachers.recipes["passt_dirfms_1"]
+    assert (recipe.model.depth, recipe.optimizer.epochs) == (12, 25)
 
 
 def test_what_people_write_is_read():
