@@ -7,7 +7,6 @@ import sys
 import tomllib
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
 import yaml
@@ -34,13 +33,17 @@ def pip(python, *arguments):
 
 def runs_without_the_checkout(python, script, installed, cwd, environment):
     """Check that `python` imports the copy in the folder `installed`, and run COMMANDS by the entry point."""
-    found = [python, "-c", "import asc_ray, asc_ray.config as c; print(asc_ray.__file__, c.PRESETS, sep='\\n')"]
-    options = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "check": True}
-    package, presets = map(Path, subprocess.run(found, **options).stdout.splitlines())
-    assert package.parent == installed / "asc_ray"
-    assert presets == installed / "asc_ray" / "configs"
+
+    def said(*command):
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout
+
+    code = "import asc_ray, asc_ray.config as c; print(asc_ray.__file__, c.PRESETS, sep='\\n')"
+    assert said(python, "-c", code).splitlines() == [
+        str(installed / "asc_ray" / "__init__.py"),
+        str(installed / "asc_ray" / "configs"),
+    ]
     for arguments, expected in COMMANDS:
-        assert expected in subprocess.run([script, *arguments], **options).stdout
+        assert expected in said(script, *arguments)
     assert not list(cwd.iterdir())
 
 
