@@ -72,6 +72,18 @@ def test_reading_a_configuration_imports_neither_ray_nor_mlflow():
     assert out.strip() == "set()"
 
 
+def test_importing_the_package_imports_no_other_package():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; before = {*sys.modules}; import asc_ray;"
+        "print({name.partition('.')[0] for name in {*sys.modules} - before} - sys.stdlib_module_names)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "{'asc_ray'}"
+
+
 def test_a_training_on_stored_clips_needs_torch_and_few_others():
     """So that bench/gpu.py runs where a card is and little else: what else is installed here is not to be found."""
     import subprocess
