@@ -81,7 +81,7 @@ def test_the_wheel_installs_and_runs_in_a_fresh_environment(wheel, tmp_path):
     empty.mkdir()
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    pip(python, "install", f"{wheel}[train]")
+    pip(python, "install", "--no-compile", f"{wheel}[train]")
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     installed = tmp_path / "env" / "lib" / version / "site-packages"
