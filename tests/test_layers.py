@@ -84,9 +84,12 @@ def test_only_stages_and_the_command_line_speak_to_the_terminal(path):
 
 
 def test_packages_hold_nothing_but_their_modules():
-    """Whoever looks for a thing finds it in the module that is named for it; the runtime is small enough for one."""
+    """Whoever looks for a thing finds it in the module that is named for it.
+
+    The runtime is small enough for one, and the package itself has `asc_ray.results`.
+    """
     holding = [path.parent.name for path in PACKAGE.rglob("__init__.py") if path.read_text().strip()]
-    assert set(holding) <= {"runtime"}
+    assert set(holding) <= {"asc_ray", "runtime"}
 
 
 def test_reading_a_configuration_imports_neither_ray_nor_mlflow():
@@ -94,6 +97,18 @@ def test_reading_a_configuration_imports_neither_ray_nor_mlflow():
     code = f"import sys, {modules}; print({{'ray', 'mlflow'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_importing_the_package_imports_no_other_package():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; before = {*sys.modules}; import asc_ray;"
+        "print({name.partition('.')[0] for name in {*sys.modules} - before} - sys.stdlib_module_names)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "{'asc_ray'}"
 
 
 def test_a_training_on_stored_clips_needs_torch_and_few_others():

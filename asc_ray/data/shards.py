@@ -1,4 +1,4 @@
-"""A shard of the clip store from recordings: the unit of work of the ingest."""
+"""From recordings to the files of a clip store: a shard is the unit of work of the ingest."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from asc_ray.data.clips import CLIP_SAMPLES, write_clips
-from asc_ray.data.corpus import Clip
+from asc_ray.data.clips import CLIP_SAMPLES, SHARD, SHARD_CLIPS, write_clips
+from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.decode import BadAudio, decode
 from asc_ray.data.faults import BadClip
+from asc_ray.data.parts import part_file
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,14 @@ def write_shard(
         kept.append(clip)
     write_clips(file, kept, pcm[: len(kept)], labels, devices, fingerprint)
     return ShardReport(dict(sorted(notes.items())), bad)
+
+
+def write_store(corpus: Corpus, folder: Path, shard_clips: int = SHARD_CLIPS) -> list[BadClip]:
+    """Decode the whole corpus into a clip store in `folder`, in this process; returns the clips that were left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bad: list[BadClip] = []
+    for first in range(0, len(corpus.clips), shard_clips):
+        some, file = corpus.clips[first : first + shard_clips], part_file(folder, SHARD, first)
+        report = write_shard(corpus.root, some, corpus.labels, corpus.devices, file, fingerprint=corpus.fingerprint)
+        bad += report.bad
+    return bad

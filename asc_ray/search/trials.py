@@ -14,6 +14,7 @@ from asc_ray.errors import UserError
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.space import Space, distributions
 from asc_ray.section import Section
+from asc_ray.shown import in_csv
 
 ENDED_WELL = ("complete", "stopped")
 FEWEST_FOR_IMPORTANCE = 8
@@ -116,5 +117,13 @@ def trials_table(ended: Sequence[TrialResult]) -> str:
     writer.writeheader()
     for result in ended:
         own = {column: getattr(result, column) for column in COLUMNS[:-2]}
-        writer.writerow({**own, "epochs": len(result.curve), "pareto": result.number in front, **result.parameters})
+        writer.writerow(
+            {
+                **own,
+                "error": in_csv(result.error),
+                "epochs": len(result.curve),
+                "pareto": result.number in front,
+                **result.parameters,
+            }
+        )
     return text.getvalue()

@@ -90,8 +90,8 @@ class Dataset:
     store: ClipStore
     parts: dict[str, np.ndarray]
     bank: ImpulseBank
-    delivery: DataConfig
-    stream: Stream | None
+    delivery: DataConfig = MAPPED
+    stream: Stream | None = None
     folds: tuple[np.ndarray, ...] = ()  # of cross-fitting
     held_out_devices: tuple[str, ...] = ()  # devices that `train` and `fusion` have no clips of
 
