@@ -19,10 +19,10 @@ from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_fi
 from asc_ray.ensemble.fuse import fuse_systems
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
-from asc_ray.evaluation.on_test import evaluate_ensemble, evaluate_student
 from asc_ray.plan import Plan, failure
 from asc_ray.search.course import ended_trials
 from asc_ray.search.trials import TrialResult
+from asc_ray.stages.evaluate import evaluate_ensemble, evaluate_student
 from asc_ray.stages.work import source_of
 from asc_ray.status import state_of
 from asc_ray.students.targets import read_soft_targets

@@ -49,7 +49,7 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
     _write_targets(folder / "targets", systems, store, fusion, artifact.key)
 
     values = Ensemble(list(systems.values()), store.ids[held_out]).read()
-    scores = score_ensemble(store, held_out, values, tuple(systems), fusion)
+    scores = score_ensemble(store, held_out, dict(zip(systems, values, strict=True)), fusion.apply(values))
     write_atomically(folder / EVALUATION, scores.model_dump_json())
     without = {}
     for position, name in enumerate(systems) if len(systems) > 1 else ():

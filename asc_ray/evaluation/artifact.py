@@ -1,12 +1,12 @@
-"""Scores as artifacts: the ensemble's on held-out and test clips, and a student's on the test split."""
+"""Scores in artifacts: what a stage writes of them, and how they are read back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from asc_ray.artifacts import stored_file
 from asc_ray.data.clips import ClipStore
-from asc_ray.ensemble.fusion import Fusion
 from asc_ray.evaluation.gains import Gain, gain
 from asc_ray.evaluation.groups import device_groups
 from asc_ray.evaluation.scores import Evaluation, evaluate
@@ -22,11 +22,9 @@ class Scores(Section):
     gain: Gain  # of the fusion over the average
 
 
-def score_ensemble(
-    store: ClipStore, rows: np.ndarray, logits: np.ndarray, systems: tuple[str, ...], fusion: Fusion
-) -> Scores:
-    """Every single system, their average, and the fusion, on the same clips; logits (S, N, K)."""
-    outputs = dict(zip(systems, logits, strict=True)) | {"average": logits.mean(axis=0), "fusion": fusion.apply(logits)}
+def score_ensemble(store: ClipStore, rows: np.ndarray, systems: Mapping[str, np.ndarray], fused: np.ndarray) -> Scores:
+    """Score every single system, their average, and the fusion, by logits (N, K) of the store's clips `rows`."""
+    outputs = {**systems, "average": np.mean(list(systems.values()), axis=0), "fusion": fused}
     return Scores(
         systems={name: score(store, rows, values) for name, values in outputs.items()},
         gain=gain(outputs["average"], outputs["fusion"], store.scene[rows], store.place[rows]),

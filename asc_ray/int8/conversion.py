@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from asc_ray.int8.preparation import drop_unused, graph_of, quiet, set_training
 from asc_ray.int8.scheme import (
@@ -76,6 +75,8 @@ def convert(model: nn.Module) -> nn.Module:
         set_training(folded, False)
         round_biases(folded)
         _fold_batch_norms(folded)
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e  # after `scheme` has silenced it
+
         int8 = convert_pt2e(folded, fold_quantize=True)
         drop_unused(int8)
     _check(int8)

@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e import (
-    FakeQuantize,
-)
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-from asc_ray.int8.scheme import BATCH_NORM, FbgemmQuantizer, aten
+from asc_ray.int8.scheme import BATCH_NORM, FbgemmQuantizer, RangeFollower, aten
 
 
 @contextmanager
@@ -35,6 +31,8 @@ def prepare(model: nn.Module, example: Tensor) -> nn.Module:
     with quiet():
         graph = _export(copy.deepcopy(model).train(), example)
         _drop_batch_counts(graph)
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e  # after `scheme` has silenced it
+
         return prepare_qat_pt2e(graph, FbgemmQuantizer())
 
 
@@ -50,7 +48,7 @@ def set_training(model: nn.Module, training: bool) -> None:
 
 def _follow(model: nn.Module, ranges: bool) -> None:
     for module in model.modules():
-        if isinstance(module, FakeQuantize):
+        if isinstance(module, RangeFollower):
             module.enable_observer(ranges)
 
 

@@ -13,18 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import (
-    FakeQuantize,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-)
-from torchao.quantization.pt2e.quantizer import (
-    QuantizationAnnotation,
-    QuantizationSpec,
-    Quantizer,
-    SharedQuantizationSpec,
-)
-from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase
 
 # What torch and torchao say that nobody who runs this can act upon, by logger.
 _NOISE = {
@@ -40,6 +28,19 @@ def _silence(logger: str, start: str) -> None:
 
 for _logger, _start in _NOISE.items():
     _silence(_logger, _start)
+
+from torchao.quantization.pt2e import (  # noqa: E402
+    FakeQuantize,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+)
+from torchao.quantization.pt2e.quantizer import (  # noqa: E402
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationSpecBase  # noqa: E402
 
 aten = torch.ops.aten
 CONVOLUTION = aten.conv2d.default

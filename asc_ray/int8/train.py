@@ -1,4 +1,7 @@
-"""The training of an int8 student, from artifacts to an artifact."""
+"""The training of an int8 student, from artifacts to an artifact.
+
+The functions import the scheme themselves: torchao takes seconds, and the driver, which names them, does without.
+"""
 
 from pathlib import Path
 
@@ -10,9 +13,6 @@ from torch import nn
 from asc_ray.artifacts import Artifact, read_manifest, stored_file
 from asc_ray.audio.frontend import LogMel
 from asc_ray.int8.config import ONNX_MODEL, QATConfig
-from asc_ray.int8.conversion import bytes_by_dtype, convert, round_biases
-from asc_ray.int8.onnx_form import export_onnx
-from asc_ray.int8.preparation import freeze, observing, prepare, set_training
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape
@@ -37,6 +37,9 @@ def train_int8(
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
     """Quantization-aware training of the finished `student`, or post-training quantization, and the int8 model."""
+    from asc_ray.int8.conversion import bytes_by_dtype, convert, round_biases
+    from asc_ray.int8.onnx_form import export_onnx
+    from asc_ray.int8.preparation import observing, prepare
 
     folder = artifact.open_partial()
     data = source.open()
@@ -77,6 +80,8 @@ def _fit_int8(
     gpus: float,
     on_epoch: OnEpoch,
 ) -> list[Metrics]:
+    from asc_ray.int8.preparation import freeze, set_training
+
     settings = config.optimizer.scaled_to(qat.epochs).model_copy(
         update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay, "average_epochs": 1}
     )
@@ -111,6 +116,8 @@ def _fit_int8(
 
 def load_fake_quantized(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
     """What the finished int8 training in `folder` trained and converted, in evaluation form."""
+    from asc_ray.int8.preparation import prepare, set_training
+
     prepared = prepare(build(recipe.model, scenes, recipe.seed), _example(recipe))
     prepared.load_state_dict(load_file(stored_file(folder, FAKE_QUANTIZED)))
     set_training(prepared, False)
@@ -122,6 +129,8 @@ def load_int8(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
 
     torch's own file of such a model is read by executing what is in it; weights and a recipe are not.
     """
+    from asc_ray.int8.conversion import convert
+
     return convert(load_fake_quantized(folder, recipe, scenes))
 
 
