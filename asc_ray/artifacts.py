@@ -1,13 +1,13 @@
-"""Artifacts: a folder with a manifest, built aside and renamed into place.
+"""Artifacts: folders with a manifest, built aside and renamed into place.
 
 An artifact's key is the hash of what it is made from: the stage, its part of the configuration and the keys of its
-inputs. Equal key, equal content; so a complete artifact is never built again, and another configuration builds
-another folder. While it is being built the folder carries the suffix `.partial`; what a stage left there when it was
-killed is what it resumes from.
+inputs. Equal keys mean equal content, so a complete artifact is never built again, and another configuration builds
+another folder. While it is being built the folder has the suffix `.partial`; a stage that was killed resumes from what
+it left there.
 
-Nothing is believed because it is there. A finished artifact's files are read through `stored_file` and `stored_files`,
-which compare them with the manifest; state that a killed run left is read through `read_record`, which tells what is
-whole from what is cut or changed.
+Nothing is trusted only because it exists. A finished artifact's files are read through `stored_file` and
+`stored_files`, which compare them with the manifest. State that a killed run left is read through `read_record`, which
+refuses what is cut or changed.
 """
 
 import fcntl
@@ -28,16 +28,16 @@ from asc_ray.errors import UserError
 from asc_ray.files import read_plain
 
 MANIFEST = "manifest.json"
-# Part of every key: raise it when the meaning of stored artifacts changes, and old ones are left alone.
+# Part of every key: raise it when the meaning of stored artifacts changes, so that old ones are not used.
 FORMAT = 5
-# A file up to this size is compared with its checksum each time that it is handed out, a larger one once a node.
+# A file up to this size is compared with its checksum each time that it is asked for, a larger one once per node.
 SMALL_BYTES = 1 << 20
-_CHECKSUM = "checksum"  # of a record, in the record
+_CHECKSUM = "checksum"  # a record's entry that holds the record's own checksum
 _MOST_RECORD = 1 << 28  # bytes
 
 
 def content_key(**parts: Any) -> str:
-    """Hash of JSON-serializable parts, 16 hexadecimal digits; the order of keys does not matter."""
+    """Return the hash of JSON-serializable parts, 16 hexadecimal digits; the order of keys does not matter."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -58,13 +58,13 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with its own checksum in it, for `read_record`."""
+    """Write JSON that holds its own checksum, for `read_record`."""
     document = json.loads(json.dumps(content, default=str))
     write_atomically(path, json.dumps({**document, _CHECKSUM: _digest(document)}, indent=1))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote to `path`; None where the file is absent, cut, changed, or of another kind."""
+    """Return what `write_record` wrote to `path`; None where the file is absent, cut, changed, or of another kind."""
     try:
         document = json.loads(read_plain(path, _MOST_RECORD))
         return document if document.pop(_CHECKSUM) == _digest(document) else None
@@ -79,7 +79,7 @@ def _digest(document: Any) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """`storage/stage/name-key/`; `inputs` maps the role of each input artifact to its key."""
+    """The artifact in `storage/stage/name-key/`; `inputs` maps the role of each input artifact to its key."""
 
     storage: Path
     stage: str
@@ -111,11 +111,11 @@ class Artifact:
         return manifest
 
     def facts(self) -> dict[str, Any]:
-        """What the stage noted about its result (counts, metrics)."""
+        """Return what the stage noted about its result (counts, metrics)."""
         return self.manifest()["facts"]
 
     def open_partial(self) -> Path:
-        """The folder to build in; it holds what an earlier, interrupted run finished."""
+        """Make the folder to build in, and return it; it holds what an earlier, interrupted run finished."""
         self.partial.mkdir(parents=True, exist_ok=True)
         return self.partial
 
@@ -124,10 +124,10 @@ class Artifact:
     ) -> None:
         """Drop what only the building needed (`scratch`: glob patterns), write the manifest, rename into place.
 
-        `checksums`: SHA-256 of files whose writers have it; the others are read for theirs.
+        `checksums`: SHA-256 of files whose writers know it; all other files are read to compute it.
         """
         known = checksums or {}
-        for pattern in (*scratch, MANIFEST, ".*.tmp"):  # a manifest that no rename followed
+        for pattern in (*scratch, MANIFEST, ".*.tmp"):  # a run may have died between manifest and rename
             for path in self.partial.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         files = {}
@@ -152,7 +152,7 @@ class Artifact:
 
 
 def _flush(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a power cut."""
+    """Make a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -161,7 +161,7 @@ def _flush(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished artifact. Raises UserError where there is none, or one that was cut or changed."""
+    """Return the manifest of a finished artifact. Raises UserError where it is missing, cut or changed."""
     path = folder / MANIFEST
     try:
         status = path.stat()
@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_manifest(manifest: Mapping[str, Any]) -> bool:
-    """Whether a record is a manifest, and its files' names lead to files of the artifact."""
+    """Whether a record is a manifest whose file names stay inside the artifact."""
     words, mappings = ("stage", "name", "key"), ("inputs", "config", "facts", "files")
     return (
         all(isinstance(manifest.get(key), str) for key in words)
@@ -195,19 +195,19 @@ def _is_manifest(manifest: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
-    """Of the file as it is at that time: it is asked for often."""
+    """Read a manifest; cached while the file's time and size stay, because it is asked for often."""
     return read_record(path)
 
 
 def stored_file(folder: Path, name: str) -> Path:
-    """The path of one file of a finished artifact. Raises UserError where the file is not as it was written."""
+    """Return the path of one file of a finished artifact. Raises UserError where it is not as it was written."""
     return stored_files(folder, name)[0]
 
 
 def stored_files(folder: Path, pattern: str = "*") -> list[Path]:
-    """The paths of a finished artifact's files that match `pattern`, by name.
+    """Return the paths of a finished artifact's files that match `pattern`, by name.
 
-    Each is compared with the manifest's checksum: a large one once a node, and again when its size or time changes.
+    Each is compared with the manifest's checksum: a large one once per node, and again when its size or time changes.
     Raises UserError where a file is missing or not as it was written, or where the artifact has none that matches.
     """
     entries = _entries(folder, pattern)
@@ -227,7 +227,7 @@ def stored_files(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Files of a finished artifact that are missing or differ from the manifest's checksums; all are read."""
+    """Read all files of a finished artifact; return those that are missing or differ from the manifest's checksums."""
     return _damage(folder, _entries(folder, "*"))
 
 
@@ -250,7 +250,7 @@ def _damage(folder: Path, entries: Mapping[str, Any]) -> list[str]:
 
 
 def _stamp(file: Path, entry: Mapping[str, Any]) -> list[Any]:
-    """What tells that a file is the one that was compared with this checksum."""
+    """Return what shows that a file is the one that was compared with this checksum; empty for no file."""
     try:
         status = file.stat()
     except OSError:
@@ -260,16 +260,16 @@ def _stamp(file: Path, entry: Mapping[str, Any]) -> list[Any]:
 
 @contextmanager
 def _node_memory(folder: Path) -> Iterator[dict[str, Any]]:
-    """What processes of this node have compared of an artifact, to be added to; the others wait meanwhile.
+    """Yield which files of an artifact this node has compared, to be added to; other processes wait meanwhile.
 
-    It lies in a folder of this user's below the node's temporary folder. Where that cannot be, nothing is remembered.
+    It lies in this user's folder below the node's temporary folder. If that cannot be used, nothing is remembered.
     """
     memory = Path(tempfile.gettempdir()) / f"asc-ray-{os.getuid()}"
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     try:
         memory.mkdir(mode=0o700, exist_ok=True)
         if memory.is_symlink() or memory.stat().st_uid != os.getuid() or memory.stat().st_mode & 0o022:
-            raise PermissionError(memory)  # others could write into it
+            raise PermissionError(memory)  # because others could write into it
         lock = open(memory / f"{name}.lock", "a")  # noqa: SIM115
     except OSError:
         yield {}
@@ -285,7 +285,7 @@ def _node_memory(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def mirrored(artifact: Path, cache: Path) -> Path:
-    """The finished artifact's copy in `cache`, a folder of this node; the first who asks makes it, the others wait.
+    """Return the artifact's copy in `cache`, a folder of this node; the first to ask makes it, the others wait.
 
     Raises UserError when it cannot be copied whole.
     """

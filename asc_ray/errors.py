@@ -1,4 +1,4 @@
-"""What a user is told instead of a traceback.
+"""Errors that a user reads instead of a traceback.
 
 A message names the file or configuration key, what was found, what is allowed and what to do.
 """

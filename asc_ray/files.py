@@ -13,15 +13,15 @@ _KINDS = {
 
 
 def open_plain(path: Path, follow: bool = True) -> BinaryIO:
-    """Open a plain file to be read; without `follow` a symbolic link in its place is none.
+    """Open a plain file for reading; without `follow` a symbolic link is refused.
 
-    A pipe would be waited for without end, and reading a device may do anything. Raises OSError, whose `strerror` says
-    what there is instead.
+    Pipes and device files are refused, because a pipe may keep a reader waiting for ever and reading a device file may
+    do anything. Raises OSError, whose `strerror` says what there is instead.
     """
     if not follow and path.is_symlink():
         raise OSError(errno.ELOOP, "a symbolic link, and not a plain file", str(path))
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
-    kind = stat.S_IFMT(os.stat(path).st_mode)  # before it is opened: that alone rewinds some devices
+    kind = stat.S_IFMT(os.stat(path).st_mode)  # first, because opening alone rewinds some tapes
     if kind == stat.S_IFREG:
         descriptor = os.open(path, flags)
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -32,7 +32,7 @@ def open_plain(path: Path, follow: bool = True) -> BinaryIO:
 
 
 def read_plain(path: Path, most: int, follow: bool = True) -> bytes:
-    """The content of a plain file of at most `most` bytes. Raises OSError as `open_plain`, and for a larger file."""
+    """Read a plain file of at most `most` bytes. Raises OSError as `open_plain` does, and for a larger file."""
     with open_plain(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(most + 1) if size <= most else b""

@@ -19,9 +19,9 @@ from asc_ray.shown import printable
 
 @contextmanager
 def exclusive(storage: Path) -> Iterator[None]:
-    """Hold the storage's lock: two drivers building the same artifacts would undo each other's resume.
+    """Hold the storage's lock, because two drivers building the same artifacts would undo each other's resume.
 
-    Two locks are one: on the file `.lock`, which other hosts see, too, and which says who holds it; and on the folder,
+    It is two locks: one on the file `.lock`, which other hosts see too and which says who holds it; one on the folder,
     which stays when somebody deletes the file. The kernel drops both with the process, however it dies.
 
     Raises UserError when another run holds it, and ConfigError when the folder cannot be written or has no locks.
@@ -56,7 +56,7 @@ def _lock(path: Path, file: int, folder: int) -> None:
         fcntl.fcntl(file, _SETLK, _LOCK)
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno == errno.EBADF:  # a network's file system, which has locks on files alone
+        if error.errno == errno.EBADF:  # a network file system, which locks only files
             return
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise UserError(
@@ -78,7 +78,7 @@ def _owner(path: Path) -> str:
 
 
 def is_locked(storage: Path) -> bool:
-    """Whether a run is at work in this storage; asking takes no lock, so that a run that starts now can have it."""
+    """Whether a run is at work in this storage; asking takes no lock, so a run that starts now can still get it."""
     try:
         with open_plain(storage / LOCK, follow=False) as file:
             answer = fcntl.fcntl(file, _GETLK, _LOCK)
@@ -88,8 +88,8 @@ def is_locked(storage: Path) -> bool:
 
 
 LOCK = ".lock"
-# A lock of an open file, where there are such: one of a process ends as soon as the process closes the file anywhere.
+# Locks of an open file, where the system has them; a process's lock ends when the process closes the file anywhere.
 _SETLK, _GETLK = (getattr(fcntl, f"F_OFD_{name}", getattr(fcntl, f"F_{name}")) for name in ("SETLK", "GETLK"))
-# struct flock: type, whence, start, length, pid; in another order where Unix came from BSD.
+# struct flock: type, whence, start, length, pid; in another order on systems that came from BSD.
 _LAYOUT, _TYPE = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi4x", 0)
 _LOCK = struct.pack(_LAYOUT, *((0, 0, 0, fcntl.F_WRLCK, 0) if _TYPE else (fcntl.F_WRLCK, 0, 0, 0, 0)))

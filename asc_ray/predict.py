@@ -1,4 +1,4 @@
-"""`asc-ray predict`: recordings of any format, rate, channel count and length to scenes, a second at a time."""
+"""`asc-ray predict`: name the scenes of recordings of any format, rate, channel count and length, by the second."""
 
 import csv
 import io
@@ -20,19 +20,19 @@ from asc_ray.errors import UserError
 from asc_ray.runtime import Bundle
 from asc_ray.shown import in_csv, path_in_csv, printable
 
-# A clip may be this much shorter than what the model takes: the rest is zeros, as in training.
+# A recording may be this much shorter than the model's clip: the rest is zeros, as in training.
 LENGTH_TOLERANCE = 0.1
-_BLOCK_SECONDS = 10  # read at a time: a file may hold hours
-_BLOCK_SAMPLES = 1 << 24  # and of all channels no more than so many
+_BLOCK_SECONDS = 10  # read at a time, because a file may hold hours
+_BLOCK_SAMPLES = 1 << 24  # read at a time, at most, of all channels together
 _BATCH = 32
-# Suffixes of sound: what libsndfile reads, and what it does not, to be named as unreadable. A file without a header
-# says neither rate nor format; it comes as a stream.
+# Suffixes of sound: those that libsndfile reads, and others, whose files are then named as unreadable. RAW is left out,
+# because a file without a header says neither rate nor format; it comes as a stream.
 SOUND = {f".{name.lower()}" for name in sf.available_formats() if name != "RAW"} | {
     ".aac", ".aif", ".aifc", ".m4a", ".mp3", ".oga", ".opus", ".webm", ".wma",
 }  # fmt: skip
 
 
-# How a stream begins that holds something else than samples.
+# The first bytes of streams that are containers and not plain samples.
 CONTAINERS = {
     b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF", b"ID3": "MP3",
     b"caff": "CAF", b".snd": "AU", b"\x1aE\xdf\xa3": "WebM",
@@ -41,7 +41,8 @@ CONTAINERS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one file: `probabilities` (seconds, labels); `pooled` (labels,), their mean; `note`: why they mean little."""
+    """The answer for one file: `probabilities` (seconds, labels), their mean `pooled` (labels,), and a `note` that says
+    why they mean little, if they do."""
 
     file: str
     probabilities: np.ndarray
@@ -53,17 +54,17 @@ class Answer:
 
 
 def files_in(paths: Iterable[Path]) -> tuple[list[tuple[str, Path]], Counter[str]]:
-    """(name, file) of all recordings, in order, and how many files of folders are none by their suffix, by suffix.
+    """Return (name, file) of all recordings, in order, and how many other files the folders hold, by suffix.
 
-    A file given is called as it was given, one of a folder by its path in it, where no other folder is given beside.
-    Raises UserError for what is not there.
+    A file is named by the path that was given; a file in a folder by its path in the folder, if that alone was given.
+    Raises UserError for a path that is not there, and where there is no recording.
     """
     found: list[tuple[str, Path]] = []
     others: Counter[str] = Counter()
     paths = list(paths)
     for path in paths:
         if path.is_dir():
-            # What a link leads to may be gone: a file that cannot be read.
+            # A broken link is kept, so that it is named as unreadable.
             for file in sorted(file for file in path.rglob("*") if file.is_file() or not file.exists()):
                 if file.suffix.lower() in SOUND:
                     found.append((str(file.relative_to(path) if len(paths) == 1 else file), file))
@@ -79,7 +80,7 @@ def files_in(paths: Iterable[Path]) -> tuple[list[tuple[str, Path]], Counter[str
 
 
 def answer(bundle: Bundle, name: str, path: Path) -> Answer:
-    """Raises BadAudio for a file that cannot be read, is cut short, is empty, or has samples that are no sound's."""
+    """Answer for one recording. Raises BadAudio if it cannot be read, is cut short, is empty, or is not sound."""
     powers = np.zeros(2)  # of the mean of the channels, and of the channels
     with Recording(path) as recording:
 
@@ -103,15 +104,15 @@ def answer(bundle: Bundle, name: str, path: Path) -> Answer:
 
 
 def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Probabilities (labels,) of each second of raw PCM (signed, 16 bits, little endian), as soon as it is there, and
-    whether the second is silent.
+    """Yield the probabilities (labels,) of each second of raw PCM (signed, 16 bits, little endian), as soon as it is
+    there, and whether the second is silent.
 
-    Raises UserError for a rate that is no sound's and a stream that begins as a container's.
+    Raises UserError for an impossible rate, and for a stream that begins as a container does.
     """
     check_rate(rate)
 
     def blocks() -> Iterator[np.ndarray]:
-        size = 2 * channels * max(1, rate // 50)  # small: what resampling holds back a little of is not to wait long
+        size = 2 * channels * max(1, rate // 50)  # 20 ms, because resampling holds back a little and the answer waits
         beginning = True
         while raw := stream.read(size):
             if beginning:
@@ -139,10 +140,12 @@ def _refuse_container(raw: bytes) -> None:
 def _answers(
     bundle: Bundle, blocks: Iterable[np.ndarray], rate: int, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Probabilities (up to `batch`, labels) of the seconds of a recording, given as blocks (samples,), and which of
-    the seconds are silent (up to `batch`,)."""
+    """Yield the probabilities (up to `batch`, labels) of a recording's seconds, and which are silent (up to `batch`,).
+
+    The recording comes as blocks (samples,).
+    """
     size = bundle.frontend.samples
-    # To 16 bits, as the clips of the training.
+    # Rounded to 16 bits, as the training's clips are.
     waves = (
         np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
         for wave in seconds(_resampled(blocks, rate, bundle.frontend.sample_rate), size)
@@ -163,10 +166,10 @@ def _resampled(blocks: Iterable[np.ndarray], rate: int, target: int) -> Iterator
 
 
 def seconds(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The recording in pieces of `size` samples, so that all of it is heard but less than a tenth of a piece.
+    """Yield the recording in pieces of `size` samples; less than a tenth of a piece may be left out at its end.
 
-    What is left at the end comes with as much before it as makes it whole. A recording shorter than one piece is
-    followed by zeros up to a tenth of it, and repeated where more is missing. Raises UserError for no samples.
+    A longer rest is filled up with the samples before it. A recording shorter than one piece is padded with zeros if at
+    most a tenth is missing, and repeated if more is. Raises UserError for no samples.
     """
     last, rest = np.zeros(0, np.float32), np.zeros(0, np.float32)
     for block in blocks:
@@ -236,7 +239,7 @@ FORMATS = {"table": _table, "jsonl": _json_lines, "csv": _csv}
 def predict_files(
     bundle: Bundle, paths: list[Path], form: str, per_second: bool, on_file: Callable[[int], None]
 ) -> None:
-    """Print an answer for each recording; `on_file` hears how many there are, and then of each.
+    """Print an answer for each recording; `on_file` gets their number first, and then 0 after each.
 
     Raises UserError at the end, naming every file that could not be read.
     """

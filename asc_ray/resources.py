@@ -1,4 +1,4 @@
-"""What the pipeline asks of a cluster; free of ray, so that a configuration is read without it."""
+"""What the pipeline asks of a cluster; this imports no ray, so that a configuration can be read without it."""
 
 from typing import Self
 
@@ -10,7 +10,7 @@ from asc_ray.section import Section
 class Resources(Section):
     """What one training worker or inference task asks of the cluster; fractions of a GPU are allowed."""
 
-    cpus: float = Field(1, gt=0.0, description="CPUs of each, and so many threads")
+    cpus: float = Field(1, gt=0.0, description="CPUs of each, and as many threads")
     gpus: float = Field(0, ge=0.0, description="GPUs of each; 0 computes on the CPU")
 
     def options(self) -> dict[str, float]:
@@ -25,7 +25,7 @@ class Resources(Section):
 
 
 class TrainerResources(Resources):
-    """Of one training: `workers` processes, each with these CPUs and GPUs, that take every step together."""
+    """What one training asks: `workers` processes, each with these CPUs and GPUs, that take every step together."""
 
     workers: int = Field(1, ge=1, description="processes that share a training")
 

@@ -15,20 +15,20 @@ from pydantic import (
 
 
 class Section(BaseModel):
-    """Frozen, and closed: an unknown key is an error, so a misspelled option never passes silently."""
+    """A frozen section, in which an unknown key is an error, so a misspelled option never passes silently."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-    # Fields that came when artifacts were there already. With their default, which does what was done before, they are
-    # in no key, and what was made before is recognized.
+    # Fields that were added when artifacts existed already. Their default does what was done before, and with it they
+    # are in no key, so that older artifacts are still found.
     later: ClassVar[frozenset[str]] = frozenset()
-    # Fields that went, with the value that did what is done now. Keys still hold them, and a configuration that was
-    # written with this value is still read.
+    # Fields that were removed, with the value that did what is done now. Keys still hold them, and a configuration that
+    # has this value is still read.
     gone: ClassVar[Mapping[str, Any]] = {}
-    # Fields that have another name than they had, by the present one. Keys have the old name, which is still read.
+    # Fields that were renamed: the present name and the old one. Keys have the old name, which is still read.
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def for_key(self) -> dict[str, Any]:
-        """What a key is made of."""
+        """Return the values that a key is made of."""
         return self.model_dump(mode="json", context=_KEY)
 
     @model_serializer(mode="wrap")
@@ -56,7 +56,7 @@ _KEY: dict[str, Any] = {}
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root, ~ read as a shell does. Raises ValueError for the home of nobody."""
+    """Return the path from the root, with ~ read as a shell does. Raises ValueError for the home of an unknown user."""
     try:
         return path.expanduser().absolute()
     except RuntimeError:

@@ -5,9 +5,9 @@ from urllib.parse import unquote, unquote_plus
 
 
 def printable(text: object, keep: str = "") -> str:
-    """The text with escapes in place of what would steer a terminal or hide in a line, but for the characters `keep`.
+    """Escape the characters that would steer a terminal or hide in a line, except those in `keep`.
 
-    Names of files and scenes may be anybody's: a terminal obeys their control characters.
+    Names of files and scenes may come from anybody, and a terminal obeys control characters in them.
     """
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode()
@@ -16,7 +16,7 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def masked(text: object, *uris: str | None) -> str:
-    """The text without the user names, passwords and tokens of the URIs in it, and without those of `uris`."""
+    """Return the text without the user names, passwords and tokens of the URIs in it, and without those of `uris`."""
     shown = str(text)
     for uri in uris:
         for secret in _secrets(uri or ""):
@@ -25,7 +25,7 @@ def masked(text: object, *uris: str | None) -> str:
 
 
 def _secrets(uri: str) -> list[str]:
-    """Passwords and tokens, as they stand in a URI and as they are meant; the longest first."""
+    """Return a URI's passwords and tokens, as they stand in it and decoded; the longest first."""
     found = [value for _, value in _QUERY.findall(uri)]
     if login := _LOGIN.search(uri):
         user, separator, password = login.group().removesuffix("@").partition(":")
@@ -40,17 +40,17 @@ _QUERY = re.compile(
 
 
 def in_csv(text: str) -> str:
-    """The text as a cell that no spreadsheet takes for a formula."""
+    """Return the text as a cell that no spreadsheet takes for a formula."""
     return f"'{printable(text)}" if text[:1] in _FORMULA else printable(text)
 
 
 def path_in_csv(name: str) -> str:
-    """As `in_csv` for the name of a file, which it stays; a tab in it is the writer's to quote."""
+    """Return a file's name as such a cell, and as a name that still leads to it; the CSV writer quotes a tab in it."""
     return printable(f"./{name}" if name[:1] in _FORMULA else name, keep="\t")
 
 
 def in_markdown(text: object) -> str:
-    """The text with nothing in it that Markdown, or HTML in it, takes for more."""
+    """Escape the characters that Markdown, or HTML in it, would interpret."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text))
 
 

@@ -1,9 +1,9 @@
-"""Augmentation of batches on the training device (READING.md "Augmentation"), in the published code's order:
+"""Augmentation of batches on the GPU or CPU that trains (READING.md "Augmentation"), in the published code's order:
 
     waveform: DIR / ADIR, roll, mixup     log-mel: frequency and time mask, Freq-MixStyle
 
-Everything random is drawn on the host beforehand, so the device path has no data-dependent shape, no synchronization
-and no loop over clips, and a draw gives the same batch on every device.
+Everything random is drawn on the host beforehand, so a GPU meets no data-dependent shape, no synchronization and no
+loop over clips, and a draw gives the same batch on every GPU or CPU.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,7 +26,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class DirConfig(Section):
     """Device impulse response augmentation; adaptive (ADIR, eq. 3) where a threshold is given."""
 
-    p: Probability = Field(0.0, description="chance of a clip, of those that may be convolved")
+    p: Probability = Field(0.0, description="probability that a clip is convolved, if it may be")
     threshold: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
         None, description="convolve only clips of more energy than this; auto: the training set's mean; null: all clips"
     )
@@ -38,12 +38,12 @@ class DirConfig(Section):
 class FreqMixStyleConfig(Section):
     """Freq-MixStyle of the log-mel; the mixing weight is Beta(alpha, alpha)."""
 
-    p: Probability = Field(0.0, description="chance of a clip to get a part of another's statistics")
-    alpha: float = Field(0.3, gt=0, description="of the Beta distribution; the smaller, the less evenly two clips mix")
+    p: Probability = Field(0.0, description="probability that a clip's statistics are mixed with another's")
+    alpha: float = Field(0.3, gt=0, description="the smaller it is, the less evenly two clips mix")
 
 
 class AugmentConfig(Section):
-    """The default augments nothing."""
+    """Augmentation of training batches; the default augments nothing."""
 
     roll: int = Field(0, ge=0, description="largest rotation of the waveform either way, samples")
     dir: DirConfig = DirConfig()
@@ -54,7 +54,7 @@ class AugmentConfig(Section):
 
 
 def check_masks(config: AugmentConfig, frontend: FrontendConfig) -> None:
-    """Raises ConfigError for a mask wider than a one-second log-mel."""
+    """Raise ConfigError for a mask wider than a one-second log-mel."""
     limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.sample_rate)}
     for name, limit in limits.items():
         if getattr(config, name) > limit:
@@ -75,19 +75,19 @@ class Draw:
     fmax_shift: Tensor  # (B,) float32, Hz, for LogMel: the same for all clips
     response: Tensor | None  # (B,) int64: which response of the bank DIR convolves the clip with, -1: none
     shift: Tensor | None  # (B,) int64, samples to the right
-    lam: Tensor | None  # (B,) float32: mixup's weight of the clip itself
-    partner: Tensor | None  # (B,) int64: whom it is mixed with
+    lam: Tensor | None  # (B,) float32: mixup's weight of the clip's own wave
+    partner: Tensor | None  # (B,) int64: the clip that it is mixed with
     freq_mask: Tensor | None  # (B, 2) float32
     time_mask: Tensor | None  # (B, 2) float32
     style_weight: Tensor | None  # (B,) float32: Freq-MixStyle's weight of the clip's own statistics
-    style_partner: Tensor | None  # (B,) int64: whose statistics they are mixed with
+    style_partner: Tensor | None  # (B,) int64: the clip whose statistics they are mixed with
 
     def packed(self) -> Tensor:
-        """All choices side by side, (B, C) float64, which holds every one of them exactly: one copy to a device."""
+        """Return all choices side by side, (B, C) float64, which holds each exactly: they move to a GPU in one copy."""
         return torch.cat([value.double().reshape(len(value), -1) for value in self._tensors().values()], dim=1)
 
     def unpacked(self, columns: Tensor) -> "Draw":
-        """The draw that `packed` made `columns` of, where they are, with the types of this one."""
+        """Return the draw that `packed` turned into `columns`: it lies where they do and has the types of this one."""
         parts, start = {}, 0
         for name, value in self._tensors().items():
             width = value[0].numel()
@@ -97,7 +97,7 @@ class Draw:
 
     @property
     def width(self) -> int:
-        """C of `packed`."""
+        """The number of columns C that `packed` returns."""
         return sum(value[0].numel() for value in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class Draw:
 class Augment:
     """Draws augmentations on the host (`draw`) and applies them to batches on any device (`wave`, `mel`).
 
-    mean_energy: the training set's mean energy, the ADIR threshold `auto`.
+    mean_energy: the training set's mean energy, which is the ADIR threshold `auto`.
     Raises ConfigError for a mask wider than a one-second log-mel.
     """
 
@@ -121,10 +121,10 @@ class Augment:
         self._spectra: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
 
     def draw(self, energies: Tensor, devices: list[str], generator: torch.Generator) -> Draw:
-        """The choices for a batch of clips with these energies (B,), sum of x^2 in +-1 scale, and these devices.
+        """Return the choices for clips with these energies (B,), sums of x^2 in +-1 scale, and these devices.
 
-        Takes one number from the (CPU) generator. Each augmentation has its own stream grown from it, so switching
-        one off or changing it leaves the others' choices as they were.
+        One number is taken from the (CPU) generator, and each augmentation grows its own random stream from it. So
+        changing one, or switching it off, leaves the others' choices as they were.
         """
         config, clips = self.config, len(devices)
         seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
@@ -146,7 +146,7 @@ class Augment:
         )
 
     def _draw_dir(self, rng: np.random.Generator, energies: Tensor, devices: list[str]) -> Tensor:
-        """Eq. 3: a clip is convolved if E(x) > T, with probability p; without a threshold, whatever its energy."""
+        """Return each clip's response (B,) by eq. 3: drawn with probability p if E(x) > T or there is no T, else -1."""
         chosen = torch.from_numpy(rng.random(len(devices)) < self.config.dir.p)
         response = torch.from_numpy(rng.integers(len(self._bank.names), size=len(devices)))
         if self.config.dir.apply_to != "all":
@@ -157,7 +157,7 @@ class Augment:
 
     @torch.no_grad()
     def wave(self, wave: Tensor, draw: Draw) -> Tensor:
-        """Waveforms (B, T) float32 -> (B, T): DIR, roll and mixup as drawn; the input is left as it is."""
+        """Apply DIR, roll and mixup to waveforms (B, T) float32, as drawn; the input is left as it is."""
         if draw.response is not None:
             wave = self._convolved(wave, draw.response)
         if draw.shift is not None:
@@ -168,7 +168,7 @@ class Augment:
 
     @torch.no_grad()
     def mel(self, mel: Tensor, draw: Draw) -> Tensor:
-        """Log-mels (B, 1, F, T) -> (B, 1, F, T): masks, then Freq-MixStyle, as drawn."""
+        """Apply the masks, then Freq-MixStyle, to log-mels (B, 1, F, T), as drawn."""
         if draw.freq_mask is not None:
             mel = mel.masked_fill(_masked(draw.freq_mask, mel.shape[2])[:, None, :, None], MASKED)
         if draw.time_mask is not None:
@@ -178,8 +178,8 @@ class Augment:
         return mel
 
     def _convolved(self, wave: Tensor, response: Tensor) -> Tensor:
-        """(B, T) with those clips convolved that have a response (B,)."""
-        if wave.device.type != "cpu":  # how many there are is not known there: all are convolved, and some are taken
+        """Convolve the clips of a batch (B, T) that have a response (B,)."""
+        if wave.device.type != "cpu":  # counting them would wait for the GPU, so all are convolved and some are taken
             return torch.where((response >= 0)[:, None], self._convolve(wave, response.clamp(min=0)), wave)
         chosen = (response >= 0).nonzero()[:, 0]
         if not len(chosen):
@@ -187,17 +187,17 @@ class Augment:
         return wave.index_copy(0, chosen, self._convolve(wave[chosen], response[chosen]))
 
     def _convolve(self, wave: Tensor, response: Tensor) -> Tensor:
-        """(K, T) with the responses (K,) of the bank, cut to T samples."""
+        """Convolve waves (K, T) with the bank's responses of these indices (K,), cut to T samples."""
         samples = wave.shape[1]
         size, spectra = self._response_spectra(samples, wave.device)
         spectrum = torch.fft.rfft(wave, n=size).mul_(spectra.index_select(0, response))
         return torch.fft.irfft(spectrum, n=size)[:, :samples]
 
     def _response_spectra(self, samples: int, device: torch.device) -> tuple[int, Tensor]:
-        """FFT size and (N, size // 2 + 1) spectra of the bank, transformed once for clips of `samples` samples."""
+        """Return the FFT size for clips of `samples` samples, and the bank's spectra (N, size // 2 + 1), made once."""
         key = (samples, device)
         if key not in self._spectra:
-            # What comes after the clip's length in a response cannot reach the part that is kept.
+            # A response's samples beyond the clip's length cannot reach the part that is kept.
             responses = self._bank.responses[:, :samples].to(device)
             size = fft_size(samples + responses.shape[1] - 1)
             self._spectra[key] = size, torch.fft.rfft(responses, n=size)
@@ -205,20 +205,20 @@ class Augment:
 
 
 def _draw_mix(rng: np.random.Generator, p: float, alpha: float, clips: int) -> tuple[Tensor, Tensor]:
-    """(clips,) weights, Beta(alpha, alpha) with probability p and else 1, and (clips,) partners, a permutation."""
+    """Draw (clips,) weights, Beta(alpha, alpha) with probability p and else 1, and (clips,) partners, a permutation."""
     drawn = rng.random(clips) < p
     weight = np.where(drawn, rng.beta(alpha, alpha, clips), 1.0)
     return torch.from_numpy(weight).float(), torch.from_numpy(rng.permutation(clips))
 
 
 def _draw_mask(rng: np.random.Generator, widest: int, clips: int) -> Tensor:
-    """(clips, 2): the width, uniform in 0..widest, and the relative start, uniform in [0, 1)."""
+    """Draw (clips, 2): the width, uniform in 0..widest, and the relative start, uniform in [0, 1)."""
     width, relative = rng.integers(0, widest + 1, clips), rng.random(clips, dtype=np.float32)
     return torch.from_numpy(np.stack([width.astype(np.float32), relative], axis=1))
 
 
 def _masked(mask: Tensor, size: int) -> Tensor:
-    """(B, 2) of Draw -> (B, size) bool, true where masked."""
+    """Turn masks (B, 2) of a Draw into (B, size) bool, true where masked."""
     width, relative = mask[:, :1], mask[:, 1:]
     start = ((size - width + 1) * relative).floor()
     at = torch.arange(size, device=mask.device)
@@ -226,16 +226,16 @@ def _masked(mask: Tensor, size: int) -> Tensor:
 
 
 def _roll(wave: Tensor, shift: Tensor) -> Tensor:
-    """Rotates each clip (B, T) to the right by its own shift (B,): reads T samples of x x from a clip's own start."""
+    """Rotate each clip (B, T) to the right by its shift (B,): read T samples of the clip and its copy, from -shift."""
     clips, samples = wave.shape
     windows = torch.cat([wave, wave], dim=1).unfold(1, samples, 1)
     return windows[torch.arange(clips, device=wave.device), torch.remainder(-shift, samples)]
 
 
 def _freq_mixstyle(mel: Tensor, weight: Tensor, partner: Tensor) -> Tensor:
-    """(x - mu) / sigma * sigma_mix + mu_mix, statistics (B, 1, F, 1) per clip and frequency over channel and time.
+    """Return (x - mu) / sigma * sigma_mix + mu_mix, with statistics (B, 1, F, 1) over channel and time.
 
-    Written as x * ratio + offset: for a weight of 1 the ratio is exactly 1 and the offset 0, and no bit changes.
+    It is computed as x * ratio + offset. With a weight of 1 the ratio is exactly 1 and the offset 0: no bit changes.
     """
     mean = mel.mean(dim=(1, 3), keepdim=True)
     squares = (mel - mean).square_().sum(dim=(1, 3), keepdim=True)  # torch.var_mean takes three times as long on a CPU

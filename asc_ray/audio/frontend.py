@@ -18,27 +18,27 @@ MASKED = (0.0 + 4.5) / 5.0
 # Shifts of the upper mel edge are multiples of this many Hz, so that a run meets few mel banks and each is built once.
 FMAX_STEP = 50.0
 
-# Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero. A GPU
-# computes faster than it starts computing.
+# Mel bins per matrix product: their triangles share a narrow band of FFT bins, the rest of the bank is zero. Groups are
+# larger on a GPU, because starting a product takes it longer than computing one.
 _GROUP = 16
 _GPU_GROUP = 64
-# Clips per pass on the CPU: a pass's spectra stay in the L2 cache, which is worth a factor of 2.5 over whole batches.
+# Clips per pass on the CPU: a pass's spectra stay in the L2 cache, which is 2.5 times as fast as whole batches.
 _CPU_SLAB = 4
 
-_Group = tuple[int, int, Tensor]  # (start, stop) in the row of squares and weights (stop - start, mels of the group)
+_Group = tuple[int, int, Tensor]  # columns start..stop of the squares, and weights (stop - start, mels of the group)
 
 
 class FrontendConfig(Section):
     """Log-mel settings; the defaults are the student's. Frequencies in Hz, `n_fft`, `window`, `hop` in samples."""
 
-    sample_rate: int = Field(32_000, ge=1, description="of the waveform")
+    sample_rate: int = Field(32_000, ge=1, description="samples a second of the waveform")
     n_fft: int = Field(4096, ge=4, multiple_of=2, description="length of the Fourier transform")
     window: int = Field(3072, ge=2, description="length of the window")
-    hop: int = Field(500, ge=1, description="from one frame to the next")
+    hop: int = Field(500, ge=1, description="step from one frame to the next")
     mels: int = Field(256, ge=1, description="mel bins")
     fmin: float = Field(0.0, ge=0, description="lower edge of the first mel bin")
     fmax: float = Field(15_500.0, gt=0, description="upper edge of the last mel bin")
-    fmax_jitter: float = Field(1000.0, ge=0, description="range in Hz of the upper mel edge in training, 0: off")
+    fmax_jitter: float = Field(1000.0, ge=0, description="width in Hz of the range of `fmax` in training, 0: off")
 
     @model_validator(mode="after")
     def _consistent(self) -> "FrontendConfig":
@@ -53,12 +53,12 @@ class FrontendConfig(Section):
         return self
 
     def frames(self, samples: int) -> int:
-        """Frames that a waveform of `samples` samples gives; pre-emphasis takes one sample."""
+        """Return how many frames a waveform of `samples` samples gives; pre-emphasis takes one sample."""
         return 1 + (samples - 1) // self.hop
 
 
 class LogMel(nn.Module):
-    """Waveforms to log-mels; has no weights and gives no gradient."""
+    """Turns waveforms into log-mels; it has no weights and gives no gradient."""
 
     window: Tensor
 
@@ -71,11 +71,11 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave: Tensor, fmax_shift: Tensor | None = None) -> Tensor:
-        """(..., T) float32 in +-1 -> (..., mels, 1 + (T - 1) // hop) float32, as torchaudio's transforms do.
+        """Turn (..., T) float32 in +-1 into (..., mels, 1 + (T - 1) // hop) float32, as torchaudio's transforms do.
 
         A network takes a channel: wave[:, None] of (B, T) gives (B, 1, mels, frames).
-        fmax_shift: (B,) Hz added to the upper mel edge (training), the first item's for all of them, a multiple of
-        FMAX_STEP within the configured range; the edge is held at the Nyquist frequency.
+        fmax_shift: (B,) Hz added to the upper mel edge in training; the first item holds for all. It is a multiple of
+        FMAX_STEP within the configured range; the edge never passes the Nyquist frequency.
         Raises ValueError where T is too short for the reflected edges of the centred STFT.
         """
         *leading, samples = wave.shape
@@ -86,7 +86,7 @@ class LogMel(nn.Module):
             bank = self._bank(0.0 if fmax_shift is None else float(fmax_shift[0]))
             mel = torch.cat([self._transform(part, bank) for part in clips.split(_CPU_SLAB)])
         else:
-            tf32 = torch.backends.cuda.matmul.allow_tf32  # which a training may ask for, and a log-mel does not
+            tf32 = torch.backends.cuda.matmul.allow_tf32  # a training may allow it, but a log-mel would lose digits
             torch.backends.cuda.matmul.allow_tf32 = False
             try:
                 mel = self._transform(clips, self._bank_there(wave.device, fmax_shift))
@@ -112,13 +112,13 @@ class LogMel(nn.Module):
         return mel.view(clips, count, config.mels).transpose(1, 2).contiguous()
 
     def _bank(self, fmax_shift: float) -> list[_Group]:
-        """The mel bank in groups, on the host."""
+        """Return the mel bank in groups, on the host."""
         if fmax_shift not in self._banks:
             self._banks[fmax_shift] = _groups(self._matrix(fmax_shift)[None], _GROUP)
         return [(start, stop, weights[0]) for start, stop, weights in self._banks[fmax_shift]]
 
     def _bank_there(self, device: torch.device, fmax_shift: Tensor | None) -> list[_Group]:
-        """The mel bank in groups on a GPU, where all shifted ones lie and a tensor says which."""
+        """Return the mel bank in groups on a GPU. All shifted banks lie there, so a tensor can select one."""
         most = int(self.config.fmax_jitter / 2 / FMAX_STEP)
         if not self._shifted:
             banks = torch.stack([self._matrix(FMAX_STEP * steps) for steps in range(-most, most + 1)])
@@ -137,8 +137,8 @@ class LogMel(nn.Module):
 
 
 def _groups(banks: Tensor, mels: int) -> list[_Group]:
-    """Of banks (N, mels, bins): for each group of mels the bins that any of the N uses, with weights (N, 2 bins, mels)
-    that have every row twice."""
+    """Cut banks (N, mels, bins) into groups of mels: for each the bins that any of the N banks uses, and weights
+    (N, 2 bins, mels) that have every row twice."""
     groups = []
     for bank in banks.split(mels, dim=1):
         used = bank.amax(dim=(0, 1)).nonzero()

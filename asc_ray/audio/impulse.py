@@ -25,19 +25,19 @@ class ImpulseBank:
 
     @classmethod
     def load(cls, folder: Path | None, sample_rate: int = 32_000) -> "ImpulseBank":
-        """Every *.wav of `folder` in the order of the names, or the built-in synthetic bank for None.
+        """Load every *.wav of `folder` in the order of the names, or for None the built-in synthetic bank.
 
         Channels are averaged and other rates are resampled once (soxr HQ). The level stays the file's own, as in the
         published code: eq. 3 has no gain, and how loud a device records is part of what distinguishes it.
 
-        Raises UserError if the folder is missing or has no *.wav, or naming every file that is unreadable, empty,
-        silent, or not finite.
+        Raises UserError if the folder is missing or has no *.wav, and if files are unreadable, empty, silent or not
+        finite; it names all of them.
         """
         return _synthetic(sample_rate) if folder is None else _read(Path(folder), sample_rate)
 
 
 def response_files(folder: Path) -> list[Path]:
-    """The files of `folder` that a bank is made of, by name. Raises UserError where there are none."""
+    """Return the files of `folder` that a bank is made of, by name. Raises UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"impulse responses: {folder} is not a folder; name a folder of *.wav files, or none at all")
     paths = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".wav"), key=lambda path: path.name)
@@ -47,7 +47,7 @@ def response_files(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path, sample_rate: int) -> ImpulseBank:
-    import soundfile  # a training on stored clips does without
+    import soundfile  # here, because a training on stored clips does not need it
 
     from asc_ray.audio.recording import BadAudio, check_rate
 
@@ -82,7 +82,7 @@ def _read(folder: Path, sample_rate: int) -> ImpulseBank:
 
 
 def _synthetic(sample_rate: int) -> ImpulseBank:
-    """SYNTHETIC made-up microphones, the same in every run; a stand-in for measured ones such as MicIRP's.
+    """Make SYNTHETIC microphones, the same in every run; a stand-in for measured ones such as MicIRP's.
 
     Each is a minimum-phase band-pass with a few resonances, followed by a short, faint, exponentially decaying room
     tail as that microphone would hear it. Unit energy: white noise keeps its level.
@@ -115,7 +115,7 @@ def _microphone(rng: np.random.Generator, samples: int, sample_rate: int) -> np.
 
 
 def _minimum_phase(log_magnitude: np.ndarray) -> np.ndarray:
-    """The spectrum (rfft bins) of that log magnitude whose energy comes earliest: the cepstrum folded to t >= 0."""
+    """Return the spectrum (rfft bins) of this log magnitude with the earliest energy: fold its cepstrum to t >= 0."""
     cepstrum = np.fft.irfft(log_magnitude)
     half = len(cepstrum) // 2
     cepstrum[1:half] *= 2

@@ -1,9 +1,9 @@
-"""Recordings of any format that libsndfile decodes, heard from their first sample to their last.
+"""Recordings of any format that libsndfile decodes, read from their first sample to their last.
 
-libsndfile believes what a container says of its length. Three kinds say too little, and are mended here before they are
-decoded: MP3 files without a count of their frames, whose length is estimated from the first ones; files that were
-joined, as chained Ogg streams and MP3 files in a row are, of which the first one alone would be heard. What says too
-much is cut short, and that is told; `-1` or the like, as in headers of streams, says nothing.
+libsndfile believes what a container says of its length. Three kinds of file say too little and are mended here before
+they are decoded: MP3 files without a count of their frames, because libsndfile estimates their length from the first
+ones; chained Ogg streams and joined MP3 files, because it would read only the first one. A container that promises too
+much was cut short, which is an error. A length of `-1` or the like, as in headers of streams, says nothing.
 """
 
 import io
@@ -26,13 +26,13 @@ from asc_ray.runtime import scale_fault
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz
 MOST_CHANNELS = 128
 CUT_SHORT = 0.1  # seconds that a container may promise beyond what there is
-UNKNOWN_BYTES = 0x7FFF0000  # sizes from here stand for "until the end" in headers that were written before the data
-# Mixed down, a recording has less than this share of its channels' power: they cancel each other.
+UNKNOWN_BYTES = 0x7FFF0000  # this size or more means "until the end", in headers that were written before the data
+# Channels cancel each other if their mean has less than this share of their power.
 CANCELLED = 1e-3
 
 # libsndfile's own errors, and what soundfile raises for formats that it is told too little of.
 _ERRORS = (sf.SoundFileError, OSError, TypeError, ValueError)
-# What libsndfile notes while it opens a file: a size that the header has, and the one that there is; or frames.
+# What libsndfile notes while it opens a file: the size in the header and the real one, or the frames in the header.
 _PROMISED_BYTES = re.compile(r"(?:data|Data [Ss]ize|SSND|BODY|riff) *: *(\d+) \(should be (\d+)\)")
 _PROMISED_FRAMES = re.compile(r"does not match value from 'ds64' chunk of (\d+)")
 
@@ -42,27 +42,27 @@ class BadAudio(UserError):
 
 
 def check_rate(rate: int) -> None:
-    """Raises BadAudio for a sampling rate that is no sound's: resampling it would ask for any amount of memory."""
+    """Raise BadAudio for an impossible sampling rate, because resampling it could take any amount of memory."""
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise BadAudio(f"a rate of {rate} Hz; allowed are {LOWEST_RATE} to {HIGHEST_RATE} Hz")
 
 
 def check_scale(samples: np.ndarray) -> None:
-    """Raises BadAudio for floating-point samples that are not finite, or not of the scale +-1."""
+    """Raise BadAudio for floating-point samples that are not finite, or not of the scale +-1."""
     if fault := scale_fault(samples):
         raise BadAudio(fault)
 
 
 def cancels(mono: float, channels: float) -> bool:
-    """Whether channels cancel each other, from the power of their mean and the mean of their powers."""
+    """Whether channels cancel each other, given the power of their mean and the mean of their powers."""
     return mono < CANCELLED * channels
 
 
 class Recording:
-    """`rate` in Hz, `channels`, and samples: `promised` by the container, None where it promises nothing, and
-    `believed` by libsndfile, which may be an estimate.
+    """An open recording with its `rate` in Hz, its `channels`, and its number of samples from two sources.
 
-    Raises BadAudio where the file cannot be decoded, has a rate beyond 1 kHz to 1 MHz, or is joined of parts that
+    `promised` is the container's number, None where it has none; `believed` is libsndfile's, which may be an estimate.
+    Raises BadAudio where the file cannot be decoded, has a rate outside 1 kHz to 1 MHz, or was joined from pieces that
     differ in rate or channels.
     """
 
@@ -93,7 +93,7 @@ class Recording:
         self._file.close()
 
     def read(self, frames: int) -> np.ndarray:
-        """The next (up to `frames`, channels) samples, float32; fewer at the end alone. Raises BadAudio."""
+        """Return the next (up to `frames`, channels) samples, float32; fewer only at the end. Raises BadAudio."""
         out = np.empty((frames, self.channels), np.float32)
         filled = 0
         while filled < frames:
@@ -109,7 +109,7 @@ class Recording:
         return out[:filled]
 
     def blocks(self, frames: int) -> Iterator[np.ndarray]:
-        """All samples, (up to `frames`, channels) at a time. Raises BadAudio, at the end for one that is cut short."""
+        """Yield all samples, (up to `frames`, channels) at a time. Raises BadAudio, at the end if it is cut short."""
         count = 0
         while len(block := self.read(frames)):
             count += len(block)
@@ -117,12 +117,12 @@ class Recording:
         self.check_end(count)
 
     def check_end(self, count: int) -> None:
-        """Raises BadAudio where the container promises more than the `count` samples that there are."""
+        """Raise BadAudio where the container promises more than the `count` samples that there are."""
         if self.promised is not None and count < self.promised - CUT_SHORT * self.rate:
             raise BadAudio(f"cut short: {count} of {self.promised} samples")
 
     def _mend(self, file: BinaryIO) -> None:
-        """Replace what libsndfile would hear the beginning of alone."""
+        """Replace or extend the file if libsndfile would read only its beginning."""
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if self._file.format == "OGG":
                 links = _ogg_links(data)
@@ -151,8 +151,11 @@ def _unreadable(error: Exception) -> str:
 
 
 def _read(file: sf.SoundFile, out: np.ndarray) -> int:
-    """Fill `out` as far as the file goes. soundfile's own `read` seeks to where it would be after a whole block, which
-    fails at the end of a FLAC stream of unknown length; so this calls what it calls."""
+    """Fill `out` as far as the file goes, and return the number of frames.
+
+    It calls libsndfile itself, because soundfile's `read` seeks to the end of the whole block, which fails at the end
+    of a FLAC stream of unknown length.
+    """
     pointer = sf._ffi.cast("float*", sf._ffi.from_buffer(out))
     count = int(sf._snd.sf_readf_float(file._file, pointer, len(out)))
     if count < len(out) and (code := sf._snd.sf_error(file._file)):
@@ -161,7 +164,7 @@ def _read(file: sf.SoundFile, out: np.ndarray) -> int:
 
 
 def _promised(file: sf.SoundFile) -> int | None:
-    """Samples that the header promises, where libsndfile counted others or none."""
+    """Return the samples that the header promises, where libsndfile counted others or none; else None."""
     notes = file.extra_info
     if match := _PROMISED_FRAMES.search(notes):
         return int(match[1])
@@ -175,7 +178,7 @@ def _promised(file: sf.SoundFile) -> int | None:
 
 
 def _ogg_links(data: mmap.mmap) -> list[slice]:
-    """The streams that follow each other in an Ogg file: each begins with pages that say so."""
+    """Return the streams that follow each other in an Ogg file: the first pages of each are marked."""
     starts, at, beginning = [0], 0, True
     while (at := data.find(b"OggS", at)) >= 0 and at + 27 <= len(data):
         begins = bool(data[at + 5] & 2)
@@ -204,13 +207,13 @@ class _Frame:
     size: int  # bytes
     rate: int
     samples: int
-    tag: int  # where a count of frames stands in a frame that holds one, from the frame's start
+    tag: int  # bytes from the frame's start to the count of frames, if it holds one
 
     @classmethod
     def at(cls, data: Any, start: int) -> "_Frame | None":
-        """None where no frame starts."""
+        """Return the frame that starts at `start`; None where none does."""
         head = data[start : start + 4]
-        if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:  # the layer's bits are of III
+        if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:  # no sync bits, or not layer III
             return None
         version, kbits, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
         if version == 1 or not 0 < kbits < 15 or rate == 3:
@@ -225,18 +228,18 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Mp3:
-    """The frames of sound in an MP3 file, in order, and how many its header counts, where it does."""
+    """The frames of sound in an MP3 file, in order, and the number that its header gives, if any."""
 
     frames: list[_Frame]
     counted: int | None
 
     @property
     def samples(self) -> int:
-        """Of a frame."""
+        """The samples of one frame."""
         return self.frames[0].samples
 
     def rebuilt(self, data: Any) -> bytes:
-        """The file with a header that counts all of its frames."""
+        """Return the file with a header that counts all of its frames."""
         first = self.frames[0]
         head = bytearray(data[first.start : first.start + 4])
         head[1] |= 1  # no checksum
@@ -249,7 +252,7 @@ class _Mp3:
 
 
 def _mp3(data: Any) -> _Mp3 | None:
-    """Walk through all frames, past tags and what is none. Raises BadAudio where the sampling rate changes."""
+    """Find all frames, past tags and other bytes; None if there are none. Raises BadAudio where the rate changes."""
     frames: list[_Frame] = []
     counted: int | None = None
     at, end = 0, len(data)
@@ -271,7 +274,7 @@ def _mp3(data: Any) -> _Mp3 | None:
 
 
 def _after_tag(data: Any, at: int) -> int:
-    """The end of an ID3 tag that starts here; 0 where none does."""
+    """Return the end of an ID3 tag that starts here; 0 where none does."""
     head = data[at : at + 10]
     if head[:3] == b"ID3" and len(head) == 10:
         size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
@@ -280,7 +283,7 @@ def _after_tag(data: Any, at: int) -> int:
 
 
 def _next_frame(data: Any, at: int) -> int:
-    """The next place where a frame starts with another behind it; the end where there is none."""
+    """Return the next position where a frame starts with another behind it; the end where there is none."""
     while (at := data.find(b"\xff", at)) >= 0:
         frame = _Frame.at(data, at)
         if frame is not None and (following := _Frame.at(data, at + frame.size)) and following.rate == frame.rate:

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Zeros behind the wave, in seconds: what rings out of one end has died away before it wraps round to the other.
+# Zeros behind the wave, in seconds: ringing at one end dies away before it wraps round to the other.
 _GUARD = 1 / 64
 
 
 def resample(waves: Tensor, rate: int, target: int) -> Tensor:
-    """(B, T) float32 at `rate` Hz -> (B, round(T * target / rate)) at `target` Hz; around the waves is silence."""
+    """Resample (B, T) float32 at `rate` Hz to (B, round(T * target / rate)) at `target` Hz; silence surrounds them."""
     resampler = Resampler(waves.shape[1], rate, target)
     return resampler(functional.pad(waves, (0, resampler.size - waves.shape[1])))
 
 
 class Resampler:
-    """From `rate` to `target` Hz, for waves of `samples` samples in a buffer of `size` samples, zeros behind them.
+    """Resamples from `rate` to `target` Hz: waves of `samples` samples in a buffer of `size`, with zeros behind them.
 
-    The gain of each bin is that of soxr HQ: the spectrum of what it makes of an impulse, put where both rates have a
+    The gain of each bin is soxr HQ's: the spectrum of its response to an impulse, which is put where both rates have a
     sample.
     """
 
     def __init__(self, samples: int, rate: int, target: int) -> None:
-        import soxr  # a training on stored clips does without
+        import soxr  # here, because a training on stored clips does not need it
 
         step, new_step = rate // gcd(rate, target), target // gcd(rate, target)
         multiple = fft_size(ceil((samples + rate * _GUARD) / step))  # the sizes have the ratio of the rates
@@ -42,12 +42,12 @@ class Resampler:
         self._gain = torch.from_numpy(gain).float()
 
     def __call__(self, padded: Tensor) -> Tensor:
-        """(B, size) float32 -> (B, round(samples * target / rate))."""
+        """Resample (B, size) float32 to (B, round(samples * target / rate))."""
         spectrum = torch.fft.rfft(padded)[:, : len(self._gain)].mul_(self._gain)
         return torch.fft.irfft(spectrum, n=self._new_size)[:, : self._new_samples]
 
 
 def fft_size(least: int) -> int:
-    """The smallest even number >= `least` whose prime factors are 2, 3 and 5: fast on the CPU and on the GPU."""
+    """Return the smallest even number >= `least` with no prime factor above 5: fast on the CPU and on the GPU."""
     odd = [3**i * 5**j for i in range(12) for j in range(8)]
     return min(factor << max(1, (-(-least // factor) - 1).bit_length()) for factor in odd)

@@ -1,4 +1,4 @@
-"""Archives of a public corpus: their checksums, and what is in them, unpacked with care."""
+"""Archives of a public corpus: compared with their checksums, and unpacked with care."""
 
 import errno
 import hashlib
@@ -26,11 +26,11 @@ SHA256 = ".sha256"
 class Archive:
     name: str
     md5: str
-    size: int  # bytes; for the disk and the progress only, whether a file is right its checksum says
+    size: int  # bytes, for the disk and the progress only: the checksum says whether a file is right
 
 
 def checksum(file: BinaryIO, archive: Archive, folder: Path) -> str:
-    """What the file's checksum is and what it should be; empty for the right one, and its SHA-256 is then known."""
+    """Return how the file's checksum differs; empty for a right file, whose SHA-256 is then noted in `folder`."""
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     file.seek(0)
     while block := file.read(CHUNK):
@@ -49,15 +49,15 @@ def checksum(file: BinaryIO, archive: Archive, folder: Path) -> str:
     return ""
 
 
-# Bytes on disk for one of an archive: TAU22's 230,350 clips of 24 bits take 31.1 GB in whole blocks, zipped 27.5 GB.
+# Bytes on disk per byte of an archive: TAU22's 230,350 clips of 24 bits take 31.1 GB in whole blocks, zipped 27.5 GB.
 UNPACKED = 1.15
-MOST_TIMES = 50  # an archive's size, unpacked: text packs to a tenth, a zip bomb to a thousandth
+MOST_TIMES = 50  # the archive's size, at most, unpacked: text packs to a tenth, a zip bomb to a thousandth
 
 
 def unpack(path: Path, archive: Archive, folder: Path, top: str) -> None:
     """Write the archive's files into `folder` without the folder `top`, over what an interrupted run left.
 
-    The file is opened once: what was compared with its checksum is what is unpacked.
+    The file is opened once, so that the bytes that are unpacked are the ones that were compared with the checksum.
     """
     try:
         with open_plain(path, follow=False) as file:
@@ -78,7 +78,7 @@ def unpack(path: Path, archive: Archive, folder: Path, top: str) -> None:
 def _members(
     packed: zipfile.ZipFile, path: Path, archive: Archive, folder: Path, top: str
 ) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """The archive's files and where they go. Raises UserError for an archive that is not one to be trusted."""
+    """Return the archive's files and where they go. Raises UserError for an archive that cannot be trusted."""
     members = [(member, _path(member.filename, top)) for member in packed.infolist() if not member.is_dir()]
     faults = {
         "leads out of the corpus folder": [m.filename for m, place in members if place is None],
@@ -107,7 +107,7 @@ def _members(
 
 
 def _created(folder: Path, path: PurePosixPath) -> BinaryIO:
-    """A plain file below the folder, opened to be written. Raises UserError where a link is on the way to it."""
+    """Open a plain file below the folder for writing. Raises UserError where a link is on the way to it."""
     opened = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY)]
     try:
         for part in path.parts[:-1]:
@@ -135,7 +135,7 @@ def _created(folder: Path, path: PurePosixPath) -> BinaryIO:
 
 
 def _path(member: str, top: str) -> PurePosixPath | None:
-    """Where a member goes, relative to the corpus; None for a path that leads out of it, or cannot be shown."""
+    """Return where a member goes, relative to the corpus; None for a path that leads out of it or cannot be shown."""
     path = PurePosixPath(member)
     if path.is_absolute() or ".." in path.parts or not member.isprintable() or not path.parts:
         return None

@@ -24,7 +24,7 @@ def write_batch(batch: pa.RecordBatch, file: Path) -> None:
 
 
 def map_batch(file: Path) -> pa.RecordBatch:
-    """The file's record batch over its memory map. Raises UserError, naming the file, where it is not a whole one."""
+    """Return the file's record batch over its memory map. Raises UserError, naming the file, where it is damaged."""
     try:
         with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
             if reader.num_record_batches != 1:

@@ -1,7 +1,7 @@
-"""Which clips make which batch, each training step's generator, and how a batch reaches the device.
+"""Batches: which clips make which one, each training step's generator, and how a batch reaches the GPU or CPU.
 
-What is in a batch and what is drawn for it are functions of (seed, epoch, step) alone: the same mapped, resident or
-streamed, the same after a restart, and the same for any number of ranks.
+A batch and what is drawn for it depend on (seed, epoch, step) alone: they are the same mapped, resident or streamed,
+the same after a restart, and the same for any number of ranks.
 """
 
 import os
@@ -19,20 +19,20 @@ from asc_ray.errors import ConfigError
 from asc_ray.section import Section
 
 Mode = Literal["mapped", "resident", "stream"]
-# Reads rows of the clip store in a folder, batch by batch, from wherever it is: (B, 32000) int16 each.
+# Reads rows of the clip store in a folder, batch by batch, (B, 32000) int16 each; the store may be on another node.
 Stream = Callable[[Path, Sequence[np.ndarray]], Iterator[np.ndarray]]
 
 
 class DataConfig(Section):
-    """How clips reach the device. It changes no result, so it is in no key.
+    """How clips reach the GPU or CPU that computes. It changes no result, so it is in no key.
 
-    `mapped` reads the memory-mapped store, `resident` keeps the whole split on the device, `stream` has other nodes
-    read ahead through Ray Data; `auto` is resident on a GPU where it fits, else mapped.
+    `mapped` reads the memory-mapped store, `resident` keeps all clips in the memory of the GPU or CPU, `stream` has
+    other nodes read ahead through Ray Data; `auto` is resident on a GPU where the clips fit, else mapped.
     """
 
     mode: Literal["auto", "mapped", "resident", "stream"] = Field("auto", description="where clips are read from")
     resident_share: float = Field(
-        0.5, gt=0.0, le=1.0, description="share of what is free of the device, or of its part, for a resident split"
+        0.5, gt=0.0, le=1.0, description="share of the free memory, or of a GPU's part, that resident clips may take"
     )
     cache: Path | None = Field(
         None, description="a folder on every node's own disk, where one copy of the clip store is kept and mapped"
@@ -45,18 +45,18 @@ class DataConfig(Section):
         return self
 
 
-# The first word of every spawn key: the two streams never meet, whatever the other words are.
+# The first word of every spawn key, so that the two random streams never meet, whatever the other words are.
 _ORDER, _STEP = 0, 1
 
 
 def epoch_batches(
     count: int, batch_size: int, *, seed: int, epoch: int, world: int = 1, shares: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """An epoch's batches of the indices 0..count-1, every index once; rank r of `world` reads `batch[r::world]`.
+    """Return an epoch's batches of the indices 0..count-1, each once; rank r of `world` reads `batch[r::world]`.
 
-    With `shares` (count,) of sum 1 index i is there count x shares[i] times, rounded up or down by chance.
-    No rank's piece is empty: a last batch smaller than `world` is joined to the one before. But for that the batches
-    do not depend on `world`. Pieces of one batch may differ by one index. Raises ConfigError where it cannot be.
+    With `shares` (count,), which add up to 1, index i occurs count x shares[i] times, rounded up or down by chance.
+    No rank's piece is empty: a last batch smaller than `world` is joined to the one before. Otherwise the batches do
+    not depend on `world`. Pieces of one batch may differ by one index. Raises ConfigError where a rank has no clip.
     """
     if not 1 <= world <= min(batch_size, count):
         raise ConfigError(
@@ -76,7 +76,7 @@ def epoch_batches(
 
 
 def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
-    """Of each clip in an epoch, by its device's name: proportional to the device's count to the power -balance."""
+    """Return each clip's share of an epoch, proportional to its device's count to the power -balance; None for 0."""
     if balance == 0:
         return None
     _, of, counts = np.unique(device, return_inverse=True, return_counts=True)
@@ -85,12 +85,12 @@ def device_shares(device: np.ndarray, balance: float) -> np.ndarray | None:
 
 
 def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
-    """The indices 0..count-1 in order, in batches."""
+    """Return the indices 0..count-1 in order, in batches."""
     return np.split(np.arange(count), range(batch_size, count, batch_size))
 
 
 def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """The CPU generator of one training step, for all ranks: a resumed run draws what an unbroken one would have."""
+    """Return one training step's CPU generator, for all ranks: a resumed training draws what an unbroken one would."""
     sequence = np.random.SeedSequence(seed, spawn_key=(_STEP, epoch, step))
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -123,7 +123,7 @@ class Waves:
                 self._resident[part[0] : part[-1] + 1] = torch.from_numpy(store.pcm(rows[part]))
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """(B, 32000) int16 of each batch of positions in `rows`; `waveform` makes waves of it."""
+        """Yield (B, 32000) int16 for each batch of positions in `rows`; `waveform` turns them into waves."""
         if self.mode == "resident":
             for batch in batches:
                 yield self._resident.index_select(0, moved(torch.from_numpy(batch), self._device))
@@ -138,19 +138,19 @@ class Waves:
 
 
 def waveform(pcm: Tensor) -> Tensor:
-    """(B, T) int16 to float32 in [-1, 1)."""
+    """Convert (B, T) int16 to float32 in [-1, 1)."""
     return pcm.to(torch.float32).div_(32768)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting for the copy."""
+    """Copy a host tensor to `device` without waiting for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def delivery(config: DataConfig, clips: int, device: torch.device, gpus: float = 1.0) -> Mode:
-    """What `config.mode` comes to for so many clips; with `gpus` below 1 others have the rest of the device.
+    """Return the mode that `config.mode` stands for with so many clips; with `gpus` below 1 others share the GPU.
 
-    Raises ConfigError where resident does not fit.
+    Raises ConfigError where `resident` is asked for and does not fit.
     """
     if config.mode in ("mapped", "stream"):
         return config.mode

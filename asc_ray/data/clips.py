@@ -23,7 +23,7 @@ SPLITS = ("train", "test")
 def write_clips(
     file: Path, clips: Sequence[Clip], pcm: np.ndarray, labels: Sequence[str], devices: Sequence[str], fingerprint: str
 ) -> None:
-    """Clips and their samples (N, 32000) int16 as one Arrow IPC file; the same input gives the same bytes.
+    """Write clips and their samples (N, 32000) int16 as one Arrow IPC file; the same input gives the same bytes.
 
     Columns: clip_id utf8; scene, device, location (the clip's place), split dictionary<int32, utf8>; energy float32,
     the sum of (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Schema metadata: labels and devices (JSON, the
@@ -37,7 +37,7 @@ def write_clips(
         )
 
     places = [clip.place for clip in clips]
-    # Sums of squared integers: exact in float64, so no order of summation shows in the result.
+    # Sums of squared integers are exact in float64, so the order of summation does not matter.
     energy = [float(np.dot(wave, wave)) / 32768**2 for wave in (row.astype(np.float64) for row in pcm)]
     batch = pa.RecordBatch.from_pydict(
         {
@@ -60,7 +60,7 @@ def write_clips(
 
 
 def open_clips(folder: Path) -> "ClipStore":
-    """The clip store of a finished artifact. Raises UserError where one of its files is not as it was written."""
+    """Open the clip store of a finished artifact. Raises UserError where one of its files is not as it was written."""
     return ClipStore(folder, stored_files(folder, f"{SHARD}-*.arrow"))
 
 
@@ -68,8 +68,8 @@ class ClipStore:
     """The shards of a folder as one table of N clips; PCM stays on disk, mapped into memory.
 
     ids, device, place, split: (N,) str; scene: (N,) int64 into `labels`; energy: (N,) float32; labels, devices:
-    tuples; corpus: the fingerprint. Without `files` the shards are all that lie in the folder. Pickling sends the paths
-    only, and opens them again at the other end.
+    tuples; corpus: the fingerprint. Without `files` all shards in the folder are read. Pickling sends only the paths,
+    and the other end opens them again.
     Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
     """
 
@@ -113,18 +113,18 @@ class ClipStore:
 
     @property
     def clips(self) -> list[Clip]:
-        """The rows as the corpus has them, for `partition` and `unseen_devices`."""
+        """The rows as clips of the corpus, for `partition` and `unseen_devices`."""
         columns = (self.ids, np.array(self.labels)[self.scene], self.device, self.place, self.split)
         return [Clip(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def index_of(self, ids: Sequence[str] | np.ndarray) -> np.ndarray:
-        """(len(ids),) int64 rows. Raises UserError for clips that the store does not hold."""
+        """Return the rows (len(ids),) int64 of the clips `ids`. Raises UserError for clips that the store lacks."""
         if missing := [clip_id for clip_id in ids if clip_id not in self._row_of]:
             raise UserError(f"{self.folder}: holds no clip {', '.join(missing[:3])} ({len(missing)} missing)")
         return np.array([self._row_of[clip_id] for clip_id in ids], dtype=np.int64)
 
     def pcm(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """(B, 32000) int16 of the given rows in the given order, into `out` where given."""
+        """Return (B, 32000) int16 of the given rows in the given order, in `out` where given."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of a store of {len(self)} clips")

@@ -38,11 +38,11 @@ Split = Literal["train", "test"]
 
 
 class CorpusConfig(Section):
-    """The corpus, and how it is read. `path` None stands for the synthetic demo corpus that `demo` describes."""
+    """The corpus, and how it is read. `path: null` stands for the synthetic demo corpus that `demo` describes."""
 
     path: Path | None = Field(None, description="folder of a corpus in the layout of TAU22")
     train_split: Path | None = Field(
-        None, description="a list of training clips instead of fold1_train.csv, as DCASE24's split5.csv"
+        None, description="a list of training clips instead of fold1_train.csv, such as DCASE24's split5.csv"
     )
     on_bad_clip: Literal["refuse", "skip"] = Field(
         "refuse", description="whether a clip that cannot be used stops the ingest, or is left out and recorded"
@@ -71,11 +71,11 @@ class Corpus:
     devices: tuple[str, ...]  # sorted
     fingerprint: str  # sha256 of the metadata files and of every listed file's name and size
     bad: tuple[BadClip, ...]  # clips left out, with on_bad_clip="skip"
-    notes: tuple[str, ...] = ()  # what a user should know of it, though it can be used
+    notes: tuple[str, ...] = ()  # what a user should know about a corpus that can be used
 
 
 def unseen_devices(clips: Iterable[Clip]) -> tuple[str, ...]:
-    """The devices that occur in the test split only, sorted."""
+    """Return the devices that occur in the test split only, sorted."""
     devices: dict[Split, set[str]] = {"train": set(), "test": set()}
     for clip in clips:
         devices[clip.split].add(clip.device)
@@ -138,7 +138,7 @@ def read_corpus(
 
 
 def _scenes(clips: Sequence[Clip], files: Mapping[Split, Path], faults: Faults) -> set[str]:
-    """The scenes of the training clips; a split without clips, and scenes of the test split alone, are faults."""
+    """Return the scenes of the training clips; a split without clips and scenes only of the test split are faults."""
     scenes = {split: {clip.scene for clip in clips if clip.split == split} for split in files}
     for split, file in files.items():
         if not scenes[split]:
@@ -150,7 +150,7 @@ def _scenes(clips: Sequence[Clip], files: Mapping[Split, Path], faults: Faults) 
 
 
 def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
-    """What is strange about a corpus that can be used."""
+    """Yield what is strange about a corpus that can be used."""
     if stripped:
         found = ", ".join(f"{column} {count}" for column, count in stripped.items())
         yield f"blanks around values were taken away, by column: {found}"
@@ -183,9 +183,9 @@ def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
 def _read_splits(
     files: dict[Split, Path], meta: dict[str, dict[str, str]], digest, faults: Faults, stripped: Counter[str]
 ) -> tuple[list[Clip], int]:
-    """The clips of the split files as meta.csv describes them, and how many names the files list.
+    """Return the clips of the split files as meta.csv describes them, and how many names the files list.
 
-    What cannot be a clip goes to `faults`.
+    Rows that cannot be clips go to `faults`.
     """
     clips: list[Clip] = []
     split_of: dict[str, Split] = {}
@@ -212,10 +212,10 @@ def _read_splits(
 def _read_table(
     file: Path, columns: tuple[str, ...], digest, faults: Faults, stripped: Counter[str]
 ) -> list[tuple[int, dict[str, str]]]:
-    """The (line number, row) pairs of a tab-separated file; rows with a missing value go to `faults` instead.
+    """Return the (line number, row) pairs of a tab-separated file; rows with a missing value go to `faults` instead.
 
-    Blanks around a value would make another scene, device or place of it: they are taken away and counted, by column.
-    A file's name comes in one spelling. Raises CorpusError for what is no such table.
+    Blanks around a value would turn it into another scene, device or place, so they are removed and counted by column.
+    File names lose `./` and doubled slashes. Raises CorpusError for a file that is no such table.
     """
     try:
         content = read_plain(file, MOST_BYTES)
@@ -261,14 +261,14 @@ def _read_table(
 
 
 def _shown(value: str, column: str) -> bool:
-    """Whether a value has no characters that would steer a terminal; a file's name may have odd ones, a label not."""
+    """Whether a value can be shown without steering a terminal; only a file's name may have other odd characters."""
     if column == "filename":
         return len(value) <= 1000 and not any(unicodedata.category(c) == "Cc" for c in value)
     return fit_label(value)
 
 
 def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -> None:
-    """Raises CorpusError where a column is missing, with the cause where it shows."""
+    """Raise CorpusError where a column is missing or there twice, with the cause if it shows."""
     if twice := [column for column in columns if found.count(column) > 1]:
         raise CorpusError(f"{file}: the column {twice[0]} is there twice; keep one")
     missing = [column for column in columns if column not in found]
@@ -288,9 +288,9 @@ def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -
 
 
 def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int | None]:
-    """The size of each named file (None: no such file). Names that lead out of `root`, or to one file, are faults.
+    """Return each named file's size (None: no such file). Names that lead out of `root`, or to one file, are faults.
 
-    One directory scan instead of one path resolution a file: TAU22 lists 169,300 files in one folder.
+    Each folder is scanned once and no path is resolved, because TAU22 lists 169,300 files in one folder.
     """
     try:
         resolved_root = root.resolve()

@@ -1,4 +1,4 @@
-"""Recordings of any format, rate and channel count to one second of int16 at 32 kHz, in batches of equal rate."""
+"""Decoding of recordings of any format, rate and channel count to one second of int16 at 32 kHz, batched by rate."""
 
 import os
 import struct
@@ -15,9 +15,9 @@ from asc_ray.audio.resample import Resampler
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.files import open_plain
 
-LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second: padded or cropped
+LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second; it is padded or cropped
 QUIET = 10  # steps of 16 bits: a clip that is nowhere louder (-70 dB) is noted
-# Seconds read of a clip: the resampling filter hears what little follows the first one.
+# Seconds that are read of a clip: the resampling filter reaches a little beyond the first one.
 _READ = 1 + 1 / 64
 # Samples of one batch: few enough to stay in the cache between the transforms.
 _BATCH_SAMPLES = 3 << 18
@@ -31,8 +31,8 @@ def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
 
     Channels are averaged, other rates resampled, lengths within 10 % of a second cropped or zero-padded at the end,
     samples beyond full scale clipped and counted. A 16-bit mono file of one second at 32 kHz comes back bit for bit.
-    BadAudio stands for a clip that is unreadable, empty, cut short, silent, not finite, of another scale than +-1, of
-    channels that cancel each other, shorter than 0.9 s or longer than 1.1 s; its row means nothing.
+    BadAudio stands for a clip that is unreadable, empty, cut short, silent, not finite, of another scale than +-1,
+    shorter than 0.9 s or longer than 1.1 s, or whose channels cancel each other; its row means nothing.
     """
     results: list[Notes | BadAudio] = [BadAudio("not read")] * len(paths)
     batches: dict[int, _Batch] = {}
@@ -56,7 +56,7 @@ def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
 
 
 def _second(path: Path) -> tuple[np.ndarray, int]:
-    """The samples (frames, channels) of a recording of about one second, and its rate in Hz. Raises BadAudio."""
+    """Return the samples (frames, channels) of a recording of about one second, and its rate in Hz. Raises BadAudio."""
     if wav := _PcmWav.of(path):
         _check_length(wav.frames / wav.rate)
         return wav.samples(path), wav.rate
@@ -85,19 +85,19 @@ def _of_length(seconds: float) -> str:
 class _PcmWav:
     """A whole WAV file of 16, 24 or 32 bits without anything unusual.
 
-    Corpora are mostly of such files, and NumPy converts their samples in a third of libsndfile's time, to its very
-    values. Whatever differs from the simplest form is left to libsndfile, to be read or to be named as broken.
+    Most clips are such files, and NumPy converts their samples to libsndfile's values in a third of its time. Every
+    other form is left to libsndfile, which reads it or names it as broken.
     """
 
     rate: int
     channels: int
-    bytes_each: int  # of a sample
+    bytes_each: int  # per sample
     frames: int
-    start: int  # of the samples, in the file
+    start: int  # of the samples in the file, bytes
 
     @classmethod
     def of(cls, path: Path) -> "_PcmWav | None":
-        """None for a file that is not certain to be of this form. Raises BadAudio for a rate that is no sound's."""
+        """Read a file's header; None where it is not certainly of this form. Raises BadAudio for an impossible rate."""
         try:
             with open_plain(path) as file:
                 length, head = os.fstat(file.fileno()).st_size, file.read(_HEAD)
@@ -124,10 +124,10 @@ class _PcmWav:
         return cls(rate, channels, bits // 8, size // block, start)
 
     def samples(self, path: Path) -> np.ndarray:
-        """(frames, channels) float32."""
+        """Read the samples, (frames, channels) float32."""
         raw = np.fromfile(path, np.uint8, self.frames * self.channels * self.bytes_each, offset=self.start)
         if self.bytes_each == 3:
-            # Every third byte starts an int32 whose upper three bytes are a sample; the lowest is the one before's.
+            # Every third byte starts an int32 whose upper three bytes are a sample; its lowest is of the sample before.
             padded = np.concatenate([np.zeros(1, np.uint8), raw])
             values = np.ndarray(len(raw) // 3, "<i4", padded, strides=(3,)) & -256
         else:
@@ -151,7 +151,7 @@ class _Batch:
         size = self._resampler.size if self._resampler else width
         self._buffer = np.zeros((max(1, _BATCH_SAMPLES // width), size), dtype=np.float32)
         self._waves = self._buffer[:, :width]
-        self._clips: list[tuple[int, int, Notes]] = []  # row of the result, samples of it that are the clip's, notes
+        self._clips: list[tuple[int, int, Notes]] = []  # row of `out`, how many of its samples are the clip's, notes
 
     @property
     def full(self) -> bool:

@@ -1,9 +1,9 @@
 """A synthetic corpus in the TAU22 layout: ten scenes of sound textures, nine devices, impulse responses for DIR.
 
-It is made for shifts that show: a place has its own pitch, pace, density and level, every second holds some of another
-scene, and each device is a fixed chain (frequency response, compressor, noise floor), mild for a b c, strong for
-s1..s6. As in TAU22 most training clips are of `a`, s4 s5 s6 occur in the test split only, and every test second occurs
-on all nine devices. Its figures say nothing about real places.
+It makes shifts between places and devices show: a place has its own pitch, pace, density and level, every second holds
+some of another scene, and each device is a fixed chain (frequency response, compressor, noise floor), mild for a b c,
+strong for s1..s6. As in TAU22, most training clips are of `a`, s4 s5 s6 occur in the test split only, and every test
+second occurs on all nine devices. Its figures say nothing about real places.
 """
 
 import csv
@@ -28,23 +28,23 @@ IR_SAMPLES = 2048
 
 
 class DemoConfig(Section):
-    """Size of the synthetic corpus; a test second makes nine clips, one a device."""
+    """Size of the synthetic corpus; a test second makes nine clips, one per device."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "train_places_per_scene": "train_locations_per_scene",
         "test_places_per_scene": "test_locations_per_scene",
     }
-    seed: int = Field(0, ge=0, description="of all that is drawn")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     train_clips_per_scene: int = Field(80, ge=4, le=10_000, description="training clips of each scene")
-    train_places_per_scene: int = Field(16, ge=2, le=1_000, description="places that they come from")
+    train_places_per_scene: int = Field(16, ge=2, le=1_000, description="places of a scene's training clips")
     test_seconds_per_scene: int = Field(10, ge=1, le=1_000, description="test seconds of each scene")
-    test_places_per_scene: int = Field(5, ge=1, le=1_000, description="places that they come from")
+    test_places_per_scene: int = Field(5, ge=1, le=1_000, description="places of a scene's test seconds")
     impulse_responses: int = Field(16, ge=1, le=256, description="responses in the folder `dirs`")
 
 
 @dataclass(frozen=True)
 class Place:
-    """What makes two places of one scene differ; uniform in [0, 1)."""
+    """The traits in which places of one scene differ; each is uniform in [0, 1)."""
 
     pitch: float
     pace: float
@@ -56,19 +56,19 @@ class Place:
 
 
 def _noise(rng: np.random.Generator, n: int, low: float, high: float, slope: float = 0.0) -> np.ndarray:
-    """Gaussian noise between `low` and `high` Hz, falling by `slope` dB an octave, at an RMS of 1."""
+    """Make Gaussian noise between `low` and `high` Hz, falling by `slope` dB an octave, at an RMS of 1."""
     f = np.maximum(FREQUENCIES, 20.0)
     gain = (f / 1000) ** (-slope / 6.02) / np.sqrt((1 + (low / f) ** 4) * (1 + (f / high) ** 8))
     return _unit(np.fft.irfft(np.fft.rfft(rng.standard_normal((n, RATE))) * gain, RATE))
 
 
 def _ring(train: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Every impulse of `train` sounds as `kernel`; what outlasts the second wraps round, as an earlier event's tail."""
+    """Replace every impulse of `train` by `kernel`; what outlasts the second wraps round, as an earlier one's tail."""
     return _unit(np.fft.irfft(np.fft.rfft(train) * np.fft.rfft(kernel, RATE), RATE))
 
 
 def _sparse(rng: np.random.Generator, n: int, per_second: float) -> np.ndarray:
-    """Impulses of random heights at random times, at least one a second."""
+    """Make impulses of random heights at random times, at least one a second."""
     train = np.zeros((n, RATE))
     for row in train:
         count = 1 + rng.poisson(max(per_second - 1, 0))
@@ -77,7 +77,7 @@ def _sparse(rng: np.random.Generator, n: int, per_second: float) -> np.ndarray:
 
 
 def _periodic(rng: np.random.Generator, n: int, period: float, jitter: float) -> np.ndarray:
-    """Impulses `period` seconds apart, each off by up to `jitter` of it."""
+    """Make impulses `period` seconds apart, each moved by up to `jitter` periods."""
     train = np.zeros((n, RATE))
     for row in train:
         beats = np.arange(rng.uniform(0, period), 1.0, period)
@@ -87,13 +87,13 @@ def _periodic(rng: np.random.Generator, n: int, period: float, jitter: float) ->
 
 
 def _partials(seconds: float, frequencies: np.ndarray, decay: np.ndarray) -> np.ndarray:
-    """A struck body: partials in Hz, each dying in `decay` seconds."""
+    """Make the sound of a struck body: partials in Hz, each dying with a time constant of `decay` seconds."""
     t = np.arange(int(seconds * RATE)) / RATE
     return (np.exp(-t / decay[:, None]) * np.sin(2 * np.pi * frequencies[:, None] * t)).sum(0)
 
 
 def _tone(rng: np.random.Generator, n: int, pitch: np.ndarray, harmonics: np.ndarray) -> np.ndarray:
-    """A periodic wave with the given harmonic amplitudes; `pitch` in Hz is (n, RATE) or (n, 1)."""
+    """Make a periodic wave with the given harmonic amplitudes; `pitch` in Hz is (n, RATE) or (n, 1)."""
     order = np.arange(1, len(harmonics) + 1)
     period = np.linspace(0, 1, 2048, endpoint=False)
     table = (
@@ -104,14 +104,14 @@ def _tone(rng: np.random.Generator, n: int, pitch: np.ndarray, harmonics: np.nda
 
 
 def _swell(rng: np.random.Generator, n: int, rate: float, depth: float) -> np.ndarray:
-    """A slow modulation around 1, `rate` in Hz."""
+    """Make a slow modulation around 1, `rate` in Hz."""
     t = np.arange(RATE) / RATE
     wave = np.sin(2 * np.pi * (rate * rng.uniform(0.7, 1.4, (n, 1)) * t + rng.uniform(size=(n, 1))))
     return (1 + wave * depth) ** 2
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
-    """Each second at an RMS of 1."""
+    """Scale each second to an RMS of 1."""
     return x / (np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True)) + 1e-12)
 
 
@@ -214,7 +214,7 @@ SCENES: dict[str, Callable[[np.random.Generator, int, Place], np.ndarray]] = {
 
 
 def _record(rng: np.random.Generator, scene: str, seconds: int) -> np.ndarray:
-    """(seconds, RATE): one place of the scene, with another scene behind it and a level of its own."""
+    """Make (seconds, RATE) of one place of the scene, with another scene behind it and a level of its own."""
     behind = rng.choice([name for name in SCENES if name != scene])
     wanted = _unit(SCENES[scene](rng, seconds, Place(*rng.uniform(size=4))))
     other = _unit(SCENES[behind](rng, seconds, Place(*rng.uniform(size=4))))
@@ -228,7 +228,7 @@ def _record(rng: np.random.Generator, scene: str, seconds: int) -> np.ndarray:
 
 
 def _response(rng: np.random.Generator, bins: int, strong: bool) -> np.ndarray:
-    """The gain of a random microphone at `bins` frequencies from 0 to RATE / 2: band edges and a smooth curve."""
+    """Draw the gain of a microphone at `bins` frequencies from 0 to RATE / 2: band edges and a smooth curve."""
     f = np.maximum(np.linspace(0, RATE / 2, bins), 20.0)
     low, high = (rng.uniform(100, 350), rng.uniform(4500, 9500)) if strong else (rng.uniform(30, 80), 14_000.0)
     knots = np.linspace(0, np.log2(RATE / 2 / 20), 9)
@@ -237,7 +237,7 @@ def _response(rng: np.random.Generator, bins: int, strong: bool) -> np.ndarray:
 
 
 class _Device:
-    """A fixed recording chain; `a` is the sound as it is."""
+    """A fixed recording chain; `a` leaves the sound as it is."""
 
     def __init__(self, name: str, seed: int):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, DEVICES.index(name))))
@@ -247,7 +247,7 @@ class _Device:
         self.floor = 10 ** (-(rng.uniform(22, 35) if self.strong else rng.uniform(42, 50)) / 20)
 
     def __call__(self, rng: np.random.Generator, clips: np.ndarray) -> np.ndarray:
-        """(n, RATE) -> (n, RATE), at the level that came in."""
+        """Record clips (n, RATE) and return (n, RATE), at the level that came in."""
         if self.plain:
             return clips
         level = np.sqrt(np.mean(np.square(clips), axis=-1, keepdims=True))
@@ -261,7 +261,7 @@ class _Device:
 
 
 def _impulse_response(rng: np.random.Generator) -> np.ndarray:
-    """(IR_SAMPLES,): the minimum-phase response of a random strong microphone, and a short decay of its room."""
+    """Draw the minimum-phase response (IR_SAMPLES,) of a strong microphone, with a short decay of its room."""
     log_gain = np.log(_response(rng, IR_SAMPLES + 1, strong=True) + 1e-4)
     cepstrum = np.fft.irfft(log_gain)
     cepstrum[1:IR_SAMPLES] *= 2  # folding the cepstrum makes the phase minimal
@@ -281,7 +281,7 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
     The same configuration gives the same bytes; the default makes 800 training and 900 test clips (150 MB). Raises
     UserError where `out` is a file or a folder that is not empty.
     """
-    import soundfile as sf  # reading a corpus' configuration does without
+    import soundfile as sf  # here, because reading a configuration does not need it
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; name a new folder for the demo corpus")

@@ -17,16 +17,16 @@ FusionData = Literal["holdout", "crossfit", "train"]
 class PartitionConfig(Section):
     """Shares of the training clips, by place, that no teacher is trained on; the rest is the part `train`.
 
-    `fusion` is where eq. 4 is learned, with `fusion.data: holdout`; `validation` selects and stops, and trains nothing
-    at all.
+    With `fusion.data: holdout` eq. 4 is learned on the part `fusion`. Nothing is trained on the part `validation`:
+    trials and epochs are chosen by it.
     """
 
     fusion: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `fusion`")
     validation: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `validation`")
-    seed: int = Field(0, ge=0, description="of the division")
+    seed: int = Field(0, ge=0, description="seed of the division")
 
     def shares(self, fusion_data: FusionData, folds: int) -> dict[str, float]:
-        """What `partition` takes out of the part `train`."""
+        """Return the shares that `partition` takes out of the part `train`."""
         validation = {"validation": self.validation}
         if fusion_data == "holdout":
             return {"fusion": self.fusion} | validation
@@ -42,7 +42,7 @@ def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dic
     the shares add up to 1, as for cross-fitting). Per scene the places are shuffled, and each goes to the part that
     is then filled least relative to its share. A place with clips of several scenes goes as a whole.
 
-    Raises ConfigError for shares that are no shares, CorpusError where a scene has too few places.
+    Raises ConfigError for impossible shares, CorpusError where a scene has too few places.
     """
     rest = 1 - sum(shares.values())
     if "train" in shares or rest < -1e-9 or not all(0 < share < 1 for share in shares.values()):

@@ -3,12 +3,12 @@
 Written on requests because no loader library resumes a broken transfer: pooch, soundata and dcase_util all start an
 archive over, here up to 1.9 GB.
 
-    DIR/.download/NAME.part   bytes so far; NAME.etag beside it says of which version of the file
+    DIR/.download/NAME.part   bytes so far; NAME.etag beside it names the version of the file
     DIR/.download/NAME        the checksum is right
     DIR/.download/NAME.done   unpacked, and the archive deleted
     DIR/.downloaded           everything is there: the archives' checksums, as `md5sum` writes them
-    DIR/.sha256               of each archive as it first came, for sources that publish weaker checksums; whoever
-                              downloads again puts this file into the new folder, and what comes is compared with it
+    DIR/.sha256               each archive's SHA-256 when it first came, because the source publishes only MD5. Put this
+                              file into a new folder, and what is downloaded there is compared with it
 
 Each step leaves what the next run starts from, so the same command goes on wherever the last one was killed.
 """
@@ -31,7 +31,7 @@ from asc_ray.lock import exclusive
 if TYPE_CHECKING:
     import requests
 
-# Seconds before the next attempt; together more than the minute after which Zenodo forgives too many requests.
+# Seconds before the next attempt; together more than the minute for which Zenodo refuses after too many requests.
 PAUSES: tuple[float, ...] = (1, 4, 15, 30, 60)
 TIMEOUT = 60  # seconds without a byte
 
@@ -97,11 +97,10 @@ def download(
     on_progress: Progress = _silent,
     on_note: Note = _silent,
 ) -> bool:
-    """Fetch the corpus `name` into `folder`; False when an earlier run has done so already.
+    """Fetch the corpus `name` into `folder`; return False if an earlier run has done so already.
 
-    `base_url` is another place with the same files. Raises ConfigError for an unknown name, and UserError for a folder
-    that holds something else, too small a disk, a server that keeps failing, and an archive that is not what it should
-    be.
+    `base_url` is another address of the same files. Raises ConfigError for an unknown name, and UserError for a folder
+    that holds something else, too small a disk, a server that keeps failing, and a wrong archive.
     """
     if name not in SOURCES:
         raise ConfigError(f"corpus {name!r}: not one that can be downloaded; known: {', '.join(SOURCES)}")
@@ -130,7 +129,7 @@ def download(
                     _fetch(session, base_url or source.url, archive, scratch, on_progress, on_note)
                 on_note(f"{archive.name}: unpacking")
                 unpack(scratch / archive.name, archive, folder, source.top)
-                os.sync()  # the mark must not outlive a power cut that the clips did not
+                os.sync()  # after a power cut the mark must not be there without the clips
                 (scratch / f"{archive.name}.done").touch()
                 (scratch / archive.name).unlink()
             write_atomically(finished, "".join(f"{archive.md5}  {archive.name}\n" for archive in source.archives))
@@ -160,7 +159,7 @@ def _fetch(
     on_progress: Progress,
     on_note: Note,
 ) -> None:
-    """Leave the archive, its checksum verified, in `scratch`. A wrong one is fetched once more from the start."""
+    """Fetch the archive into `scratch` and check its checksum. A wrong one is fetched once more from the start."""
     url, part = f"{base_url}/{archive.name}?download=1", scratch / f"{archive.name}.part"
     found = ""
     for _ in range(2):
@@ -187,7 +186,7 @@ def _fetch_part(
     on_bytes: Callable[[int], None],
     on_note: Note,
 ) -> None:
-    """Ask until the server has sent everything, or failed too often without sending anything new."""
+    """Send requests until all of `part` is here, or the server has failed too often without sending anything new."""
     import requests
 
     failures = furthest = 0
@@ -214,10 +213,10 @@ def _fetch_part(
 def _request(
     session: "requests.Session", url: str, archive: Archive, part: Path, on_bytes: Callable[[int], None]
 ) -> None:
-    """One GET of what `part` lacks, or of everything where the server cannot continue or has another version by now."""
+    """GET what `part` lacks, or everything where the server cannot continue or has another version by now."""
     etag_file = part.with_suffix(".etag")
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # ranges and lengths count the bytes of the file
+    headers = {"Accept-Encoding": "identity"}  # so that ranges and lengths count the bytes of the file
     if have:
         headers["Range"] = f"bytes={have}-"
         with suppress(FileNotFoundError):
@@ -225,7 +224,7 @@ def _request(
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status = response.status_code
         if status == 416 and have:
-            return  # nothing after what we have: complete, or the checksum will tell
+            return  # nothing follows what we have; the checksum tells whether it is complete
         if status == 429 or status >= 500:
             raise _Broken(f"HTTP {status} {response.reason}")
         if status not in (200, 206):

@@ -1,4 +1,4 @@
-"""What is wrong with a corpus: counted, listed and reported together."""
+"""Faults of a corpus: counted, listed and reported together."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from asc_ray.errors import CorpusError
 
 EXAMPLES = 3
-WHOLE_CORPUS = 0.5  # a fault of more than this share of the clips has one cause, and is told once
+WHOLE_CORPUS = 0.5  # a fault that more than this share of the clips have has one cause and is reported once
 MOST_LINES, LONGEST_LINE = 1000, 2000  # of a message
 
 
@@ -22,7 +22,7 @@ class BadClip:
 
 
 class Faults(list[tuple[str, str, str]]):
-    """What is wrong with a corpus: (the line that tells it, the clip, what it has in common with others)."""
+    """Faults of a corpus: (the line that reports it, the clip, what it has in common with others)."""
 
     def add(self, line: str, clip: str = "", what: str = "") -> None:
         self.append((line, clip, what or line))
@@ -31,7 +31,7 @@ class Faults(list[tuple[str, str, str]]):
         self.add(str(clip), clip.clip_id, clip.reason)
 
     def refuse(self, root: Path, clips: int, skippable: bool) -> None:
-        """Raise CorpusError with all faults, if any; one of more than half of the `clips` is told once, with its cause.
+        """Raise CorpusError with all faults, if any; one of over half of the `clips` is told once, with its cause.
 
         `skippable`: on_bad_clip=skip would leave these clips out.
         """
@@ -58,7 +58,7 @@ class Faults(list[tuple[str, str, str]]):
 
 
 def _cause(names: Sequence[str], what: str) -> str:
-    """Why a whole corpus has one fault, where it shows."""
+    """Return why a whole corpus has one fault; empty where that does not show."""
     if all(name[:1] in "\"'" and name[:1] == name[-1:] for name in names if name):
         return ". The names are in quotes: write the tables without them"
     if any("\\" in name for name in names):

@@ -24,7 +24,7 @@ class Logits:
     system: str
     labels: tuple[str, ...]
     files: tuple[Path, ...]
-    starts: np.ndarray  # (files + 1,) the row at which each file starts, and the number of all
+    starts: np.ndarray  # (files + 1,) the row at which each file starts, and the number of all rows
     metadata: dict[str, str]
 
     def __len__(self) -> int:
@@ -32,16 +32,16 @@ class Logits:
 
     @property
     def keys(self) -> pa.ChunkedArray:
-        """(N,) utf8, the clip ids."""
+        """The clip ids, (N,) utf8."""
         return pa.chunked_array([map_batch(file)["clip_id"] for file in self.files], pa.string())
 
     @property
     def ids(self) -> np.ndarray:
-        """(N,) str."""
+        """The clip ids, (N,) str."""
         return self.keys.to_numpy()
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """(len(rows), K) float32. A file is mapped while it is read and no longer, so memory does not grow with N."""
+        """Return the logits (len(rows), K) float32. Files are mapped one by one, so memory does not grow with N."""
         if out is None:
             out = np.empty((len(rows), len(self.labels)), dtype=np.float32)
         of_file = np.searchsorted(self.starts, rows, side="right") - 1
@@ -79,9 +79,9 @@ def write_logits(file: Path, ids: Sequence[str] | np.ndarray, logits: np.ndarray
 
 
 def read_logits(source: Path | Sequence[Path], split: str = "") -> Logits:
-    """One system's logits from a folder's *.arrow files (of one split: SPLIT-*.arrow), or from the given files.
+    """Read one system's logits from a folder's *.arrow files (of one split: SPLIT-*.arrow), or from the given files.
 
-    The files may differ in the metadata key `split` and in nothing else; `Logits.metadata` has what they share.
+    The files' metadata may differ only in `split`; `Logits.metadata` has what they share.
     Raises UserError for no files, damaged files, and files of different systems, checkpoints or corpora.
     """
     pattern = f"{split}-*.arrow" if split else "*.arrow"
@@ -116,10 +116,10 @@ def read_logits(source: Path | Sequence[Path], split: str = "") -> Logits:
 
 
 class Ensemble:
-    """The logits of S systems for the N clips `ids`, in that order, joined by clip_id; read as they are asked for.
+    """The logits of S systems for the N clips `ids`, in that order, joined by clip_id and read when they are needed.
 
-    A system may hold further clips. Raises UserError for systems of different corpora or label orders, two systems of
-    one name, a clip twice in a system or in `ids`, and clips that a system lacks.
+    A system may hold further clips. Raises UserError for systems of different corpora or label orders, two systems with
+    one name, a clip that occurs twice in a system or in `ids`, and clips that a system lacks.
     """
 
     def __init__(self, systems: Sequence[Logits], ids: Sequence[str] | np.ndarray | pa.ChunkedArray) -> None:
@@ -131,7 +131,7 @@ class Ensemble:
         if twice := [name for name, count in names.items() if count > 1]:
             raise UserError(f"systems of one name: {', '.join(twice)}; names must differ")
         _refuse_duplicates("the requested clips", wanted)
-        self._pieces: list[tuple[Logits, np.ndarray]] = []  # a system and its rows of the clips
+        self._pieces: list[tuple[Logits, np.ndarray]] = []  # a system, and the clips' rows in it
         for system in systems:
             if system.metadata["corpus"] != first.metadata["corpus"]:
                 raise UserError(
@@ -154,7 +154,7 @@ class Ensemble:
         return Piece(tuple((system, chosen[id(found)]) for system, found in self._pieces))
 
     def read(self) -> np.ndarray:
-        """(S, N, K) float32. Raises UserError for logits that are not finite."""
+        """Read all logits, (S, N, K) float32. Raises UserError for logits that are not finite."""
         return self.piece(slice(None))()
 
 
@@ -165,7 +165,7 @@ class Piece:
     systems: tuple[tuple[Logits, np.ndarray], ...]
 
     def __call__(self) -> np.ndarray:
-        """(S, n, K) float32. Raises UserError for logits that are not finite."""
+        """Read these clips' logits, (S, n, K) float32. Raises UserError for logits that are not finite."""
         logits, rows = self.systems[0]
         joined = np.empty((len(self.systems), len(rows), len(logits.labels)), dtype=np.float32)
         for out, (system, found) in zip(joined, self.systems, strict=True):
@@ -181,14 +181,14 @@ class Piece:
 
 
 def _same_clips(one: Logits, other: Logits) -> bool:
-    """Whether two systems hold the same clips in the same order, as they usually do; file by file, to save memory."""
+    """Whether two systems have the same clips in the same order, as usual; compared file by file, to save memory."""
     return np.array_equal(one.starts, other.starts) and all(
         map_batch(a)["clip_id"].equals(map_batch(b)["clip_id"]) for a, b in zip(one.files, other.files, strict=True)
     )
 
 
 def _rows(name: str, keys: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarray:
-    """The rows of the clips `wanted` among a system's."""
+    """Return the rows of the clips `wanted` among a system's."""
     if keys.equals(wanted):
         return np.arange(len(wanted))
     _refuse_duplicates(f"system {name}", keys)
@@ -200,7 +200,7 @@ def _rows(name: str, keys: pa.ChunkedArray, wanted: pa.ChunkedArray) -> np.ndarr
 
 
 def _refuse_duplicates(owner: str, ids: pa.ChunkedArray) -> None:
-    # Equal hashes first: a table of all ids would take a gigabyte for ten million clips.
+    # Hashes are compared first, because a table of all ids takes a gigabyte for ten million clips.
     hashes = np.concatenate([np.fromiter(map(hash, chunk.to_pylist()), np.int64, len(chunk)) for chunk in ids.chunks])
     hashes.sort()
     if (hashes[1:] == hashes[:-1]).any() and pc.count_distinct(ids).as_py() < len(ids):

@@ -1,7 +1,7 @@
 """Files of consecutive clips that a stage makes one by one: what a killed run finished, and what is left to do.
 
-A part is a file PREFIX-FIRST.arrow beside a record PREFIX-FIRST.json that says which clips the file covers and what its
-checksum is. What is left to do follows from these records alone and not from how an earlier run divided the clips, so
+A part is a file PREFIX-FIRST.arrow beside a record PREFIX-FIRST.json with the clips that the file covers and its
+checksum. What is left to do follows from these records alone and not from how an earlier run divided the clips, so
 another size of parts neither loses a clip nor makes one twice.
 """
 
@@ -19,7 +19,7 @@ Ids = Sequence[str] | np.ndarray
 
 
 def part_file(folder: Path, prefix: str, first: int) -> Path:
-    """The file of the part that begins with the clip at position `first`; names sort by position."""
+    """Return the file of the part that begins with the clip at position `first`; names sort by position."""
     return folder / f"{prefix}-{first:09d}.arrow"
 
 
@@ -35,10 +35,10 @@ def note_part(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
 def finished_parts(
     folder: Path, prefix: str, ids: Ids, accept: Callable[[Record], bool] = lambda record: True
 ) -> list[dict[str, Any]]:
-    """Records of the parts in `folder` that are whole and cover clips of `ids` from where they say, in order.
+    """Return the records of the whole parts in `folder` that cover the clips of `ids` that they say, in order.
 
-    All other files of the prefix are removed: those of other clips, cut or changed ones, those without a record, those
-    that overlap the one before, and those that `accept` refuses.
+    All other files of the prefix are removed: those of other clips, those that are cut or changed, have no record,
+    overlap the one before, or that `accept` refuses.
     """
     found: list[dict[str, Any]] = []
     end = 0
@@ -57,7 +57,7 @@ def finished_parts(
 
 
 def missing_parts(count: int, finished: Sequence[Record], size: int) -> list[slice]:
-    """What of `count` clips the finished parts do not cover, in slices of at most `size`."""
+    """Return the positions, of `count` clips, that no finished part covers, in slices of at most `size`."""
     gaps, start = [], 0
     for first, clips in [*((record["first"], record["clips"]) for record in finished), (count, 0)]:
         gaps += [slice(at, min(at + size, first)) for at in range(start, first, size)]

@@ -1,4 +1,4 @@
-"""From recordings to the files of a clip store: a shard is the unit of work of the ingest."""
+"""Shards: recordings become the files of a clip store, which are the ingest's units of work."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def write_shard(
 ) -> ShardReport:
     """Decode `clips` of the corpus in `root` into one file of `write_clips`; the same input gives the same bytes.
 
-    Bad clips are left out and reported; refusing them is the caller's.
+    Bad clips are left out and reported; the caller may refuse them.
     """
     pcm = np.empty((len(clips), CLIP_SAMPLES), dtype=np.int16)
     results = decode([root / clip.clip_id for clip in clips], pcm)
@@ -44,7 +44,7 @@ def write_shard(
 
 
 def write_store(corpus: Corpus, folder: Path, shard_clips: int = SHARD_CLIPS) -> list[BadClip]:
-    """Decode the whole corpus into a clip store in `folder`, in this process; returns the clips that were left out."""
+    """Decode the whole corpus into a clip store in `folder`, in this process; return the clips that were left out."""
     folder.mkdir(parents=True, exist_ok=True)
     bad: list[BadClip] = []
     for first in range(0, len(corpus.clips), shard_clips):

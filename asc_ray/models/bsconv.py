@@ -11,7 +11,7 @@ from asc_ray.section import Section
 
 
 class BSConvConfig(Section):
-    """The defaults meet Table III's 73.39 K parameters and 13.18 M MACs; its channels are not known, these are ours."""
+    """The defaults meet Table III's 73.39 K parameters and 13.18 M MACs; the channels are ours, the paper has none."""
 
     name: Literal["bsconv_cnn"] = "bsconv_cnn"
     stem: int = Field(16, ge=1, le=256, description="channels of the first convolution")
@@ -30,7 +30,7 @@ class BSConv(nn.Sequential):
 
 
 class BSConvCNN(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, scenes). A pool between blocks: F and T of 32 at least."""
+    """Maps a log-mel (B, 1, F, T) to logits (B, scenes). Its pools need F and T of 32 at least, with five blocks."""
 
     def __init__(self, config: BSConvConfig, scenes: int):
         super().__init__()

@@ -16,7 +16,7 @@ BYTES_EACH = {"float32": 4, "int8": 1}
 
 
 def _number(value: Any) -> Any:
-    """30e6 and "30e6", which YAML takes for a text, are numbers, too."""
+    """Read 30e6 as a number, although YAML takes it for text."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -27,13 +27,13 @@ Count = Annotated[int, BeforeValidator(_number)]
 
 
 class Limits(Section):
-    """What a device has for a student; DCASE's are the defaults."""
+    """What a device allows a student; the defaults are DCASE's."""
 
-    bytes: Count = Field(128_000, ge=1, description="of the parameters as int8")
-    macs: Count = Field(30_000_000, ge=1, description="multiply-accumulates of a clip")
+    bytes: Count = Field(128_000, ge=1, description="bytes of the parameters as int8")
+    macs: Count = Field(30_000_000, ge=1, description="multiply-accumulates for one clip")
 
     def exceeded(self, cost: "Complexity") -> list[str]:
-        """In words, what is over; empty where all is within."""
+        """Return, in words, which limits are exceeded; empty if none is."""
         found = {"bytes": cost.bytes["int8"], "macs": cost.macs}
         return [
             f"limits.{name}: {found[name]:,}, allowed {limit:,}"
@@ -62,12 +62,12 @@ class Complexity:
 
 
 def complexity(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64)) -> Complexity:
-    """Counts an evaluation-mode forward pass of an input of `input_shape`; weights and mode are left as they were.
+    """Count an evaluation-mode forward pass of an input of `input_shape`; weights and mode are left as they were.
 
-    Batch norms count as layers (before folding). Functional operations have no parameters and count nothing: of a
-    transformer, the two products inside attention are missing.
+    Batch norms count as layers (before folding). Functional operations have no parameters and count nothing, so a
+    transformer's count lacks the two products inside attention.
     """
-    # On the CPU, where the model is: torchinfo by itself would take any GPU of the machine.
+    # On the CPU, where the model is, because torchinfo by itself would take any GPU of the machine.
     info = torchinfo.summary(model, input_size=input_shape, verbose=0, mode="eval", device="cpu")
     layers = [
         Layer(
@@ -90,15 +90,15 @@ def complexity(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64))
 
 
 def peak_activations(model: nn.Module, input_shape: tuple[int, ...] = (1, 1, 256, 64)) -> dict[str, int]:
-    """Bytes by dtype of all activations that are in memory together, at most, for an input of `input_shape`.
+    """Return, by dtype, the most bytes of activations that are in memory together, for an input of `input_shape`.
 
-    In the order in which the network computes; an activation is kept until its last use, as that of a shortcut until
-    the sum. Batch norms and ReLUs work in place, views take nothing. The model is left in evaluation form.
+    Operations run in the network's order. An activation is kept until its last use: a shortcut's until the sum. Batch
+    norms and ReLUs work in place, views take nothing. The model is left in evaluation mode.
     """
     graph = torch.export.export(model.eval(), (torch.zeros(input_shape),)).module().graph
     nodes = [node for node in graph.nodes if node.op in ("call_function", "placeholder")]
     nodes = [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    holder: dict[torch.fx.Node, torch.fx.Node] = {}  # whose memory a node's output lies in
+    holder: dict[torch.fx.Node, torch.fx.Node] = {}  # a node, and the one whose memory its output lies in
     for node in nodes:
         taken = [source for source in node.all_input_nodes if source in holder]
         in_place = node.target in IN_PLACE and len(taken[0].users) == 1
@@ -121,7 +121,7 @@ IN_PLACE = {
 
 
 def _macs(layer: LayerInfo) -> int:
-    # torchinfo counts a Linear once a clip, however many tokens it is applied to.
+    # torchinfo counts a Linear once per clip, however many tokens it is applied to.
     tokens = math.prod(layer.output_size[1:-1]) if layer.class_name == "Linear" else 1
     return layer.macs * tokens
 

@@ -18,8 +18,8 @@ class CPMobileConfig(Section):
 
     name: Literal["cp_mobile"] = "cp_mobile"
     width: int = Field(32, ge=8, le=256, multiple_of=8, description="channels of the first stage")
-    multiplier: float = Field(2.3, ge=1, le=4, description="growth of the channels by stage, rounded to 8")
-    expansion: int = Field(3, ge=1, le=8, description="of a block's input channels")
+    multiplier: float = Field(2.3, ge=1, le=4, description="growth of the channels per stage; they are rounded to 8")
+    expansion: int = Field(3, ge=1, le=8, description="hidden channels of a block per input channel")
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def conv_bn(
 
 
 def he_normal(network: nn.Module) -> None:
-    """Draw the weights of its convolutions with the variance of He et al., 2015, by fan-out."""
+    """Draw the weights of the network's convolutions with the variance of He et al., 2015, by fan-out."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class CPMobile(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, scenes)."""
+    """Maps a log-mel (B, 1, F, T) to logits (B, scenes)."""
 
     def __init__(self, config: CPMobileConfig, scenes: int):
         super().__init__()

@@ -20,7 +20,7 @@ class CPResNetConfig(Section):
     )
     rho: int = Field(8, ge=1, le=9, description="receptive field: convolution k (the stem is 1) is 3x3 while k <= rho")
     cut_channels_s3: int = Field(
-        36, ge=0, le=120, description="of 128, taken off the last stage; scales with the width"
+        36, ge=0, le=120, description="how many of 128 channels the last stage lacks; scales with the width"
     )
 
     @property
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class CPResNet(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, scenes). F >= 16 and T >= 4, for the pools."""
+    """Maps a log-mel (B, 1, F, T) to logits (B, scenes). The pools need F >= 16 and T >= 4."""
 
     def __init__(self, config: CPResNetConfig, scenes: int):
         super().__init__()
@@ -79,7 +79,7 @@ class CPResNet(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """He with fan-out; Fixup in the blocks: they start as their shortcuts, and the head starts at zero."""
+        """Draw He's weights by fan-out, then apply Fixup: blocks start as their shortcuts, and the head at zero."""
         he_normal(self)
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         for block in blocks:

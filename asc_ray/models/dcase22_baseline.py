@@ -11,10 +11,10 @@ MELS, FRAMES = 40, 51
 
 
 class DCASE22BaselineConfig(Section):
-    """Takes 40 mels x 51 frames and nothing else: `frontend: {n_fft: 2048, window: 1280, hop: 639, mels: 40}`.
+    """It takes only 40 mels x 51 frames: `frontend: {n_fft: 2048, window: 1280, hop: 639, mels: 40}`.
 
-    The 46,512 parameters of the challenge's table are, to the last, the bytes of its int8 form: 45,816 weights of one
-    byte and 174 biases of four, batch norms folded. MACs: 29.23 M. The original's dropout of 0.3 is left out, for every
+    The 46,512 parameters of the challenge's table are exactly the bytes of its int8 form: 45,816 weights of one byte
+    and 174 biases of four, batch norms folded. MACs: 29.23 M. The original's dropout of 0.3 is left out, because every
     random draw of a training here comes from its step's generator.
     """
 
@@ -26,7 +26,7 @@ def _conv(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class DCASE22Baseline(nn.Module):
-    """(B, 1, 40, 51) log-mel to logits (B, scenes)."""
+    """Maps a log-mel (B, 1, 40, 51) to logits (B, scenes)."""
 
     def __init__(self, config: DCASE22BaselineConfig, scenes: int):
         super().__init__()

@@ -16,30 +16,30 @@ Step = Annotated[int, Field(ge=1, le=4)]
 
 
 class Stage(Section):
-    """`blocks` blocks of `channels` output channels, behind a max pool of `pool` (frequency, time) positions."""
+    """A max pool of `pool` (frequency, time) positions, then `blocks` blocks of `channels` output channels."""
 
     channels: Channels = Field(description="output channels of its blocks")
-    blocks: int = Field(ge=1, le=16, description="how many")
-    pool: tuple[Step, Step] = Field((1, 1), description="of the max pool, in mel bins and frames")
-    expansion: float = Field(2, ge=1, le=8, description="of a block's input channels")
+    blocks: int = Field(ge=1, le=16, description="number of blocks")
+    pool: tuple[Step, Step] = Field((1, 1), description="size of the max pool, in mel bins and frames")
+    expansion: float = Field(2, ge=1, le=8, description="hidden channels of a block per input channel")
 
 
 class ChannelPlan(Section):
     """Output channels of the two stem convolutions, and the stages."""
 
-    stem: tuple[Channels, Channels] = Field(description="output channels of the two first convolutions")
-    stages: tuple[Stage, ...] = Field(min_length=1, max_length=8, description="in their order")
+    stem: tuple[Channels, Channels] = Field(description="output channels of the first two convolutions")
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=8, description="the stages, in their order")
 
 
 def _plan(stem: tuple[int, int], channels: tuple[int, int, int]) -> ChannelPlan:
-    """The structure that all four sizes share: one block a stage, on 64 x 16, 32 x 8 and 16 x 4 positions."""
+    """Return the structure that all four sizes share: one block a stage, on 64 x 16, 32 x 8 and 16 x 4 positions."""
     pools = ((1, 1), (2, 2), (2, 2))
     stages = (Stage(channels=c, blocks=1, pool=pool) for c, pool in zip(channels, pools, strict=True))
     return ChannelPlan(stem=stem, stages=tuple(stages))
 
 
-# Found by bench/channel_plans.py, within 0.3 % of Table II's parameters and 0.5 % of its MACs; the structure was chosen
-# on corpora of other recordings and other devices than those that results are reported on (docs/journal.md).
+# Found by bench/channel_plans.py, within 0.3 % of Table II's parameters and 0.5 % of its MACs. The structure was chosen
+# on corpora whose recordings and devices are not those that results are reported on (docs/journal.md).
 PLANS = {
     "sm1": _plan((8, 16), (16, 32, 50)),
     "sm2": _plan((8, 20), (36, 48, 68)),
@@ -52,8 +52,8 @@ class DSFlexiNetConfig(Section):
     """A size of Table II, or with `size: null` a plan of one's own."""
 
     name: Literal["ds_flexinet"] = "ds_flexinet"
-    size: Literal["sm1", "sm2", "sm3", "sm4"] | None = Field("sm2", description="of Table II")
-    plan: ChannelPlan | None = Field(None, description="channels and stages of one's own")
+    size: Literal["sm1", "sm2", "sm3", "sm4"] | None = Field("sm2", description="a size of Table II")
+    plan: ChannelPlan | None = Field(None, description="channels and stages in place of a size")
     normalization: NormalizationConfig = NormalizationConfig()
 
     @model_validator(mode="after")
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class DSFlexiNet(nn.Module):
-    """(B, 1, F, T) log-mel to logits (B, scenes)."""
+    """Maps a log-mel (B, 1, F, T) to logits (B, scenes)."""
 
     def __init__(self, config: DSFlexiNetConfig, scenes: int):
         super().__init__()

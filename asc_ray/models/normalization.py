@@ -11,24 +11,25 @@ from asc_ray.section import Section
 
 
 class NormalizationConfig(Section):
-    """Which normalization there is, and where.
+    """Which normalization the network has, and where.
 
     `rn`: eq. 2 with the statistics of eq. 1. `rn_frequency`: the same by frequency bin. `in`: eq. 1. `bn`: batch norm.
 
-    `places`: of the log-mel, behind the two stem convolutions, between the stages (the paper's), behind the last one.
+    `places`: `input` is the log-mel, `stem` is behind the two stem convolutions, `stages` between the stages (the
+    paper's), `last` behind the last stage.
     """
 
-    kind: Literal["rn", "rn_frequency", "in", "bn", "none"] = Field("rn", description="what is computed")
+    kind: Literal["rn", "rn_frequency", "in", "bn", "none"] = Field("rn", description="kind of normalization")
     lambda_start: float = Field(0.5, ge=0, le=10, description="lambda of eq. 2 before the training")
     eps: float = Field(1e-5, gt=0, le=1, description="added to the variance")
     places: Annotated[tuple[Literal["input", "stem", "stages", "last"], ...], Field(min_length=1)] = Field(
-        ("stages",), description="where it is"
+        ("stages",), description="where the network normalizes"
     )
 
 
-@torch.fx.wrap  # in a traced graph nothing has a type
+@torch.fx.wrap  # because a value has no dtype while the graph is traced
 def _in_float32(x: torch.Tensor) -> torch.Tensor:
-    """Half precision has no digits left for a difference where the mean is many deviations."""
+    """Convert half precision to float32: it has no digits left for a difference where the mean is many deviations."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -38,10 +39,10 @@ def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 class InstanceNorm(nn.Module):
-    """Eq. 1: x (B, C, F, T) minus its mean, over its standard deviation, both taken over `over`.
+    """Eq. 1: x (B, C, F, T) minus its mean, divided by its standard deviation, both over the dimensions `over`.
 
-    Written as mean, mul and rsqrt and not as `F.instance_norm`, which exports as a batch norm: quantization leaves
-    these operators in float, and a variance plus eps in 8 bits would be mostly rounding.
+    It uses mean, mul and rsqrt, because `F.instance_norm` exports as a batch norm. Quantization leaves these operators
+    in float; a variance plus eps in 8 bits would be mostly rounding.
     """
 
     def __init__(self, over: tuple[int, int], eps: float):
@@ -61,7 +62,7 @@ class InstanceNorm(nn.Module):
 
 
 class ResidualNorm(InstanceNorm):
-    """Eq. 2: lambda * x + IN(x), one trainable lambda a layer."""
+    """Eq. 2: lambda * x + IN(x), with one trainable lambda per layer."""
 
     def __init__(self, over: tuple[int, int], eps: float, lambda_start: float):
         super().__init__(over, eps)
@@ -77,7 +78,7 @@ PER_FREQUENCY = (1, 3)
 
 
 def normalization(config: NormalizationConfig, channels: int) -> nn.Module:
-    """The layer of the configured kind for an input of (B, channels, F, T); the shape is kept."""
+    """Build the layer of the configured kind for an input (B, channels, F, T); it keeps the shape."""
     match config.kind:
         case "rn":
             return ResidualNorm(PER_CHANNEL, config.eps, config.lambda_start)

@@ -16,26 +16,26 @@ class PasstConfig(Section):
     """The defaults are the published network (85,358,612 parameters with 10 scenes) and its patchout for scenes."""
 
     name: Literal["passt"] = "passt"
-    width: int = Field(768, ge=8, le=2048, description="numbers of a token")
+    width: int = Field(768, ge=8, le=2048, description="numbers in a token")
     depth: int = Field(12, ge=1, le=48, description="transformer blocks")
     heads: int = Field(12, ge=1, le=32, description="attention heads of a block; they divide `width`")
     patch: int = Field(16, ge=1, le=64, description="side of a patch, in mel bins and frames")
-    stride: int = Field(10, ge=1, le=64, description="of the patches; below `patch` they overlap")
+    stride: int = Field(10, ge=1, le=64, description="step between patches; below `patch` they overlap")
     mels: int = Field(128, ge=1, le=1024, description="mel bins of the input, as the front end makes them")
     frames: int = Field(998, ge=1, le=100_000, description="longest input; shorter ones use a part of the time grid")
     patchout_freq: int = Field(6, ge=0, description="rows of patches left out of a training batch")
     patchout_time: int = Field(0, ge=0, description="columns of patches left out of a training batch")
     patchout: int = Field(0, ge=0, description="patches left out of a training batch, wherever they are")
-    pretrained: Path | None = Field(None, description="a checkpoint to start from, as AudioSet's of 527 classes")
+    pretrained: Path | None = Field(None, description="a checkpoint to start from, such as AudioSet's")
 
     @field_validator("pretrained")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return value and absolute(value)  # workers have a folder of their own
+        return value and absolute(value)  # because workers run in a folder of their own
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows (frequency) and columns (time) of the positional embedding: 12 x 99 as published."""
+        """The rows (frequency) and columns (time) of the positional embedding: 12 x 99 as published."""
         return (self.mels - self.patch) // self.stride + 1, (self.frames - self.patch) // self.stride + 1
 
     @model_validator(mode="after")
@@ -101,10 +101,10 @@ class Block(nn.Module):
 
 
 class Passt(nn.Module):
-    """(B, 1, mels, T) log-mel to logits (B, scenes), for patch <= T <= frames.
+    """Maps a log-mel (B, 1, mels, T) to logits (B, scenes), for patch <= T <= frames.
 
-    In training, structured and unstructured patchout and the random offset into the time grid are given, once for the
-    whole batch, as `choices` drew them; evaluation is deterministic.
+    Training takes what `choices` drew, once for the whole batch: structured and unstructured patchout, and the random
+    offset into the time grid. Evaluation is deterministic.
     """
 
     def __init__(self, config: PasstConfig, scenes: int):
@@ -120,7 +120,7 @@ class Passt(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, config.heads) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, scenes))
-        # In the published checkpoints and used by nothing: without a gradient it is no concern of DDP or the optimizer.
+        # Published checkpoints have it, and nothing uses it: without a gradient DDP and the optimizer ignore it.
         self.head_dist = nn.Linear(width, scenes).requires_grad_(False)
         self._initialize()
 
@@ -133,8 +133,8 @@ class Passt(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def choices(self, frames: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """What is drawn for a training batch of so many frames, on the host: where its columns of patches stand in the
-        time grid, and which columns, rows and single patches are kept; int64 each."""
+        """Draw, on the host, where the columns of patches of a training batch of so many frames stand in the time
+        grid, and which columns, rows and single patches are kept; int64 each. Raises ValueError if none is kept."""
         config, (rows, columns) = self.config, self.config.grid
         taken = (frames - config.patch) // config.stride + 1
         if taken <= config.patchout_time:
@@ -153,7 +153,7 @@ class Passt(nn.Module):
         return torch.arange(taken) + offset, kept_columns, kept_rows, _kept(patches, config.patchout, generator)
 
     def tokens(self, x: torch.Tensor, choices: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """(B, 1, mels, T) to the patches that enter the transformer, with positions: (B, rows * columns, width)."""
+        """Turn (B, 1, mels, T) into the patches that enter the transformer, with positions: (B, patches, width)."""
         config = self.config
         if x.shape[2] != config.mels or not config.patch <= x.shape[3] <= config.frames:
             raise ValueError(
@@ -185,7 +185,7 @@ class Passt(nn.Module):
 
 
 def _kept(size: int, left_out: int, generator: torch.Generator) -> torch.Tensor:
-    """A sorted random subset of range(size), `left_out` short of it; drawn only where something is left out."""
+    """Return range(size), sorted, without `left_out` random numbers; nothing is drawn where none is left out."""
     if not left_out:
         return torch.arange(size)
     return torch.randperm(size, generator=generator)[: size - left_out].sort().values

@@ -27,14 +27,14 @@ _PREFIX = re.compile(r"^(model|net|module)\.")
 _HEAD = re.compile(r"^head(_dist)?\.")
 _NAMES_SHOWN = 6
 _ABOUT = "asc_ray"  # the entry of safetensors' metadata that is ours
-_OF_TENSORS = re.compile(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)")  # what plain tensors call
-_LEGACY_PICKLES = 5  # that a file of torch before 1.6 begins with
+_OF_TENSORS = re.compile(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)")  # calls that make tensors
+_LEGACY_PICKLES = 5  # at the beginning of a file of torch before 1.6
 
 
 def published(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The checkpoint in `folder` of every system that has one, by the published names: NAME.ckpt, NAME.pt, ...
+    """Return each system's checkpoint in `folder`, if it has one, by the published names: NAME.ckpt, NAME.pt, ...
 
-    Raises ConfigError for a folder that is none, holds no system's file, or several of one system.
+    Raises ConfigError if `folder` is no folder, or holds no system's file or several of one system.
     """
     if not folder.is_dir():
         raise ConfigError(f"teachers.checkpoints: {folder} is no folder; name one with the published files, or null")
@@ -56,11 +56,11 @@ def published(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The network's tensors by name, without a framework's prefixes; tensors beside the network's are left out.
+    """Read the network's tensors by name, without a framework's prefixes; tensors beside the network's are left out.
 
-    Raises ConfigError for files that are unreadable, hold no tensors, name two alike, hold tensors of kinds that no
-    weight is, or hold a pickle of anything but plain tensors, numbers and text: loading one could run code that came
-    with it.
+    Raises ConfigError for files that are unreadable, hold no tensors, name two alike, or hold tensors that cannot be
+    weights. It also refuses pickles of anything but plain tensors, numbers and text, because loading one could run
+    code that came with it.
     """
     stored = _stored(file)
     for container in ("state_dict", "model"):  # Lightning's, and others'
@@ -83,7 +83,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _stored(file: Path) -> Any:
-    """What a checkpoint's file holds, read without running what came with it. Raises ConfigError."""
+    """Read a checkpoint's file without running code that came with it. Raises ConfigError."""
     try:
         with open_plain(file) as opened:
             if file.suffix == ".safetensors":
@@ -100,14 +100,16 @@ def _stored(file: Path) -> Any:
         raise ConfigError(f"{file}: cannot be read as a checkpoint ({error.strerror or error})") from None
     except ConfigError:
         raise
-    except Exception as error:  # of a pickle cut or made up anything may come: AttributeError, KeyError, AssertionError
+    except Exception as error:  # a cut or forged pickle may raise anything: AttributeError, KeyError, AssertionError
         reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
         raise ConfigError(f"{file}: cannot be read as a checkpoint ({reason[:200]})") from None
 
 
 def _refuse_more_than_tensors(file: Path, opened: BinaryIO) -> None:
-    """Raises ConfigError where a file has packed parts, which may be a thousand times its size, or a pickle that calls
-    what makes no tensors: torch's unpickler for plain tensors lets some functions of Python be called with anything.
+    """Raise ConfigError where a file has packed parts, or a pickle that calls what makes no tensors.
+
+    Packed parts may be a thousand times the file's size. torch's unpickler for plain tensors lets some functions of
+    Python be called with anything.
     """
     if zipfile.is_zipfile(opened):
         size = os.fstat(opened.fileno()).st_size
@@ -126,7 +128,7 @@ def _refuse_more_than_tensors(file: Path, opened: BinaryIO) -> None:
 
 
 def _refuse_calls(file: Path, stream: BinaryIO) -> None:
-    """Raises ConfigError for the next pickle of a stream if it calls what makes no tensors, ValueError for none."""
+    """Raise ConfigError if the next pickle of a stream calls what makes no tensors, ValueError if there is none."""
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "STACK_GLOBAL":
             raise _refused(file, "a name that it puts together")
@@ -142,7 +144,7 @@ def _refused(file: Path, called: str) -> ConfigError:
 
 
 def _odd_kind(tensor: Tensor) -> str:
-    """What makes a tensor none that a network computes with; empty for a plain one in memory of its own."""
+    """Return why a network cannot compute with a tensor; empty for a plain one with memory of its own."""
     if tensor.device.type != "cpu":
         return tensor.device.type
     if tensor.is_quantized or tensor.dtype.is_complex:
@@ -155,15 +157,15 @@ def _odd_kind(tensor: Tensor) -> str:
 
 
 def metadata(about: Mapping[str, Any]) -> dict[str, str]:
-    """What our own safetensors say of the network in them, such as its labels and its front end.
+    """Return what our own safetensors say of the network in them, such as its labels and its front end.
 
-    In one entry: safetensors writes several in another order each time, and equal trainings would differ in bytes.
+    It is one entry, because safetensors writes several in another order each time: equal trainings would differ.
     """
     return {_ABOUT: json.dumps(about)}
 
 
 def said(file: Path) -> dict[str, Any]:
-    """What `metadata` put into a file of ours; empty for a file from elsewhere."""
+    """Return what `metadata` put into a file of ours; empty for a file from elsewhere."""
     if file.suffix != ".safetensors":
         return {}
     try:
@@ -175,10 +177,10 @@ def said(file: Path) -> dict[str, Any]:
 
 
 def load_published(model: nn.Module, file: Path, about: Mapping[str, Any]) -> bool:
-    """Load all of `model` from `file`; returns whether the file says for which scenes and which front end it is.
+    """Load all of `model` from `file`; return whether the file says for which scenes and which front end it is.
 
-    `about` says it of `model`. Raises ConfigError where the file says something else, and naming what is missing, left
-    over, of another shape or type, or no weight that a network can compute with.
+    `about` says it of `model`. Raises ConfigError where the file says something else, and names the tensors that are
+    missing, left over, of another shape or type, not finite, or variances that are not above 0.
     """
     tensors, found = read_tensors(file), said(file)
     for name, wanted in about.items():
@@ -198,8 +200,8 @@ def _listed(value: Any) -> str:
 def start_from(model: nn.Module, file: Path, labels: Sequence[str]) -> list[str]:
     """Load a PaSST trained on other classes (AudioSet's 527), and return what was done to make it fit.
 
-    A head for other classes than `labels`, as far as the file says, stays the fresh one; positional grids of another
-    geometry are interpolated. Raises ConfigError as `load_published`.
+    The fresh head stays where the file names other labels than `labels`, or its head has another shape. Positional
+    grids of another size are interpolated. Raises ConfigError as `load_published` does.
     """
     tensors, own, changes = read_tensors(file), model.state_dict(), []
     heads = [name for name in own if _HEAD.match(name)]

@@ -31,7 +31,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(config: ModelConfig, scenes: int, seed: int = 0) -> nn.Module:
-    """The network on the CPU: (B, 1, F, T) to logits (B, scenes). The same seed gives the same weights, and the
+    """Build the network on the CPU: (B, 1, F, T) to logits (B, scenes). The same seed gives the same weights, and the
     process's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -39,6 +39,6 @@ def build(config: ModelConfig, scenes: int, seed: int = 0) -> nn.Module:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The network in evaluation with its batch norms folded into the convolutions before them: equal up to rounding."""
+    """Fold the batch norms into the convolutions before them, for evaluation: the results are equal up to rounding."""
     model.eval()
     return fuse(model) if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) else model

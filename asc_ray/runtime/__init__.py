@@ -1,4 +1,4 @@
-"""What a device needs: waveforms to scenes with an exported bundle, by NumPy and onnxruntime alone.
+"""What a device needs to name scenes with an exported bundle: NumPy and onnxruntime alone.
 
 from asc_ray.runtime import Bundle
 
@@ -28,33 +28,33 @@ MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json
 NEEDED = (MODEL, FRONTEND, LABELS)
 PRODUCER = "asc-ray"  # in the ONNX file's metadata, beside the same labels and front end as in the JSON files
 _MOST_TEXT = 1 << 20  # bytes of a list of checksums, a front end or a list of labels
-_MOST_OTHER = 1 << 24  # of a file that only is compared, as the card
+_MOST_OTHER = 1 << 24  # of a file that is only compared, such as the card
 _MOST_FILES = 32
 _MOST_LABELS, _LONGEST_LABEL = 1000, 200
 _SUM = re.compile(r"([0-9a-f]{64})  ([^/\\]{1,200})")
 
-# Floating-point samples beyond it are of another scale, as 16-bit values are; 32-bit recorders go some dB above 1.
+# Floating-point samples beyond it have another scale, as 16-bit values do; 32-bit recorders go some dB above 1.
 LOUDEST = 8.0
 
 
 class Bundle:
     """An exported model. Every file is compared with its checksum, and the files with each other.
 
-    `threads`: of onnxruntime; on an embedded core, 1. Raises UserError for a bundle that is not as it was exported.
+    `threads`: onnxruntime's; 1 suits an embedded core. Raises UserError for a bundle that is not as it was exported.
     """
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
         folder = Path(folder)
         content = _read(folder)
-        self.files = {name: len(own) for name, own in sorted(content.items())}  # bytes of all that the sums name
+        self.files = {name: len(own) for name, own in sorted(content.items())}  # bytes of each file in SHA256SUMS
         self.labels: tuple[str, ...] = _labels(folder / LABELS, content[LABELS])
         self.frontend = _frontend(folder / FRONTEND, content[FRONTEND])
         self._check(folder, content)
-        import onnxruntime  # training takes its mel bank from this package, and needs no engine
+        import onnxruntime  # here, because training takes its mel bank from this package and needs no engine
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # what it cannot read it raises
+        options.log_severity_level = 4  # it logs nothing, because it raises what it cannot read
         try:
             self._session = onnxruntime.InferenceSession(content[MODEL], options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a class for each of its kinds, all below Exception
@@ -62,7 +62,7 @@ class Bundle:
         self._log_mel = LogMel(self.frontend)
 
     def logits(self, waves: np.ndarray) -> np.ndarray:
-        """(N, samples) float in +-1, or int16, at `frontend.sample_rate` -> (N, labels) float32.
+        """Map (N, samples) float in +-1, or int16, at `frontend.sample_rate` to logits (N, labels) float32.
 
         Raises UserError for another type or shape, for no wave, for samples that are not finite or of another scale,
         and where the model gives logits that are not finite.
@@ -89,13 +89,13 @@ class Bundle:
         return logits
 
     def probabilities(self, waves: np.ndarray) -> np.ndarray:
-        """As `logits`, with their softmax: (N, labels) float32."""
+        """Return the softmax of `logits`: (N, labels) float32."""
         logits = self.logits(waves)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
     def _check(self, folder: Path, content: Mapping[str, bytes]) -> None:
-        """That the model is one of ours, and that it, front end and labels belong together."""
+        """Raise UserError unless the model is one of ours, and it, front end and labels belong together."""
         try:
             model = read_model(content[MODEL])
         except NotOurs as error:
@@ -120,9 +120,9 @@ class Bundle:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Open a bundle, look for files that its checksums do not name, and have the model name noise.
+    """Open a bundle, look for files that its checksums do not name, and run the model on noise.
 
-    Raises UserError naming what is wrong; returns the labels' number and the files' sizes.
+    Return the number of labels and the files' sizes. Raises UserError naming what is wrong.
     """
     bundle = Bundle(folder)
     if added := sorted({file.name for file in folder.iterdir()} - {CHECKSUMS, *bundle.files}):
@@ -134,7 +134,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def scale_fault(samples: np.ndarray) -> str:
-    """Why floating-point samples are no sound within about +-1; empty where they may be."""
+    """Return why floating-point samples cannot be sound within about +-1; empty where they can."""
     peak = float(max(samples.max(initial=0.0), -samples.min(initial=0.0)))
     if not np.isfinite(peak):
         return f"{int((~np.isfinite(samples)).sum())} samples are not finite"
@@ -144,7 +144,7 @@ def scale_fault(samples: np.ndarray) -> str:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """The bundle's files, each read once and compared with its checksum. Raises UserError, with all that is wrong."""
+    """Read the bundle's files, each once, and compare their checksums. Raises UserError, with all that is wrong."""
     try:
         lines = read_plain(folder / CHECKSUMS, _MOST_TEXT, follow=False).decode().splitlines()
     except OSError as error:
@@ -179,7 +179,7 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 
 def _json(file: Path, content: bytes | str) -> Any:
-    """A JSON value. Raises UserError for what is none, and for a key that is there twice: readers would differ."""
+    """Parse JSON. Raises UserError for what is none, and for a key that occurs twice, because readers would differ."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):

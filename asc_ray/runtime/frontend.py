@@ -27,7 +27,7 @@ class Frontend:
     fmax: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError for settings that are no front end."""
+        """Raise ValueError or TypeError for settings that no front end can have."""
         lengths = (self.sample_rate, self.samples, self.n_fft, self.window, self.hop, self.mels)
         if not all(type(value) is int and 0 < value <= _MOST_SAMPLES for value in lengths):
             raise ValueError(
@@ -44,12 +44,12 @@ class Frontend:
 
     @property
     def frames(self) -> int:
-        """Of a clip; pre-emphasis takes one sample."""
+        """The frames of a clip; pre-emphasis takes one sample."""
         return 1 + (self.samples - 1) // self.hop
 
 
 def mel_bank(sample_rate: int, n_fft: int, mels: int, fmin: float, fmax: float) -> np.ndarray:
-    """Kaldi's triangular mel bank, (mels, n_fft // 2) float32: triangles in mel = 1127 ln(1 + f / 700).
+    """Return Kaldi's mel bank, (mels, n_fft // 2) float32: triangles in mel = 1127 ln(1 + f / 700).
 
     The Nyquist bin, which Kaldi leaves out, has no column.
     """
@@ -66,7 +66,7 @@ def mel_bank(sample_rate: int, n_fft: int, mels: int, fmin: float, fmax: float) 
 
 
 class LogMel:
-    """Waveforms (B, samples) float32 in +-1 -> (B, 1, mels, frames) float32."""
+    """Turns waveforms (B, samples) float32 in +-1 into log-mels (B, 1, mels, frames) float32."""
 
     def __init__(self, frontend: Frontend) -> None:
         f = self._frontend = frontend
@@ -92,7 +92,7 @@ class LogMel:
 
 
 def _band(bank: np.ndarray) -> tuple[int, int, np.ndarray]:
-    """The FFT bins that some rows of the mel bank weight, (start, stop), and the weights (stop - start, rows)."""
+    """Return the FFT bins that some rows of the mel bank use, start to stop, and weights (stop - start, rows)."""
     used = np.flatnonzero(bank.any(axis=0))
     start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
     return start, stop, np.ascontiguousarray(bank[:, start:stop].T)

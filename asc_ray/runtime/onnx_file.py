@@ -1,4 +1,4 @@
-"""What is in an ONNX file, before an engine sees it.
+"""Check what is in an ONNX file, before an engine sees it.
 
 An engine obeys a model: it reads other files that the model names, loops as long as the model says, and asks for as
 much memory as the model's shapes take. So a file is first read here by a closed schema, the part of ONNX's protobuf
@@ -15,9 +15,9 @@ import numpy as np
 
 from asc_ray.runtime.protobuf import MOST_PARTS, Message, NotOurs, parse
 
-MOST_BYTES = 1 << 26  # of the file; the students' have 40 to 200 kB, a CP-ResNet of 600,000 parameters 2 MB
+MOST_BYTES = 1 << 26  # of a file; the students' have 40 to 200 kB, a CP-ResNet of 600,000 parameters 2 MB
 MOST_NODES = 4096
-# Of a clip: elements of one value and of all, and multiply-accumulates. CP-Mobile has 1e5, 4e6 and 3e7.
+# For one clip: elements of one value and of all, and multiply-accumulates. CP-Mobile has 1e5, 4e6 and 3e7.
 MOST_ELEMENTS = 1 << 22
 MOST_SUMMED = 1 << 26
 MOST_MACS = 1 << 30
@@ -28,7 +28,7 @@ _MOST_STEP = 1024  # of a kernel, a stride, a dilation or a padding
 Shape = tuple[int, ...]
 _TYPES = {number: np.dtype(name) for number, name in ((1, "<f4"), (2, "u1"), (3, "i1"), (6, "<i4"), (7, "<i8"))}
 _FLOAT = 1
-_CLIPS = 7  # a number that no other dimension has by chance
+_CLIPS = 7  # a batch size that no other dimension has by chance
 _ATTRIBUTE_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}
 
 
@@ -42,7 +42,7 @@ class Model:
 
 
 def read_model(content: bytes) -> Model:
-    """Raises NotOurs for what `asc-ray export` would not have written."""
+    """Read and check a model. Raises NotOurs for what `asc-ray export` would not have written."""
     model = parse("model", memoryview(content), [MOST_PARTS])
     opsets = [(opset.get("domain", ""), opset.get("version")) for opset in model["opset"]]
     if len(opsets) != 1 or opsets[0][0] not in ("", "ai.onnx"):
@@ -57,7 +57,7 @@ def read_model(content: bytes) -> Model:
 
 
 def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
-    """Name and shape, without the batch, of the graph's input and output."""
+    """Check the graph, and return its input's and its output's name and shape, without the batch."""
     if len(graph["input"]) != 1 or len(graph["output"]) != 1:
         raise NotOurs(f"{len(graph['input'])} inputs and {len(graph['output'])} outputs; one of each is expected")
     if len(graph["node"]) > MOST_NODES:
@@ -74,7 +74,7 @@ def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
 def _check_shapes(
     graph: Message, given: tuple[str, Shape], made: tuple[str, Shape], weights: Mapping[str, np.ndarray], batch: int
 ) -> None:
-    """Raises NotOurs where a value of so many clips is too large, too much work, or has no row for each clip."""
+    """Raise NotOurs where a value of so many clips is too large, too much work, or has no row for each clip."""
     shapes: dict[str, Shape] = {name: weight.shape for name, weight in weights.items()}
     shapes[_new(shapes, given[0])] = (batch, *given[1])
     of_clips = {given[0]}  # values that are computed from the input
@@ -103,7 +103,7 @@ def _new(known: Mapping[str, Any], name: str) -> str:
 
 
 def _declared(value: Message) -> tuple[str, Shape]:
-    """Name and shape, without the batch, of the graph's input or output."""
+    """Return the name and the shape, without the batch, of the graph's input or output."""
     tensor = value.get("type", {}).get("tensor", {})
     batch, *dims = tensor.get("shape", {}).get("dim", []) or [{}]
     sizes = tuple(dim.get("size", 0) for dim in dims)
@@ -132,7 +132,7 @@ def _weight(tensor: Message) -> np.ndarray:
 
 
 def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, np.ndarray]) -> tuple[str, Shape, int]:
-    """Name, shape and multiply-accumulates of what the node computes of a clip."""
+    """Return the name, the shape and the multiply-accumulates of the node's output."""
     kind = node.get("kind", "")
     if node.get("domain", "") not in ("", "ai.onnx") or kind not in _OPERATORS:
         raise NotOurs(f"the operator {node.get('domain') or ''} {kind}".replace("  ", " "))
@@ -174,7 +174,7 @@ def _broadcast(inputs: _Inputs, constants: _Constants, attributes: Message) -> _
 
 
 def _window(inputs: _Inputs, kernel: Sequence[int], attributes: Message) -> list[int]:
-    """Frequency and time of what a kernel that moves over (1, C, F, T) leaves."""
+    """Return the sizes, frequency and time, that a kernel leaves when it moves over (B, C, F, T)."""
     sizes = inputs[0][2:]
     places = len(kernel)
     strides = attributes.get("strides") or [1] * places
@@ -250,7 +250,7 @@ def _constant(weight: np.ndarray | None) -> list[int]:
 
 
 _PLACES = ("kernel_shape", "strides", "pads", "dilations", "auto_pad")
-# What the networks become, with the attributes that exporters write.
+# The operators that exported networks have, with the attributes that exporters write.
 _OPERATORS: Mapping[str, tuple[tuple[str, ...], Callable[[_Inputs, _Constants, Message], _Inferred]]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max"), ((), _broadcast)),
     **dict.fromkeys(("Relu", "Sqrt", "Reciprocal"), ((), _same)),

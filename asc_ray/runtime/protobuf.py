@@ -12,7 +12,7 @@ class NotOurs(ValueError):
     """The file has something in it that `asc-ray export` does not write; the message says what."""
 
 
-# Of each message its fields: number -> (name, kind, repeated). The kinds: "int" (varint), "float" (4 bytes), "bytes",
+# The fields of each message: number -> (name, kind, repeated). The kinds: "int" (varint), "float" (4 bytes), "bytes",
 # "text", "ints" (varints, packed or not), or another message.
 _SCHEMA: Mapping[str, Mapping[int, tuple[str, str, bool]]] = {
     "model": {
@@ -60,11 +60,11 @@ _SCHEMA: Mapping[str, Mapping[int, tuple[str, str, bool]]] = {
     "shape": {1: ("dim", "dimension", True)},
     "dimension": {1: ("size", "int", False), 2: ("parameter", "text", False)},
 }
-_WIRES = {"int": 0, "float": 5}  # all else is 2, a length and so many bytes
+_WIRES = {"int": 0, "float": 5}  # all other kinds: 2, a length and as many bytes
 
 
 def parse(kind: str, data: memoryview, left: list[int]) -> Message:
-    """`left`: how many more parts the file may have."""
+    """Parse a message; `left` counts the parts that the file may still have. Raises NotOurs."""
     schema = _SCHEMA[kind]
     found: Message = {name: [] for name, _, repeated in schema.values() if repeated}
     for number, wire, value in _fields(data):
@@ -105,7 +105,7 @@ def _value(kind: str, value: Any, left: list[int]) -> Any:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
-    """(number, wire type, value) of each field of a message; numbers are signed, all else is bytes."""
+    """Yield (number, wire type, value) of each field of a message; numbers are signed, all else is bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
