@@ -1,6 +1,6 @@
 """What a configuration makes: every artifact of every stage, its key, and what it is made from.
 
-With `student.seeds` there are several students and int8 forms, with their seeds in their names. A student's key does not
+With `student.seeds` there are several students and int8 forms, named by their seeds. A student's key does not
 depend on how many there are, so a configuration with one seed and one with three share a student.
 """
 
