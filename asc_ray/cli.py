@@ -1,6 +1,6 @@
-"""`asc-ray <stage>`: parse, call the stage, print.
+"""The command line `asc-ray`: each command parses its options, calls the work and prints.
 
-This module is long because it holds one command after the other, and nothing else.
+This module is long because it holds every command, and nothing else.
 """
 
 import atexit
@@ -20,7 +20,7 @@ try:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-except ModuleNotFoundError as error:  # asc-ray[runtime]
+except ModuleNotFoundError as error:  # only asc-ray[runtime] is installed
     sys.exit(f"asc-ray: {error.name} is not installed, the command line needs more: pip install 'asc-ray[train]'")
 
 from asc_ray.errors import ConfigError, UserError
@@ -56,7 +56,7 @@ _HELP = {
 
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
-        # The demo's corpus is made by the command that reads it.
+        # `ingest` also makes the demo's corpus, which it reads.
         _run(config, set, ("corpus", "ingest") if stage == "ingest" else (stage,))
 
     return command
@@ -160,10 +160,10 @@ def predict(
     if Path("-") in paths:
         if len(paths) > 1:
             raise ConfigError("-: standard input is one stream; give it alone")
-        with suppress(KeyboardInterrupt):  # the end of a live stream
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends a live stream
             prediction.predict_live(opened, sys.stdin.buffer, rate, channels, format)
         return
-    # On a terminal the answers themselves show how far it is.
+    # On a terminal the answers themselves show the progress.
     from rich.progress import Progress as Bars
 
     with Bars(console=Console(stderr=True), disable=sys.stdout.isatty() or not sys.stderr.isatty()) as bars:
@@ -325,7 +325,7 @@ def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None: 
             table.add_row(stage, artifact.name, Text(printable(state)), Text(printable(where)))
     for name, error in plan.left_out.items():
         table.add_row("teachers", name, "left out", Text(printable(error)))
-    # A log file has no width: paths must not be cut there.
+    # A log file has no width, and paths must not be cut there.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
@@ -346,18 +346,18 @@ _LINES = "\n\t"
 
 
 def main(*command: str) -> None:
-    """The console command; a user's mistake is one message on standard error and an exit code.
+    """Run the console command; a user's mistake becomes one message on standard error and an exit code.
 
-    `command` comes before the arguments given: a job of one stage is `main("teachers")`.
+    `command` comes before the given arguments: a job of one stage is `main("teachers")`.
     """
     sys.argv[1:1] = command
-    # Imports make a million objects that stay: looking through them for garbage, now and at the end, takes two seconds.
+    # Imports make a million lasting objects; searching them for garbage would take two seconds.
     gc.set_threshold(200_000)
     atexit.register(gc.freeze)
-    for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding at all
+    for stream in (sys.stdout, sys.stderr):  # a file's name may not be valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # `ray job stop` and a shutdown send SIGTERM: leave as by sys.exit, so that runs are ended as KILLED.
+    # `ray job stop` and a shutdown send SIGTERM: exit by SystemExit, so that runs are ended as KILLED.
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(standalone_mode=True)
@@ -365,13 +365,13 @@ def main(*command: str) -> None:
         print(f"asc-ray: {masked(printable(error, keep=_LINES))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this code
             print("asc-ray: interrupted; the same command goes on from here", file=sys.stderr)
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception:  # a fault of ours: all of it is shown, but for what opens a server
+    except Exception:  # our own bug: show the whole traceback, but no passwords
         print(masked(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""The paper's tables and figures: students that differ in a few lines of configuration, on one corpus, side by side."""
+"""The paper's tables and figures: students on one corpus that differ in a few lines of configuration."""
 
 import difflib
 import itertools
@@ -28,23 +28,23 @@ from asc_ray.stages.student import student_jobs
 from asc_ray.stages.work import Job, Work, source_of
 
 FIGURE = "figure.svg"
-TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # which the paper has figures of
+TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # the paper gives figures for these
 
 
 class RowConfig(Section):
-    """`set`: what this row changes, by dotted key. `paper`: its figures, see ComparedRow."""
+    """A row of a table. `set`: what it changes, by dotted key. `paper`: the paper's figures, see ComparedRow."""
 
-    name: str = Field(pattern=r"^[^'\"\\]+$", description="of MLflow's runs, too")
+    name: str = Field(pattern=r"^[^'\"\\]+$", description="name of the row, and of its runs in MLflow")
     set: dict[str, Any] = Field({})
     paper: dict[str, float] = Field({})
 
 
 class TableConfig(Section):
-    """A file under `configs/tables/` or `configs/figures/`; `set` is of all rows, and gives way to the command's."""
+    """A file in `configs/tables/` or `configs/figures/`. `set` holds for all rows; the command's `--set` changes it."""
 
     title: str
-    note: str = Field("", description="what a reader of the paper's lines must know")
-    int8: bool = Field(False, description="quantize every student, too")
+    note: str = Field("", description="remark on the paper's figures, shown with the table")
+    int8: bool = Field(False, description="whether to quantize every student")
     set: dict[str, Any] = Field({})
     rows: tuple[RowConfig, ...] = Field(min_length=1)
 
@@ -62,7 +62,7 @@ def run_table(
 ) -> tuple[Artifact, Comparison]:
     """Train, evaluate and compare the rows of `kind` (tables or figures) `number`, or of a YAML file.
 
-    What is complete is skipped, what is half-done goes on. Raises UserError for a user's mistake, before any work.
+    Complete artifacts are skipped, unfinished ones are resumed. Raises UserError for a user's mistake, before any work.
     """
     spec, name = read_table(kind, number)
     configs = {}
@@ -93,9 +93,9 @@ def run_table(
         trained = all(student.complete for student in own.students.values())
         if not trained and any(own.missing(stage) for stage in shared):
             run(own.config, shared, progress)
-    plans = _plans(configs)  # without systems that have failed
+    plans = _plans(configs)  # anew, because systems that failed are now left out
     artifact = _artifact(kind, name, spec, plans)
-    shutil.rmtree(artifact.path, ignore_errors=True)  # finished once, but students of it were deleted
+    shutil.rmtree(artifact.path, ignore_errors=True)  # it may be left from before students were deleted
     lead = next(iter(plans.values()))
     title = f"{lead.config.name} {kind.removesuffix('s')} {name}"
     complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
@@ -107,11 +107,11 @@ def run_table(
 
 
 def _plans(configs: Mapping[str, Config]) -> dict[str, Plan]:
-    """Of all rows, which share one corpus. Raises ConfigError where they do not."""
+    """Return the plans of all rows. Raises ConfigError if the rows do not share one corpus and one storage."""
     plans: dict[str, Plan] = {}
     for row, config in configs.items():
         lead = next(iter(plans.values()), None)
-        # A large corpus takes seconds to read.
+        # Reading a large corpus takes seconds, so the rows share it.
         same = lead is not None and config.corpus == lead.config.corpus
         plans[row] = Plan(config, lead.source if lead and same else None)
         if lead and config.storage != lead.config.storage:
@@ -124,7 +124,7 @@ def _plans(configs: Mapping[str, Config]) -> dict[str, Plan]:
 
 
 def draw_energies(config: Config, progress: Progress) -> Artifact:
-    """Fig. 2: the distribution of the training clips' energy, with the student's threshold of ADIR, or else `auto`."""
+    """Draw Fig. 2: the distribution of the training clips' energy with the student's ADIR threshold, else `auto`."""
     plan = Plan(config)
     if plan.missing("ingest"):
         plan = run(config, ("corpus", "ingest"), progress)
@@ -144,13 +144,13 @@ def draw_energies(config: Config, progress: Progress) -> Artifact:
 
 
 def read_table(kind: str, number: str) -> tuple[TableConfig, str]:
-    """The description of a table or figure, and its short name. Raises ConfigError."""
+    """Return the description of a table or figure, and its short name. Raises ConfigError."""
     raw = preset(kind.removesuffix("s"), number, (kind,))
     return checked(TableConfig, raw, number if Path(number).is_file() else f"{kind}/{number}.yaml"), Path(number).stem
 
 
 def _refuse_unknown_columns(spec: TableConfig, plan: Plan) -> None:
-    """Raises ConfigError where a row has a figure of the paper under a name that no table has."""
+    """Raise ConfigError if `paper` of a row names a column that no table has."""
     devices = plan.source.devices if plan.source else ()
     known = {*table.SIZES, "seen", "unseen", "all", "int8", "log loss", *TAU22_DEVICES, *devices}
     for row in spec.rows:
@@ -163,7 +163,7 @@ def _refuse_unknown_columns(spec: TableConfig, plan: Plan) -> None:
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
-    """As `--set` takes them; JSON is YAML."""
+    """Return the values in the form of `--set`, which reads JSON as YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
@@ -210,12 +210,12 @@ def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan]
     _track(work, spec, plans, comparison)
     for file in sorted(folder.iterdir()):
         work.tracker.log_file("", file)
-    # Last of all: what is finished is not tracked again.
+    # This comes last, because a finished table is not tracked again.
     artifact.finish({row.name: {"accuracy": row.scores[0].accuracy} for row in comparison.rows})
 
 
 def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]]) -> dict[str, Job]:
-    """Of all rows; rows that come to the same student share one training."""
+    """Return the jobs of all rows; rows with the same student share one training."""
     jobs: dict[str, Job] = {}
     for row, plan in plans.items():
         known = {job.artifact.key for job in jobs.values()}
@@ -225,7 +225,7 @@ def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]]) ->
 
 
 def _track(work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison: Comparison) -> None:
-    """Every student of the table below one parent run, with its test figures, whichever command trained it."""
+    """Track every student of the table below one parent run, with its test figures, whichever command trained it."""
     for row, plan in plans.items():
         models = plan.students | plan.int8
         for name in _compared(plan, spec.int8):

@@ -1,7 +1,7 @@
 """What a configuration makes: every artifact of every stage, its key, and what it is made from.
 
-With `student.seeds` there are several students, and int8 forms of them, under names with their seeds. An artifact does
-not know how many there are, so a student of three is that of a configuration of one.
+With `student.seeds` there are several students and int8 forms, named by their seeds. A student's key does not
+depend on how many there are, so a configuration with one seed and one with three share a student.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ from asc_ray.training.recipe import Recipe
 
 BEST_STUDENT = "best.yaml"
 TRIALS_TABLE = "trials.csv"
-FAILED = "failed.json"  # in the folder of a system that kept failing: why
+FAILED = "failed.json"  # says why a system kept failing, in its folder
 REPORT = "report.html"
 
 # What each stage needs before it can run, by stage name.
@@ -51,8 +51,8 @@ STAGES = tuple(NEEDS)
 class Plan:
     """Every artifact of a configuration, found without building anything.
 
-    `read`: the corpus, where it was read already for a configuration with the same section `corpus`.
-    Raises CorpusError when the corpus cannot be used.
+    `read`: the corpus, if it was read already for a configuration with the same section `corpus`.
+    Raises ConfigError, and CorpusError if the corpus cannot be used.
     """
 
     def __init__(self, config: Config, read: Corpus | None = None) -> None:
@@ -108,7 +108,7 @@ class Plan:
         }
         fused = {name: logits.key for name, logits in self.logits.items()}
         learned = config.fusion.for_key()
-        del learned["tasks"], learned["folds"]  # folds, where there are some, are part of the division
+        del learned["tasks"], learned["folds"]  # `_division` has the folds
         fusion = {"fusion": learned, "partition": self._division()}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         self._add_students(base)
@@ -118,12 +118,12 @@ class Plan:
         searched = config.sweep and {"sweep": config.sweep.for_key(), "limits": config.limits.for_key()}
         sections = {"precision": config.logits.precision, "sweep": searched}
         sections |= {name: getattr(config, name).for_key() for name in ("partition", "student", "qat")} | fusion
-        # The configuration's own key, whichever systems are left out.
+        # This key does not depend on which systems are left out.
         inputs = {name: teacher.key for own in trainings.values() for name, teacher in own.items()}
         self.key = content_key(stage="pipeline", config=sections, inputs=inputs)
 
     def _add_students(self, base: Mapping[str, str]) -> None:
-        """The search, the students, their int8 forms, and the scores of both."""
+        """Add the search, the students, their int8 forms, and the scores of both."""
         config = self.config
         learned = {**base, "soft_target": self.fusion.key if config.taught else "none"}
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
@@ -153,7 +153,6 @@ class Plan:
             )
             for name, artifact in self.students.items()
         }
-        # Of each student and each int8 form, by their names.
         self.evaluations = {
             name: self._artifact("evaluation", artifact.stage, {}, {"model": artifact.key})
             for name, artifact in (self.students | self.int8).items()
@@ -174,26 +173,26 @@ class Plan:
         }
 
     def trial(self, number: int) -> Artifact:
-        """A trial as MLflow sees it; its result is a file of the sweep's artifact."""
+        """Return a trial as an artifact for MLflow's runs; its result is a file of the sweep's artifact."""
         assert self.sweep is not None
         return Artifact(self.config.storage, "sweep", "trial", f"{self.sweep.key}-{number}", {}, {})
 
     def complete_keys(self) -> set[str]:
-        """Keys of all that is finished."""
+        """Return the keys of all finished artifacts."""
         return {artifact.key for artifacts in self.by_stage().values() for artifact in artifacts if artifact.complete}
 
     def corpus_root(self) -> Path:
         return self.demo.path if self.demo else self.config.corpus.path  # type: ignore[return-value]
 
     def impulse_responses(self) -> Path | None:
-        """The folder configured, else the corpus' own `dirs`, else none: the built-in bank."""
+        """Return the configured folder, else the corpus' own `dirs`, else None for the built-in bank."""
         if self.config.corpus.impulse_responses:
             return self.config.corpus.impulse_responses
         own = self.corpus_root() / "dirs"
         return own if own.is_dir() else None
 
     def target_files(self, target: str) -> TargetFiles | None:
-        """Where the soft targets with this name are; None for labels alone."""
+        """Return the files of the soft targets with this name; None for labels alone."""
         if target == "none":
             return None
         if target in self.logits:
@@ -201,7 +200,7 @@ class Plan:
         return TargetFiles(self.fusion.path, f"targets/{target}/*")
 
     def student_configs(self) -> dict[str, StudentConfig]:
-        """The students' configurations: the sweep's best, where there is a sweep."""
+        """Return the students' configurations: the sweep's best if there is a sweep."""
         config = self.config.student
         if self.sweep is not None:
             found = stored_file(self.sweep.path, BEST_STUDENT)
@@ -210,17 +209,17 @@ class Plan:
         return {name: config.model_copy(update={"seed": seed}) for name, seed in self.seeds.items()}
 
     def scores(self, names: Iterable[str]) -> OverSeeds:
-        """Of finished students or int8 forms with these names, over their seeds, on the test split."""
+        """Return the test scores, over the seeds, of the finished students or int8 forms with these names."""
         return over_seeds([read_evaluation(self.evaluations[name].path) for name in names])
 
     def needs(self, stage: str) -> tuple[str, ...]:
-        """The stages that it takes something from: a student without soft targets asks for no teachers."""
+        """Return the stages that must be done before `stage`; a student without soft targets needs no teachers."""
         if stage in ("sweep", "student") and not self.config.taught:
             return tuple("ingest" if need == "fuse" else need for need in NEEDS[stage])
         return NEEDS[stage]
 
     def _check_corpus(self, corpus: Corpus) -> None:
-        """Refuse, before any work, what this corpus cannot give. Raises ConfigError or CorpusError."""
+        """Raise ConfigError or CorpusError if the configuration asks for something that the corpus does not have."""
         config = self.config
         trained = [(f"teachers.recipes.{name}", recipe.augment.dir) for name, recipe in config.teachers.recipes.items()]
         asked = [(key, dir_) for key, dir_ in [*trained, ("student", config.student.augment.dir)] if dir_.p > 0]
@@ -242,9 +241,9 @@ class Plan:
         check_prior(self.config.fusion.scene_prior, corpus.labels)
 
     def refuse_large(self) -> None:
-        """Raises ConfigError where a student that the configuration may train is over the limits.
+        """Raise ConfigError if a student that the configuration may train is over the limits.
 
-        A search is asked for each end of each parameter; its trials count what several together come to.
+        In a search, each end of each parameter is tried alone; its trials check the combinations.
         """
         config, scenes = self.config, len(self.source.labels if self.source else SCENES)
         students = {"student.model": config.student}
@@ -264,7 +263,7 @@ class Plan:
         return Artifact(self.config.storage, stage, name, key, section, dict(inputs))
 
     def _division(self) -> dict[str, Any]:
-        """How the training clips are divided, as keys have it."""
+        """Return how the training clips are divided, in the form that goes into keys."""
         fusion, parts = self.config.fusion, self.config.partition.for_key()
         if fusion.data == "holdout":
             return parts
@@ -275,7 +274,7 @@ class Plan:
         section: dict[str, Any] = {"recipe": recipe.for_key(), "partition": self._division()}
         if fold is not None:
             section["fold"] = fold
-        if name in self.imported:  # of the recipe, what its logits depend on
+        if name in self.imported:  # only these parts of the recipe change an imported system's logits
             own = {"model": recipe.model.for_key(), "frontend": recipe.frontend.for_key()}
             section = {"recipe": own, "imported": file_sha256(self.imported[name])}
         elif start := getattr(recipe.model, "pretrained", None):
@@ -285,7 +284,7 @@ class Plan:
         return self._artifact("teachers", name if fold is None else f"{name}-fold{fold}", section, inputs)
 
     def _left_out(self, systems: Mapping[str, Mapping[str, Artifact]]) -> dict[str, str]:
-        """Why each system failed that the ensemble goes on without; none where more failed than may be missing."""
+        """Return the errors of the systems left out; empty if more failed than `teachers.allow_missing`."""
         failed = {
             name: error
             for name, own in systems.items()
@@ -313,12 +312,12 @@ class Plan:
             raise UserError(f"impulse responses: {error.filename}: {error.strerror}; mend or remove it") from None
 
     def missing(self, stage: str) -> list[Artifact]:
-        """The stage's artifacts that are not complete."""
+        """Return the stage's artifacts that are not complete."""
         return [artifact for artifact in self.by_stage()[stage] if not artifact.complete]
 
 
 def scores_over_seeds(plan: Plan) -> dict[str, OverSeeds]:
-    """Of the students and of their int8 forms, on the test split."""
+    """Return the scores of the students and of their int8 forms on the test split."""
     return {"student fp32": plan.scores(plan.students), "student int8": plan.scores(plan.int8)}
 
 
@@ -331,7 +330,7 @@ def _int8(student: str) -> str:
 
 
 def failure(artifact: Artifact) -> str | None:
-    """Why this system's training was given up, where it was."""
+    """Return why this system's training was given up, or None."""
     note = read_record(artifact.partial / FAILED)
     return note["error"] if note else None
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: bars on a terminal, a line now and then in a log file."""
+"""A run's progress for people: bars on a terminal, a line now and then in a log file."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Stages, and within a stage named pieces of work that count epochs, shards or trials."""
+    """Shows stages, and in each stage named pieces of work that count epochs, shards or trials."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -66,7 +66,7 @@ class Progress:
         self.console.print("Nothing to do: every stage of this configuration is done.")
 
     def expect(self, stage: str, epochs: Mapping[str, int], done: int = 0) -> None:
-        """Announce the pieces of the stage and how many epochs each has, and that some are done already."""
+        """Announce the stage's pieces with their numbers of epochs, and how many are done already."""
         self._expected, self._done = dict(epochs), done
         if done:
             self.note(f"{done} of {len(epochs)} are done already")
@@ -74,7 +74,7 @@ class Progress:
             self._tasks[""] = self._bars.add_task(stage, total=len(epochs), completed=done, note="")
 
     def event(self, name: str, event: Mapping[str, Any]) -> None:
-        """One piece started, finished an epoch, advanced, or finished."""
+        """Show that a piece has finished an epoch, advanced, or finished."""
         if "epoch" in event:
             total = int(event.get("epochs", self._expected.get(name, 0)))
             self._show(name, int(event["epoch"]), total, _figures(event), force=event["epoch"] == total)

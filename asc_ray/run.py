@@ -1,4 +1,4 @@
-"""Running the stages of a plan: what is complete is skipped, what is half-done goes on."""
+"""Running the stages of a plan: complete artifacts are skipped, unfinished ones are resumed."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +14,9 @@ from asc_ray.progress import Progress
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
-    """Bring the stages' artifacts into being, skipping what is complete and resuming what is half-done.
+    """Make the stages' artifacts: skip complete ones, resume unfinished ones. Return the plan, without failed systems.
 
-    Raises UserError for a user's mistake, ConfigError before any work starts when the cluster cannot run it.
+    Raises UserError for a user's mistake, and ConfigError before any work starts if the cluster cannot run it.
     """
     plan = Plan(config)
     for name, error in plan.left_out.items():
@@ -42,7 +42,7 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
             progress.note(note)
     with at_work(plan, config.name, plan.key, dump(config), plan.complete_keys(), progress) as work:
         for stage in todo:
-            if not work.plan.missing(stage):  # done earlier, without the systems that have just failed again
+            if not work.plan.missing(stage):  # an earlier run made it without the systems that failed again now
                 continue
             with progress.stage(stage):
                 import_module(f"asc_ray.stages.{stage}").make(work)
@@ -54,7 +54,7 @@ def at_work(
     plan: Plan, name: str, key: str, parameters: Mapping[str, Any], complete: Container[str], progress: Progress
 ) -> Iterator[Any]:
     """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
-    # Heavy imports wait until there is work: `asc-ray status` and a finished configuration answer at once.
+    # Import these only when there is work, so that `asc-ray status` and a finished configuration answer at once.
     from asc_ray.cluster import runtime
     from asc_ray.stages.work import Work
 
@@ -67,7 +67,7 @@ def at_work(
 
     with exclusive(config.storage), ThreadPoolExecutor(1) as beside:
         progress.note(f"storage {config.storage}")
-        # MLflow and its database take as long as a cluster of one machine, which mostly waits: both at once.
+        # Start MLflow beside Ray: both take equally long, and Ray mostly waits.
         made = beside.submit(connected_tracker)
         with runtime.connected(config.cluster):
             tracker = made.result()

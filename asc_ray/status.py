@@ -1,4 +1,4 @@
-"""The state of a configuration's artifacts as it is on disk, for people."""
+"""Texts about the state of a configuration's artifacts on disk."""
 
 import time
 
@@ -11,7 +11,7 @@ from asc_ray.training.folder import PROGRESS
 
 
 def state_of(artifact: Artifact) -> tuple[str, str]:
-    """(state, where): done, running, interrupted, or missing, with what is known of its progress."""
+    """Return (state, folder): done, running, interrupted, failed or missing, with its progress if known."""
     if artifact.complete:
         return "done", str(artifact.path)
     if not artifact.partial.is_dir():
@@ -39,7 +39,7 @@ def _progress(artifact: Artifact) -> str:
 
 
 def where_things_are(plan: Plan) -> list[str]:
-    """Lines for the end of a run: the results that exist and how to open them."""
+    """Return lines for the end of a run: the results that exist, and how to open them."""
     lines = []
     if not plan.missing("evaluate"):
         lines.append(

@@ -3,14 +3,14 @@
     python bench/channel_plans.py [--parameters 0.3] [--macs 0.6] [--top 3]
     python bench/channel_plans.py --train CLIPS [CLIPS ...] [--size sm4] [--epochs 30] [--seeds 2] [--match TEXT]
 
-The paper's Fig. 1 is lost. Tried here: three stages in the structures listed below (blocks, max pools before a stage,
-expansions), and in each every growing choice of even channels. Costs are in closed form, over all choices at once, and
-every printed one is counted again by torchinfo. Tolerances are in percent. The structures that fit all four sizes come
-last in the list.
+The paper's Fig. 1 is lost. This program tries the structures listed below (three stages with numbers of blocks, max
+pools before a stage, and expansions), each with every growing choice of even channels. Costs are in closed form, for
+all choices at once, and torchinfo counts every printed plan again. Tolerances are in percent. The structures that fit
+all four sizes come last in the list.
 
-`--train` takes clip stores (`storage/clips/NAME-KEY`) that were made for this choice, of other recordings and devices
-than those that results are reported on; trains the closest plan of the structures that fit all four sizes, without
-teachers, one process a core; and prints what each is worth on the stores' test splits, the best first.
+`--train` takes clip stores (`storage/clips/NAME-KEY`) of other recordings and devices than those that results are
+reported on. It trains the closest plan of each structure that fits all four sizes, without teachers, one process a
+core, and prints the plans' scores on the stores' test splits, the best first.
 """
 
 import argparse
@@ -66,8 +66,10 @@ STRUCTURES = [
 
 
 def cost(structure: Structure, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters and MACs, as torchinfo counts them, of plans with channels (5, plans): a batch norm has two of each a
-    channel, a residual norm one parameter and no MAC."""
+    """Return the parameters and MACs, as torchinfo counts them, of plans with channels (5, plans).
+
+    A batch norm has two of each a channel, a residual norm one parameter and no MAC.
+    """
     parameters = macs = np.zeros(channels.shape[1])
 
     def conv_bn(weights, outputs, area):
@@ -94,7 +96,7 @@ def cost(structure: Structure, channels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def channel_choices() -> np.ndarray:
-    """(5, plans): stem 1, stem 2 and the three stages, each at least as wide as the one before."""
+    """Return channels (5, plans) of two stem convolutions and three stages, each at least as wide as the one before."""
     stem = [(c1, c2) for c1 in (4, 6, 8, 12, 16, 24) for c2 in range(8, 66, 4) if c1 < c2 <= 4 * c1]
     stages = [
         (s1, s2, s3)
@@ -107,7 +109,7 @@ def channel_choices() -> np.ndarray:
 
 
 def worth(clips: Path, plan: ChannelPlan, epochs: int, seed: int) -> tuple[float, float, float]:
-    """Log loss, accuracy and accuracy on unseen devices, on the store's test split, after training without teachers."""
+    """Train without teachers; return log loss, accuracy and accuracy on unseen devices on the store's test split."""
     torch.set_num_threads(1)
     raw = preset("recipe", "short", ("recipes",), PRESETS)
     del raw["distillation"]
@@ -148,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     choices = channel_choices()
     plans: dict[str, ChannelPlan] = {}
-    # Round channel numbers first (they fill vector registers), then the closest fit.
+    # Prefer round channel numbers, which fill vector registers, then the closest fit.
     roundness = sum((choices % step != 0).sum(0) for step in (4, 8))
     found: list[tuple[int, str]] = []
     for structure in STRUCTURES:

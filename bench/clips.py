@@ -1,9 +1,9 @@
-"""Random access to the clip store: shuffled batches through the memory map, page cache warm, one core.
+"""Time random access to the clip store: shuffled batches through the memory map, page cache warm, one core.
 
     python bench/clips.py CLIPS [--batch 256] [--runs 200]
 
-CLIPS is a finished clip store. Every batch is drawn anew over the whole store. Printed beside it: copying one array of
-a batch's size, which no reader can beat by much.
+CLIPS is a finished clip store. Every batch is drawn anew from the whole store. For comparison the program also times
+the copy of one array of a batch's size, which no reader can beat by much.
 """
 
 import argparse

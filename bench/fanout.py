@@ -1,11 +1,11 @@
-"""What the fan-out of the teachers costs beside the training itself: wall time over (sum of training seconds / slots).
+"""Measure the overhead of training all teachers at once: wall time over (sum of training seconds / slots).
 
     python bench/fanout.py CLIPS [--teachers 12] [--seconds 20] [--slots 2]
 
-CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). Every teacher is a small CP-ResNet with as many
-epochs as take about so many seconds in one slot of one CPU; its training seconds are those of its epochs, as the loop
-counts them, with augmentation and validation. Everything else is overhead: starting Ray's trainers and workers, opening
-the clips, building networks, checkpoints, finishing artifacts, and slots that wait for the last teacher.
+CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). Every teacher is a small CP-ResNet
+with as many epochs as take about --seconds in one slot of one CPU. Its training seconds are those of its epochs, as the
+loop counts them, with augmentation and validation. Everything else is overhead: starting Ray's trainers and workers,
+opening the clips, building networks, checkpoints, finishing artifacts, and slots that wait for the last teacher.
 """
 
 import argparse

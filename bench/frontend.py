@@ -1,12 +1,12 @@
-"""The log-mel front end beside a plain one and torchaudio's, per core, in one run; and resampling beside torchaudio's.
+"""Compare the log-mel front end with a plain one and torchaudio's, per core, and resampling with torchaudio's.
 
     python bench/frontend.py [--batch 64] [--runs 15] [--threads 1]
 
-The plain one is what the published code does with library calls: pre-emphasis, torch.stft, power, matrix product with
+The plain front end makes the library calls of the published code: pre-emphasis, torch.stft, power, matrix product with
 the whole bank, log, affine. It computes the same log-mel (the largest difference is printed). torchaudio's
-MelSpectrogram stands alone, without the steps around it, and its triangles are straight in Hz. Recordings of 44.1 kHz
-are resampled by torchaudio with its default filter and with one as long as soxr's, which ours has. All have the same
-noise and take turns. Without torchaudio its rows are left out. A card's figures are bench/gpu.py's.
+MelSpectrogram is timed without the steps before and after it, and its triangles are straight in Hz. torchaudio
+resamples recordings of 44.1 kHz with its default filter, and with one as long as soxr's, which ours has. All get the
+same noise and take turns. Without torchaudio its rows are left out. bench/gpu.py has the figures of a GPU.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def compare(
     runs: int,
     remark: str = "",
 ) -> None:
-    """Prints clips/s, and the median, least and greatest of how many times as long each of the others takes."""
+    """Print clips/s, and the median, least and greatest ratio of each other form's time to ours."""
 
     def seconds(function: Callable[[torch.Tensor], torch.Tensor]) -> float:
         start = time.perf_counter()

@@ -1,14 +1,14 @@
-"""The fusion (eq. 4) beside scipy's L-BFGS-B on the same objective, and its memory when logits are read from files.
+"""Compare the fusion (eq. 4) with scipy's L-BFGS-B on the same objective; measure its memory with logits from files.
 
     python bench/fusion.py [--clips 139620] [--systems 12] [--classes 10] [--ridge 1e-4] [--runs 5] [--storage STORAGE]
     python bench/fusion.py --write FOLDER [--clips 10000000]
     python bench/fusion.py --stream FOLDER
 
-The ensemble is made up: systems of two families that confuse the same classes on the same clips. With STORAGE, of a
-finished pipeline, its systems' logits of the test split are drawn with replacement instead, and noise is added, so that
-no two clips are equal. scipy is given float64 logits and an analytic gradient, and is timed until its objective is
-within 1e-8 of ours; once with the objective as one writes it down, once with one written for speed. They take turns.
---write makes up logits as Arrow files in FOLDER (5.5 GB for 10 million clips), --stream fuses them from there and
+The ensemble is made up: systems of two families that confuse the same scenes on the same clips. With the STORAGE of a
+finished pipeline, its systems' logits of the test split are drawn with replacement instead, and noise is added so that
+no two clips are equal. scipy gets float64 logits and an analytic gradient, and is timed until its objective is within
+1e-8 of ours; once with a direct implementation of the objective, once with one written for speed. They take turns.
+--write makes up logits as Arrow files in FOLDER (5.5 GB for 10 million clips); --stream fuses them from there and
 reports the peak memory of the process.
 """
 
@@ -38,7 +38,7 @@ Loss = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[float, n
 
 
 def made_up(rng: np.random.Generator, clips: int, systems: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (S, N, K) float32 and labels (N,)."""
+    """Return made-up logits (S, N, K) float32 and scenes (N,)."""
     labels = rng.integers(0, classes, clips)
     difficulty = rng.lognormal(0, 0.7, (clips, 1))
     logits = np.empty((systems, clips, classes), np.float32)
@@ -61,7 +61,7 @@ def drawn(rng: np.random.Generator, clips: int, storage: Path) -> tuple[np.ndarr
 
 
 def written_down(z_s: np.ndarray, labels: np.ndarray, w: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean cross-entropy of eq. 4, and its gradient by (w, b)."""
+    """Return the mean cross-entropy of eq. 4 and its gradient by (w, b), in a direct implementation."""
     clip = np.arange(len(labels))
     log_p = scipy.special.log_softmax(np.tensordot(w, z_s, axes=1) + b, axis=1)
     error = np.exp(log_p)
@@ -71,7 +71,7 @@ def written_down(z_s: np.ndarray, labels: np.ndarray, w: np.ndarray, b: np.ndarr
 
 
 def for_speed(z_s: np.ndarray, labels: np.ndarray, w: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray]:
-    """The same in as few passes over the memory as NumPy allows."""
+    """Return the same as `written_down`, with as few passes over the memory as NumPy allows."""
     flat, clip = z_s.reshape(len(z_s), -1), np.arange(len(labels))
     z = (w @ flat).reshape(-1, len(b))
     z += b
@@ -87,7 +87,7 @@ def for_speed(z_s: np.ndarray, labels: np.ndarray, w: np.ndarray, b: np.ndarray)
 
 
 def lbfgs(loss: Loss, logits: np.ndarray, labels: np.ndarray, ridge: float, target: float) -> tuple[float, int]:
-    """Seconds and evaluations until the objective is within 1e-8 of `target`."""
+    """Return the seconds and evaluations until the objective is within 1e-8 of `target`."""
     start = time.perf_counter()
     count_s, z_s = len(logits), logits.astype(np.float64)
     x0 = np.concatenate([np.full(count_s, 1 / count_s), np.zeros(logits.shape[2])])

@@ -1,16 +1,17 @@
-"""Richer fusions than eq. 4, on the logits of finished pipelines: log loss and accuracy on held-out places.
+"""Compare richer fusions with eq. 4 on the logits of finished pipelines: log loss and accuracy on held-out places.
 
     python bench/fusion_beyond.py STORAGE [STORAGE ...]
 
-All are learned on the part `fusion` and scored on the part `validation` and on the test split. What they have beyond
-eq. 4 is drawn to zero by a ridge of its own, chosen like the fusion's, by cross-validation over places:
+All are learned on the part `fusion` and scored on the part `validation` and on the test split. Their parameters beyond
+eq. 4 have a ridge of their own, which pulls them to zero and is chosen like the fusion's, by cross-validation over
+places:
 
     by class     w_s + v_sk, on log-posteriors (a constant added to a clip's logits changes these fusions, not eq. 4)
     by device    w_s + v_sd for the devices of the training split; for others w_s
     matrix       sum_s (w_s I + V_s) p_s, p_s the log-posteriors of system s (Brummer's general form)
     network      eq. 4 and a network of one hidden layer on all log-posteriors, the mean of five
 
-Log-posteriors instead of logits in eq. 4 need no row: they differ from logits by a number a clip, which softmax drops.
+Eq. 4 on log-posteriors has no row: they differ from logits by one number a clip, which the softmax drops.
 """
 
 import argparse
@@ -56,7 +57,7 @@ DEVICES: list[str] = []
 
 
 def convex(features: Features) -> Callable[..., np.ndarray]:
-    """Eq. 4 and more of the same kind: J of `features` beside the systems, with a ridge for each of the two."""
+    """Return a fusion like eq. 4 with `features` beside the systems, and a ridge for each of the two."""
 
     def learn_and_apply(learn, apply, ridge: float, own: float) -> np.ndarray:
         (values, labels, device), (others, _, other_device) = learn, apply

@@ -1,12 +1,12 @@
-"""What a GPU makes of the numeric core: is it right there, how fast is it, and how far from what the card allows.
+"""Measure the numeric core on a GPU: whether it is right, how fast it is, and how far from the GPU's limits.
 
     python bench/gpu.py --out DIR [--device cuda|cpu] [--only NAME ...] [--minutes 8]
 
-Needs torch, numpy, pyarrow, pydantic and safetensors alone; with torchaudio and torchao there, it compares with the one
-and trains int8 with the other. It makes a clip store of noise, runs every part below in turn, prints a table as it
-goes, and writes DIR/gpu.json. Parts that no longer fit into the minutes are named and left out. Without a card all is
-smaller, and the figures say that it runs and no more; but the kernels and bytes of a step are counted as a card would
-start and move them (bench/rehearsal.py), and beside an H100's ceilings they say what it could do.
+This needs only torch, numpy, pyarrow, pydantic and safetensors. If torchaudio is installed, its front end is compared;
+if torchao is, int8 training is timed. The program makes a clip store of noise, runs the parts below in turn, prints a
+table, and writes DIR/gpu.json. Parts for which no minutes are left are named and left out. Without a GPU everything is
+smaller, and the times only show that it runs. But the kernels and bytes of a step are counted as on a GPU
+(bench/rehearsal.py), and are compared with what an H100 could do at most.
 """
 
 import argparse
@@ -61,7 +61,7 @@ SMALL_PASST = {"width": 96, "depth": 2, "heads": 3}
 
 
 def recipe(name: str, batch: int, epochs: int, small: bool = False, **changes: Any) -> Recipe:
-    """A network on its own front end, with the student's whole augmentation or its teacher's."""
+    """Return a recipe for a network with its own front end, and a student's or a teacher's whole augmentation."""
     settings: dict[str, Any] = {
         "model": {"name": "ds_flexinet", "size": name} if name in STUDENTS else {"name": name},
         "augment": AUGMENT,
@@ -82,7 +82,7 @@ def recipe(name: str, batch: int, epochs: int, small: bool = False, **changes: A
 
 
 def noise(folder: Path, clips: int) -> Dataset:
-    """A clip store of noise, louder with the scene, a tenth of it to validate on."""
+    """Make a clip store of noise that is louder from scene to scene; a tenth of it is for validation."""
     rng = np.random.default_rng(0)
     scenes = np.arange(clips) % SCENES
     for start in range(0, clips, 4096):
@@ -99,7 +99,7 @@ def noise(folder: Path, clips: int) -> Dataset:
 
 
 def opened(folder: Path) -> Dataset:
-    """The clip store that `noise` made."""
+    """Open the clip store that `noise` made."""
     store = ClipStore(folder)
     rows = np.arange(len(store))
     parts = {"train": rows[rows % 10 > 0], "validation": rows[rows % 10 == 0][:256]}
@@ -109,7 +109,7 @@ def opened(folder: Path) -> Dataset:
 def trained(
     own: Recipe, data: Dataset, clips: int, gpus: float, model: nn.Module | None = None, **arguments: Any
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """A network, made anew unless given, and its history after `fit` on so many of the clips."""
+    """Run `fit` on the first `clips` clips; return the network, which is new unless given, and its history."""
     if model is None:
         model = build(own.model, SCENES, own.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def trained(
 
 
 class Counted(TorchDispatchMode):
-    """Counts what is started on a card: operators that compute or copy, and the bytes they take and give."""
+    """Counts the operators that start kernels on a GPU, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Counted(TorchDispatchMode):
 
     @contextmanager
     def strict(self) -> Iterator[None]:
-        """Counts anew."""
+        """Count from zero."""
         self.kernels, self.bytes = [], 0
         with self:
             yield
@@ -150,7 +150,7 @@ class Bench:
         self.out, self.only = options.out, options.only
         self.until = time.perf_counter() + 60 * options.minutes
         self.folder = folder
-        # Before anything is trained, for autograd counts the devices once.
+        # This comes before any training, because autograd counts the devices only once.
         self.counting: Counted | Rehearsal = Counted() if self.gpu else Rehearsal()
         self.data = noise(folder, 18_432 if self.gpu else 240)
         self.results: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class Bench:
             start = time.perf_counter()
             try:
                 part(self)
-            except Exception:  # the next part may still work, and the card is there now
+            except Exception:  # the next part may still work, and the GPU is available now
                 self.row(name, "FAILED: " + traceback.format_exc().strip().splitlines()[-1][:200])
                 traceback.print_exc(limit=-6, file=sys.stdout)
             self.results.setdefault("seconds", {})[name] = time.perf_counter() - start
@@ -182,11 +182,11 @@ class Bench:
         (self.out / "gpu.json").write_text(json.dumps({"rows": self.rows, **self.results}, indent=1))
 
     def train(self, own: Recipe, clips: int, **arguments: Any) -> tuple[nn.Module, list[dict[str, float]]]:
-        """`trained` on the device that is looked at."""
+        """Call `trained` on this benchmark's device."""
         return trained(own, self.data, clips, float(self.gpu), **arguments)
 
     def seconds(self, function: Callable[[], object], runs: int = 20) -> float:
-        """Median of so many calls after three; on a card recorded and replayed, by the card's own clock."""
+        """Return the median seconds of `runs` calls after three; a GPU replays them and times them by its own clock."""
         if not self.gpu:
             function()
             start = time.perf_counter()
@@ -211,7 +211,7 @@ class Bench:
 
 
 def ceilings(bench: Bench) -> None:
-    """What the card moves and multiplies at most."""
+    """Measure how fast the GPU can copy and multiply at most."""
     size = 1 << 30 if bench.gpu else 1 << 26
     source = torch.randn(size // 4, device=bench.device)
     target = torch.empty_like(source)
@@ -228,9 +228,9 @@ def ceilings(bench: Bench) -> None:
 
 
 def right(bench: Bench) -> None:
-    """Each network's losses over 25 steps against the CPU's, in float32, TF32 and bf16.
+    """Compare each network's losses over 25 steps with the CPU's, in float32, TF32 and bf16.
 
-    An epoch has four whole batches and a short one, and the learning rate goes down: what was recorded must follow.
+    An epoch has four whole batches and a short one, and the learning rate falls: the recorded step must follow.
     """
     batch, epochs = 16, 5
     schedule = {"warm_up": 2, "ramp_down_start": 2, "ramp_down_length": 3}
@@ -254,7 +254,7 @@ def right(bench: Bench) -> None:
 
 
 def no_waiting(bench: Bench) -> None:
-    """A synchronization within a step is an error, but in the first one, which lays tables down."""
+    """Check that no step waits for the GPU, except the first, which makes tables."""
     step = loop.Trainer.step
 
     def strict(self: Any, *arguments: Any) -> Tensor:
@@ -280,25 +280,25 @@ def no_waiting(bench: Bench) -> None:
 
 
 class Plain:
-    """In the place of `Replayed`: every step kernel by kernel."""
+    """Replaces `Replayed`: it runs every step kernel by kernel."""
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return function(*inputs)
 
 
 def plain_steps() -> Any:
-    """Steps that are not recorded and replayed."""
+    """Return a patch that runs steps without recording and replaying them."""
     return patch("asc_ray.training.step.Replayed", Plain)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> float:
-    """The largest difference of any weight, relative to the largest weight of its tensor."""
+    """Return the largest difference of any weight, relative to the largest weight of its tensor in `b`."""
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return max(float((x - y).abs().max() / y.abs().max().clamp(min=1e-12)) for x, y in pairs if x.is_floating_point())
 
 
 def same_again(bench: Bench) -> None:
-    """Two runs, one of them broken off half-way and resumed, with deterministic algorithms and without."""
+    """Compare the weights of repeated and of resumed trainings, with deterministic algorithms and without."""
     for name in ("sm2", "cp_mobile", "cp_resnet", "passt") if bench.gpu else ("sm1",):
         for deterministic in (True, False):
             own = recipe(name, 32, 4, small=True, deterministic=deterministic)
@@ -324,7 +324,7 @@ def same_again(bench: Bench) -> None:
 
 
 def _rank(rank: int, folder: str, device: str) -> None:
-    """One of two processes that share a card, or with -1 one for itself; it leaves the losses of its epochs."""
+    """Train as one of two processes on one GPU, or alone if `rank` is -1, and write the epochs' losses to a file."""
     own = recipe("cp_resnet", 32, 2, precision="fp32")
     if rank >= 0:
         rendezvous = f"file://{folder}/rendezvous"
@@ -338,7 +338,7 @@ def _rank(rank: int, folder: str, device: str) -> None:
 
 
 def ranks(bench: Bench) -> None:
-    """Two processes on one card, over gloo: torch's SyncBatchNorm, and the gradients of the whole batch."""
+    """Compare two processes on one GPU over gloo with one: torch's SyncBatchNorm, and the whole batch's gradients."""
     _rank(-1, str(bench.folder), bench.device.type)
     torch.multiprocessing.spawn(_rank, (str(bench.folder), bench.device.type), nprocs=2)
     alone, both = (json.loads((bench.folder / f"rank{rank}.json").read_text()) for rank in (-1, 0))
@@ -347,9 +347,9 @@ def ranks(bench: Bench) -> None:
 
 
 def step_counts(bench: Bench) -> None:
-    """Kernels, bytes and FLOP of a step as its operators are started one by one, and the clips/s that they allow.
+    """Count the kernels, bytes and FLOP of a step, operator by operator, and the clips/s that they allow.
 
-    Without a card PaSST is small: in bfloat16 a CPU takes most of a minute for a step of the whole one.
+    Without a GPU PaSST is small, because a CPU takes most of a minute for a step of the whole one in bfloat16.
     """
     batch, count = 64 if bench.gpu else 4, bench.counting
     found = bench.results["steps"] = {}
@@ -360,7 +360,7 @@ def step_counts(bench: Bench) -> None:
         flop = calls = 0
 
         def counted(self: Any, *arguments: Tensor) -> Tensor:
-            """The second step; the first lays tables down."""
+            """Count the second step, because the first makes tables."""
             nonlocal flop, calls
             calls += 1
             if calls != 2:
@@ -388,7 +388,7 @@ def step_counts(bench: Bench) -> None:
 
 
 def whole_loop(bench: Bench, name: str, batch: int, asked: str = "", plainly: bool = False, **changes: Any) -> float:
-    """clips/s of `fit`, median of the epochs after the first, and memory."""
+    """Return the clips/s of `fit`, the median of the epochs after the first; the row also has the memory."""
     steps = 40 if name == "passt" else 64
     epochs, clips = (3 if plainly else 4, min(steps * batch, 16_384)) if bench.gpu else (2, 2 * batch)
     if bench.gpu:
@@ -421,7 +421,7 @@ def students(bench: Bench) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """And the kernels of a step as the profiler sees them, compiled or not."""
+    """Time trainings with torch.compile, and list the kernels of a step, compiled or not, with the profiler."""
     if not bench.gpu:
         return
     kernels_of(bench, "sm2", 256)
@@ -436,7 +436,7 @@ def compiled(bench: Bench) -> None:
 
 
 def kernels_of(bench: Bench, name: str, batch: int, **changes: Any) -> None:
-    """What eight steps start on the card, kernel by kernel, and how long each takes."""
+    """List the kernels that eight steps start on the GPU, and how long each takes."""
     compute = loop.Trainer._compute
     profiler = profile(activities=[ProfilerActivity.CUDA])
     calls = 0
@@ -499,7 +499,7 @@ def torchaudio_rate(bench: Bench, config: FrontendConfig, wave: Tensor) -> str:
 
 
 def augmentation_seconds(bench: Bench, batch: int) -> float:
-    """Of a clip: fetching from the resident split, converting, and all that is drawn, on the device."""
+    """Return the seconds a clip for fetching from the resident split, converting and augmenting on the device."""
     augment = Augment(AugmentConfig.model_validate(AUGMENT), FrontendConfig(), bench.data.bank, 1.0)
     pcm = torch.zeros(2 * batch, CLIP_SAMPLES, dtype=torch.int16, device=bench.device)
     rows = torch.randperm(2 * batch, device=bench.device)[:batch]
@@ -546,14 +546,14 @@ def teachers(bench: Bench) -> None:
 
 
 def precisions(bench: Bench) -> None:
-    """What TF32 and bf16 are worth."""
+    """Time trainings in float32, TF32 and bf16."""
     for name, batch in (("sm2", 256), ("cp_resnet", 256), ("passt", 80)) if bench.gpu else (("sm2", 8),):
         for precision in ("fp32", "tf32", "bf16"):
             whole_loop(bench, name, batch, precision=precision)
 
 
 def several(bench: Bench) -> None:
-    """Students of one shape at once: stacked weights in one step (vmap), and two processes that share the card."""
+    """Time students of one shape at once: stacked weights in one step (vmap), and two processes that share the GPU."""
     batch, seeds = (64, 4) if bench.gpu else (4, 2)
     own = recipe("sm2", batch, 1)
     mel = torch.randn(batch, 1, 256, 64, device=bench.device).contiguous(memory_format=torch.channels_last)
@@ -594,14 +594,14 @@ def several(bench: Bench) -> None:
 
 
 def _share(folder: str, device: str, batch: int) -> float:
-    """clips/s of a training in a process of its own."""
+    """Return the clips/s of a training in a process of its own."""
     own = recipe("sm2", batch, 12 if device == "cuda" else 2)
     _, history = trained(own, opened(Path(folder)), 64 * batch, float(device == "cuda"))
     return statistics.median(metrics["clips_per_second"] for metrics in history[1:])
 
 
 def ensemble(bench: Bench) -> None:
-    """Twelve teachers' logits, as the stage `logits` makes them."""
+    """Time twelve teachers' logits, as the stage `logits` computes them."""
     clips, batch = (4096, 256) if bench.gpu else (16, 8)
     rows, total = np.arange(clips), 0.0
     for name, count in (("cp_resnet", 6), ("passt", 6)):
@@ -624,7 +624,7 @@ def ensemble(bench: Bench) -> None:
 
 
 def loader_loop(bench: Bench) -> None:
-    """A training of sm2 as it is usually written: a clip at a time from loader processes, then stft and the network."""
+    """Time a usual training loop of sm2: loader processes that read single clips, then front end and network."""
     from torch.utils.data import DataLoader
     from torch.utils.data import Dataset as Clips
 
@@ -666,7 +666,7 @@ def loader_loop(bench: Bench) -> None:
 
 
 def int8_steps(bench: Bench) -> None:
-    """Quantization-aware training of sm2."""
+    """Time quantization-aware training of sm2."""
     try:
         from asc_ray.int8 import preparation
     except ImportError:

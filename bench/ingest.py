@@ -1,10 +1,10 @@
-"""Ingest beside librosa's, per core: recordings decoded and resampled per second, and a worker's memory.
+"""Compare ingest with librosa, per core: recordings decoded and resampled a second, and a worker's memory.
 
     pip install '.[bench]'; python bench/ingest.py AUDIO [--clips 600] [--runs 9]
 
-AUDIO is a folder of one-second recordings. Both read the same files, taking turns, in one process with one thread; the
-figure is the ratio of each turn's times. Then one whole shard of 4,096 clips is written and the process' peak memory
-is printed: shards are a worker's unit of work, so it does not grow with the corpus.
+AUDIO is a folder of one-second recordings. Both read the same files, in turns, in one process with one thread; the
+figure is the ratio of each turn's times. Then the program writes one whole shard of 4,096 clips and prints the process'
+peak memory, which does not grow with the corpus, because a shard is a worker's unit of work.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def compare(files: list[Path], runs: int) -> None:
         function()
         return time.perf_counter() - start
 
-    seconds(ours), seconds(theirs)  # page cache, filters
+    seconds(ours), seconds(theirs)  # fill the page cache and make the filters
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
     ratios = sorted(b / a for a, b in pairs)
     for name, times in zip(("asc-ray", "librosa"), zip(*pairs, strict=True), strict=True):
@@ -90,7 +90,7 @@ def main() -> None:
         return
     print(f"{options.clips} recordings, {options.runs} runs each, one thread of {os.cpu_count()} cores")
     compare(recordings(options.audio, options.clips), options.runs)
-    # A process of its own: the memory of librosa is not the worker's.
+    # The shard has a process of its own, so that librosa's memory does not count.
     subprocess.run([sys.executable, __file__, str(options.audio), "--shard"], check=True)
 
 

@@ -1,9 +1,9 @@
-"""From a wave to its scene on one core: the bundle end to end, and int8 against float32 in onnxruntime and torch.
+"""Time naming a scene on one core: the bundle end to end, and int8 against float32 in onnxruntime and torch.
 
     python bench/int8.py [--models sm1 sm2 sm3 sm4 cp_mobile] [--repeats 500] [--batch 64]
 
-Networks have random weights, on which no time depends. All forms of a network take turns in one process; milliseconds
-for one second of sound, median and 99th percentile, and clips a second in batches.
+Networks have random weights, because times do not depend on them. All forms of a network take turns in one process.
+Printed are milliseconds for one second of sound (median and 99th percentile), and clips a second in batches.
 """
 
 import os
@@ -43,7 +43,7 @@ def session(file: Path) -> onnxruntime.InferenceSession:
 def forms(
     name: str, folder: Path, batch: int
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
-    """What is timed for one clip, and what for a batch."""
+    """Return the calls to time for one clip, and those for a batch."""
     recipe = checked(Recipe, network_preset(name), name)
     torch.manual_seed(0)
     network = build(recipe.model, len(LABELS)).train()

@@ -1,9 +1,9 @@
-"""The ensemble's inference: six CP-ResNets behind one front end, beside one pass a system, in one run.
+"""Compare the ensemble's inference, six CP-ResNets behind one front end, with one pass a system.
 
     python bench/logits.py CLIPS [--clips 512] [--systems 6] [--runs 5] [--threads 1]
 
-A pass a system reads the clips, computes the log-mel and runs the network as it was trained, six times. Shared, as
-`asc-ray logits` does it, reads and transforms once, and batch norms are folded into the convolutions. They take turns.
+One pass a system reads the clips, computes the log-mel and runs the network as it was trained, six times. The shared
+pass, as in `asc-ray logits`, reads and transforms once, and folds batch norms into the convolutions. They take turns.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from asc_ray.training.validation import predict, predict_all
 
 
 def trained(seed: int) -> torch.nn.Module:
-    """A CP-ResNet with weights and statistics as of a trained one: its head does not start at zero."""
+    """Return a CP-ResNet with weights and statistics like those of a trained one: its head does not start at zero."""
     model = build(CPResNetConfig(), 10, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

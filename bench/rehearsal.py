@@ -1,7 +1,7 @@
-"""A device that is none: tensors say that they are on it, and lie in the host's memory.
+"""A pretended torch device: its tensors say that they are on it, but lie in the host's memory.
 
-What a GPU would do on its own is computed on the CPU, and what would stop it is an error: a value that the host wants
-to know, and a tensor that was left on the host. Kernels and bytes are counted as they would be started and moved there.
+The CPU computes what a GPU would compute. What would make a GPU wait is an error: a value that the host needs, or a
+tensor that was left on the host. Kernels and bytes are counted as on a GPU.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equ
 
 
 class _Module:
-    """What torch asks a kind of devices."""
+    """The functions that torch expects of a kind of devices."""
 
     def is_initialized(self) -> bool:
         return True
@@ -49,7 +49,7 @@ class _Module:
 
 @cache
 def device() -> torch.device:
-    """Registers the device with torch, for the rest of the process and for nothing else: real ones stop working."""
+    """Register the device with torch for the rest of the process, in which real GPUs then stop working."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     _AUTOCAST_FALLBACK.fallback(torch.library.fallthrough_kernel, _AUTOCAST)
     _in_bf16(torch.ops.aten.conv2d.default)
@@ -64,7 +64,7 @@ _AUTOCAST_OPERATORS = torch.library.Library("aten", "IMPL")
 
 
 def _in_bf16(operator: Any) -> None:
-    """What torch.autocast computes in bf16 on a GPU, and on this device only where it is told to."""
+    """Make torch.autocast compute the operator in bf16, as on a GPU; for this device it must be told."""
 
     def cast(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.dtype == torch.float32
@@ -79,11 +79,11 @@ def _in_bf16(operator: Any) -> None:
 
 
 class HostWaits(AssertionError):
-    """Within a step the host wants to know what is on the device, or the device what is on the host."""
+    """Within a step the host needs a value from the device, or the device one from the host."""
 
 
 class There(Tensor):
-    """A tensor that says it is on the device; `here` is where it lies."""
+    """A tensor that says it is on the device; `here` is the tensor on the host that has its values."""
 
     here: Tensor
 
@@ -110,7 +110,7 @@ class There(Tensor):
 
 
 class _Made(TorchFunctionMode):
-    """torch.tensor builds on the host and copies, where no other mode hears of it."""
+    """Makes torch.tensor build on the host and then copy, because a dispatch mode does not see its copy."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -120,7 +120,7 @@ class _Made(TorchFunctionMode):
 
 
 class Rehearsal(TorchDispatchMode):
-    """All that is done with the device while this is entered; within `strict` nothing may wait."""
+    """Runs all operators on the device while it is entered; within `strict` nothing may wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Rehearsal(TorchDispatchMode):
 
     @contextmanager
     def strict(self) -> Iterator[None]:
-        """Counts anew, and raises HostWaits."""
+        """Count from zero, and raise HostWaits if something waits."""
         self._strict, self.kernels, self.bytes = True, [], 0
         try:
             yield
@@ -192,7 +192,7 @@ class Rehearsal(TorchDispatchMode):
 
 
 def moved_bytes(operator: Any, taken: list[Tensor], made: list[Tensor]) -> int | None:
-    """Of a call that starts something on a device, with what it took and gave; None for one that starts nothing."""
+    """Return the bytes that a call reads and writes on a device, or None if it starts nothing there."""
     places = {value.untyped_storage().data_ptr() for value in taken}
     mutable = operator._schema.is_mutable
     if not mutable and all(value.untyped_storage().data_ptr() in places for value in made):

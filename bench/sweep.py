@@ -1,14 +1,14 @@
-"""What a search costs beside the training of its trials: time, memory, and whether trials should share a process.
+"""Measure what a search costs beside the training of its trials: time, memory, and trials that share a process.
 
     python bench/sweep.py CLIPS [--trials 40] [--seconds 20] [--slots 2] [--only time|memory|shared]
 
 CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). Trials are students of size sm1 on labels alone.
 
-time:   so many trials of about so many seconds, none stopped early, in slots of one CPU each. Training seconds are
-        those of the epochs, as the loop counts them, with augmentation and validation; the rest of slots x wall time is
-        what the search costs: Tune, proposals, networks, opening clips, checkpoints, waiting.
-memory: 1 and 8 trials at once; proportional set sizes (shared pages divided among their users) of the processes, those
-        of the mapped clips and of Ray's shared memory, where the soft targets are, apart from the rest.
+time:   --trials trials of about --seconds, none stopped early, in slots of one CPU each. Training seconds are those of
+        the epochs, as the loop counts them, with augmentation and validation. The rest of slots x wall time is the cost
+        of the search: Tune, proposals, networks, opening clips, checkpoints, waiting.
+memory: 1 and 8 trials at once: the processes' proportional set sizes (shared pages divided among their users), separate
+        for the mapped clips, for Ray's shared memory, which has the soft targets, and for the rest.
 shared: two trials as two processes of one thread, as two threads of one process, and one after the other in a process
         of two threads.
 """
@@ -56,7 +56,7 @@ SPACE = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}, "augment.freq_
 
 
 def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
-    """Train one student in this process; returns the seconds of an epoch."""
+    """Train one student in this process, and return the seconds of an epoch."""
     torch.set_num_threads(threads)
     data = Source(clips, PartitionConfig()).open()
     recipe = STUDENT.model_copy(update={"optimizer": STUDENT.optimizer.scaled_to(epochs), "seed": seed})
@@ -69,7 +69,7 @@ def train(clips: Path, epochs: int, seed: int, threads: int = 1) -> float:
 def search(
     clips: Path, trials: int, epochs: int, slots: int, soft_targets: TargetFiles | None = None
 ) -> tuple[float, float, float]:
-    """Wall time, the sum of all trials' training seconds, and the seconds until the first trial had an epoch."""
+    """Run a search; return its wall time, all trials' training seconds, and the seconds until the first epoch ended."""
     sweep = SweepConfig.model_validate(
         {"trials": trials, "epochs": epochs, "scheduler": "none", "lookback": slots + 2, "space": SPACE}
     )
@@ -97,7 +97,7 @@ def search(
 def bench_time(clips: Path, trials: int, wanted: float, slots: int) -> None:
     epochs = max(1, round(wanted / train(clips, 3, 0)))
     ray.init(address="local", num_cpus=slots, logging_level=logging.ERROR, log_to_driver=False)
-    search(clips, slots, 1, slots)  # workers of a cluster that stands have their libraries in the page cache
+    search(clips, slots, 1, slots)  # fills the page cache with the workers' libraries, as on a running cluster
     wall, training, first = search(clips, trials, epochs, slots)
     ray.shutdown()
     beside = slots * wall - training
@@ -107,7 +107,7 @@ def bench_time(clips: Path, trials: int, wanted: float, slots: int) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Proportional set sizes of the processes that run trials, bytes: mapped clips, Ray's shared memory, the rest."""
+    """Return the proportional set sizes of trials' processes, in bytes: clips, Ray's shared memory, the rest."""
     sizes = {"clips": 0, "shared": 0, "own": 0}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -119,13 +119,13 @@ def memory() -> dict[str, int]:
                     mapped = "clips" if line.endswith(".arrow") else "shared" if "plasma" in line else "own"
                 elif line.startswith("Pss:"):
                     sizes[mapped] += 1024 * int(line.split()[1])
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     return sizes
 
 
 def bench_memory(clips: Path) -> None:
-    """8 trials against the clip store, the soft targets, and 8 times what one trial has beside them."""
+    """Compare the memory of 8 trials with the clip store, the soft targets, and 8 times one trial's own memory."""
     store = sum(file.stat().st_size for file in clips.glob("*.arrow"))
     opened = ClipStore(clips)
     rows, classes = np.flatnonzero(opened.split == "train"), len(opened.labels)
@@ -170,7 +170,7 @@ def bench_shared(clips: Path, wanted: float) -> None:
     for name, (pool, threads) in pools.items():
         with pool:
             for run in [pool.submit(train, clips, 1, seed, threads) for seed in range(2)]:
-                run.result()  # processes have started
+                run.result()  # wait until the processes have started
             start = time.perf_counter()
             for run in [pool.submit(train, clips, epochs, seed, threads) for seed in range(2)]:
                 run.result()

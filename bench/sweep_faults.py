@@ -1,10 +1,10 @@
-"""A search on a cluster that loses a node: every trial ends, none twice, with the results of an unbroken search.
+"""Check a search on a cluster that loses a node: each trial ends once, with the results of an undisturbed search.
 
     python bench/sweep_faults.py CLIPS [--trials 200] [--nodes 4]
 
 CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). Nodes are raylets of one CPU on this machine, each
-with its own workers; one is killed when half of the trials have ended. Trials are an epoch of sm1 on labels alone. The
-same search then runs once more on whole nodes, and both must agree to the bit.
+with its own workers; one is killed when half of the trials have ended. A trial is one epoch of sm1 on labels alone. The
+same search then runs again without losing a node, and both must agree to the bit.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SPACE = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}, "augment.freq_
 
 
 def search(clips: Path, trials: int, nodes: int, lose_one: bool) -> tuple[list[TrialResult], Counter[str]]:
-    """The results, and how often each trial was said to have ended."""
+    """Run a search; return its results, and how often each trial was reported as ended."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     raylets = [cluster.add_node(num_cpus=1) for _ in range(nodes)]
     cluster.wait_for_nodes()

@@ -1,10 +1,10 @@
-"""The teachers' training steps: PaSST beside a plain implementation, and three seeds of a CP-ResNet at once.
+"""Time the teachers' training steps: PaSST against a plain implementation, and three seeds of a CP-ResNet at once.
 
     python bench/teachers.py [--batch 4] [--runs 5] [--threads N] [--only passt|stacked]
 
-A step is forward, backward and AdamW on log-mels of one second, on the CPU (bench/gpu.py has a card's figures). The
-plain PaSST has the same weights, products for q, k and v of their own, attention written out, and sends every patch
-through the blocks (a second figure: with our patchout). The forms take turns.
+A step is forward, backward and AdamW on log-mels of one second, on the CPU (bench/gpu.py has a GPU's figures). The
+plain PaSST has the same weights, separate products for q, k and v, and attention written out. It sends every patch
+through the blocks; a second figure has our patchout. The forms take turns.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FRAMES = 100
 
 
 class PlainAttention(nn.Module):
-    """Attention by the book, with the weights of ours."""
+    """A direct implementation of attention, with our weights."""
 
     def __init__(self, ours: Attention) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def step(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
 
 
 def stacked(x: Tensor, target: Tensor) -> Callable[[], None]:
-    """Three CP-ResNets as one with stacked weights, each on a batch of its own; statistics of its batch alone."""
+    """Return a step of three CP-ResNets with stacked weights, each on its own batch with its own statistics."""
     models = [replace_all_batch_norm_modules_(build(CPResNetConfig(), 10, seed)) for seed in range(SEEDS)]
     parameters, buffers = stack_module_state(models)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5)
@@ -85,7 +85,7 @@ def stacked(x: Tensor, target: Tensor) -> Callable[[], None]:
 
 
 def timed(forms: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
-    """Seconds of `runs` calls of each form, in turns, after one that is not counted."""
+    """Return the seconds of `runs` calls of each form, in turns, after one call that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(runs + 1):
         for name, function in forms.items():
@@ -97,7 +97,7 @@ def timed(forms: dict[str, Callable[[], None]], runs: int) -> dict[str, list[flo
 
 
 def report(title: str, times: dict[str, list[float]], clips: int) -> None:
-    """Clips/s of each form, and the first one's gain over the others."""
+    """Print the clips/s of each form, and the first one's gain over the others."""
     print(title)
     first = next(iter(times.values()))
     for name, spent in times.items():

@@ -1,4 +1,4 @@
-"""torchaudio, the reference of our front end, beside a torch without CUDA too."""
+"""Import of torchaudio, the reference for our front end, which also works with a torch without CUDA."""
 
 import sys
 from types import ModuleType
@@ -7,10 +7,10 @@ import torch
 
 
 def import_torchaudio() -> ModuleType:
-    """Imports torchaudio and returns it; raises ImportError where it is not installed or does not import.
+    """Import torchaudio and return it. Raises ImportError if it is not installed or cannot be imported.
 
-    torchaudio's wheel has an extension that is linked to CUDA, so its import fails beside a CPU build of torch. Nothing
-    that we compare with is in that extension: there, an empty module takes its place.
+    torchaudio's wheel has an extension that is linked to CUDA, so its import fails with a CPU build of torch. An empty
+    module then replaces the extension, because nothing that we compare with is in it.
     """
     try:
         import torchaudio

@@ -1,11 +1,11 @@
-"""What a training step costs, and where it goes: clips/s of the whole loop, and its split.
+"""Measure what a training step costs: clips/s of the whole loop, and how the time divides.
 
     python bench/train.py CLIPS [--model cp_mobile|sm1..sm4|cp_resnet|passt] [--batch 32] [--epochs 3] [--threads N]
                           [--compile] [--plain] [--mode mapped|resident]
 
 CLIPS is a finished clip store (`storage/clips/NAME-KEY` of any run). The loop is training/loop.py as every stage runs
-it, with roll, DIR 0.6, Freq-MixStyle 0.4 and frequency masking (--plain: none), an epoch being the part `train`. The
-figures are of its epochs after the first; the split is of one more epoch, under torch's profiler.
+it, with roll, DIR 0.6, Freq-MixStyle 0.4 and frequency masking (--plain: none). An epoch is the part `train`. The
+clips/s are those of the epochs after the first; one more epoch, under torch's profiler, gives the division of the time.
 """
 
 import argparse

@@ -28,14 +28,15 @@ def store_logits(
     retries: int,
     on_event: OnEvent,
 ) -> None:
-    """Logits of every system over every clip; `systems` maps a name to (logit artifact, teacher folders, recipe).
+    """Store the logits of every system over every clip.
 
-    A task is some clips of one split and all systems of one front end that lack their logits.
+    `systems` maps a name to (logit artifact, teacher folders, recipe). A task covers some clips of one split and all
+    systems with one front end that lack these clips' logits.
     """
     store = source.store()
     rows = {split: np.flatnonzero(store.split == split) for split in SPLITS}
     reports: dict[str, list[dict[str, Any]]] = {}
-    shares: dict[tuple[str, str, int, int], list[Inference]] = {}  # by front end, split, first clip and the one behind
+    shares: dict[tuple[str, str, int, int], list[Inference]] = {}  # by front end, split, first clip, end
     for name, (artifact, teachers, recipe) in systems.items():
         folder, reports[name] = artifact.open_partial(), []
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Ingest and inference as Ray tasks over parts of the clips; a part that is done is never done again."""
+"""Ingest as Ray tasks, one a shard of clips; a shard that is done is never done again."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def ingest(
     retries: int,
     on_event: OnEvent,
 ) -> None:
-    """Decode the corpus into the clip store, one task a shard. Raises CorpusError listing every bad clip."""
+    """Decode the corpus into the clip store. Raises CorpusError that lists every bad clip."""
     folder = artifact.open_partial()
     ids = [clip.clip_id for clip in corpus.clips]
     reports = finished_parts(folder, SHARD, ids, accept=lambda report: skip_bad or not report["bad"])
@@ -73,7 +73,7 @@ def ingest(
 
 
 def _add_lost_scenes(faults: Faults, corpus: Corpus, bad: set[str]) -> None:
-    """What the corpus lacks without its bad clips."""
+    """Add the scenes and splits that have no clip left without the bad ones."""
     left = {(clip.split, clip.scene) for clip in corpus.clips if clip.clip_id not in bad}
     for label in corpus.labels:
         if ("train", label) not in left:

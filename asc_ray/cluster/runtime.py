@@ -1,4 +1,4 @@
-"""The Ray cluster the pipeline runs on: joined or embedded, checked before work starts, and tasks on it."""
+"""The Ray cluster that runs the pipeline: connecting to it, checking it before work starts, running tasks on it."""
 
 import logging
 import os
@@ -21,8 +21,11 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """A connection to Ray for the duration; an embedded cluster is shut down at the end. Raises UserError."""
-    # "local" and not None: that would join whatever cluster was last started on this machine, or wait for a dead one.
+    """Connect to Ray while the context lasts. Raises UserError where Ray cannot be reached.
+
+    An embedded cluster is shut down at the end.
+    """
+    # Not None: Ray would then join the cluster that was last started on this machine, or wait for it if it is dead.
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -35,7 +38,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 def slots(request: Resources) -> int:
-    """How many workers with this request the cluster runs at once, node by node."""
+    """Return how many workers with this request the cluster can run at once; a worker fits on one node."""
     count = 0
     for node in _nodes():
         by_cpu = node["CPU"] / request.cpus
@@ -45,7 +48,7 @@ def slots(request: Resources) -> int:
 
 
 def fits(requests: Sequence[Resources]) -> bool:
-    """Whether the cluster's nodes hold all these workers at once, the largest placed first."""
+    """Whether the cluster's nodes have room for all these workers at once, if the largest are placed first."""
     free = _nodes()
     for request in sorted(requests, key=lambda request: (request.gpus, request.cpus), reverse=True):
         for node in free:
@@ -59,7 +62,7 @@ def fits(requests: Sequence[Resources]) -> bool:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """CPUs and GPUs of each live node, and a little more: a third of a GPU fits three times."""
+    """Return the CPUs and GPUs of each live node, and a little more, so that a third of a GPU fits three times."""
     return [
         {name: node["Resources"].get(name, 0) + 1e-9 for name in ("CPU", "GPU")}
         for node in ray.nodes()
@@ -68,7 +71,7 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def check_feasible(requests: Mapping[str, Resources]) -> None:
-    """Refuse what the cluster can never give: Ray would wait for it for ever. Raises ConfigError naming the key."""
+    """Raise ConfigError, naming the key, for a request that the cluster can never meet: Ray would wait forever."""
     total = ray.cluster_resources()
     for key, request in requests.items():
         workers = request.workers if isinstance(request, TrainerResources) else 1
@@ -82,12 +85,12 @@ def check_feasible(requests: Mapping[str, Resources]) -> None:
 
 
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
-    """For actors that the driver cannot do without: on its own node, they die with no other."""
+    """Place an actor on the driver's own node, so that the loss of another node does not end it."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Mailbox:
-    """Where workers on any node leave what the driver shows and tracks."""
+    """Collects events from workers on any node until the driver fetches them to show and track."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, dict[str, Any]]] = []
@@ -101,13 +104,13 @@ class Mailbox:
 
 
 Events = ray.remote(num_cpus=0)(Mailbox)
-LAST = {"last": True}  # a task's event that no other follows
-MAIL_SECONDS = 10.0  # how long a task's last event is waited for; one whose worker died sends none
+LAST = {"last": True}  # the last event of every task
+MAIL_SECONDS = 10.0  # how long the driver waits for a task's last event, which a dead worker never sends
 
 
 @dataclass(frozen=True)
 class Task:
-    """`function(*arguments)`, with `on_epoch=` added when the task reports progress."""
+    """A call `function(*arguments)`, with `on_epoch=` added if the task `reports` progress."""
 
     name: str
     function: Callable[..., Any]
@@ -119,10 +122,10 @@ class Task:
 def run_tasks(
     tasks: Sequence[Task], retries: int, on_event: OnEvent, on_done: OnEvent, patient: bool = False
 ) -> list[Any]:
-    """Run all tasks, as many at once as fit; results in the order of `tasks`.
+    """Run all tasks, as many at once as fit, and return their results in the order of `tasks`.
 
-    A task whose worker died is started again, up to `retries` times. The first error ends the others, and is raised
-    as what it was on the worker; but a `patient` call lets the others end before it raises a UserError of any.
+    A task whose worker died is started again, up to `retries` times. The first error cancels the other tasks and is
+    raised, as `fetch` does. With `patient`, a UserError lets the other tasks end; one UserError then lists all.
     """
     events: Any = None
     errors: dict[str, UserError] = {}
@@ -135,7 +138,7 @@ def run_tasks(
         for index, task in enumerate(tasks)
     }
     results: list[Any] = [None] * len(tasks)
-    told: set[str] = set()  # tasks whose last event is here
+    told: set[str] = set()  # tasks whose last event has arrived
 
     def listener(name: str, event: dict[str, Any]) -> None:
         if event == LAST:
@@ -162,7 +165,7 @@ def run_tasks(
                     continue
                 on_done(tasks[index].name, results[index] if isinstance(results[index], dict) else {})
     finally:
-        for reference in running:  # none, unless one failed; to cancel a finished task can crash Ray 2.60
+        for reference in running:  # only after a failure; cancelling a finished task can crash Ray 2.60
             ray.cancel(reference, force=True)
         if events is not None:
             ray.kill(events)
@@ -175,7 +178,7 @@ def run_tasks(
 
 
 def fetch(reference: Any) -> Any:
-    """`ray.get` that raises what the worker raised, without Ray's wrapping of a user's mistake."""
+    """Call `ray.get`, but raise a UserError of the worker without Ray's wrapping."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -190,7 +193,7 @@ def pass_on(events: Any, on_event: OnEvent) -> None:
 
 
 def settle() -> None:
-    """Wait until killed workers of a stage have given their CPUs back, at most a few seconds."""
+    """Wait, at most a few seconds, until the killed workers of a stage have released their CPUs."""
     for _ in range(20):
         if ray.available_resources().get("CPU", 0) >= ray.cluster_resources().get("CPU", 0):
             return
@@ -202,7 +205,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int,
     torch.set_num_threads(threads)
     if events is None:
         return function(*arguments)
-    # No event is waited for: meanwhile Ray would start another task on this one's CPUs. They arrive in their order.
+    # Do not wait for events: Ray would start another task on this one's CPUs meanwhile. Events arrive in order.
     try:
         return function(*arguments, on_epoch=lambda metrics: events.post.remote(name, metrics))
     finally:

@@ -1,4 +1,4 @@
-"""Clips for corpora that no node's disk holds: tasks of Ray Data read the coming batches while a step computes."""
+"""Streaming of clips, for corpora larger than a node's disk: Ray Data reads the next batches while a step computes."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
@@ -15,10 +15,10 @@ AHEAD = 4  # batches
 
 
 def stream(folder: Path, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """The clips of each batch of rows, (B, 32000) int16, in order; `folder` is a clip store that every node reaches.
+    """Yield the clips of each batch of rows, (B, 32000) int16, in order.
 
-    The rows are decided beforehand, so a streamed epoch is the mapped one: the same batches for the same seed, epoch
-    and rank, whoever reads them and in whatever order. A task that dies is run again by Ray.
+    `folder` is a clip store that every node can reach. The rows are chosen beforehand, so a streamed epoch has the same
+    batches as a mapped one of the same seed, epoch and rank. Ray runs a task again if it dies.
     """
     if not batches:
         return
@@ -27,7 +27,7 @@ def stream(folder: Path, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     plan = ray.data.from_items([{"rows": rows} for rows in batches], override_num_blocks=len(batches))
-    # No CPU is asked for: trainings hold them all, and a reader waits for its disk.
+    # Readers ask for no CPU, because trainings hold them all and a reader mostly waits for its disk.
     readers = ray.data.TaskPoolStrategy(size=READERS)
     pcm = plan.map_batches(partial(_read, folder), batch_size=1, num_cpus=0, compute=readers)
     waiting = iter(batches)

@@ -1,4 +1,4 @@
-"""The search for the student's configuration on Ray Tune; asc_ray.search decides what to propose and stop."""
+"""The search for the student's configuration on Ray Tune; asc_ray.search proposes and stops trials."""
 
 import logging
 import os
@@ -30,13 +30,13 @@ from asc_ray.training.dataset import Source
 from asc_ray.training.loop import Diverged
 from asc_ray.training.validation import Metrics
 
-# How Tune is to behave, read when it starts.
+# Tune reads these from the environment when it starts.
 SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they would write every trial's curve three more times
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the pipeline; Tune would end the search alone
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a heading however silent it is asked to be
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the loggers would write every trial's curve three more times
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C must end the pipeline, not the search alone
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a heading even with verbose=0
 }
-# It would print a traceback for each attempt; how trials ended is told at the end.
+# Tune would print a traceback for each attempt; the summary at the end says how the trials ended.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 SCRATCH = ("trials/*.checkpoints", "trials/*.error", "trials/*.tmp")
 
@@ -52,19 +52,19 @@ def run_sweep(
     retries: int,
     on_event: OnEvent,
 ) -> list[TrialResult]:
-    """Run the trials that have not ended yet; returns all, by number. `targets`: soft targets, by name.
+    """Run the trials that have not ended yet, and return all results by number. `targets`: soft targets by name.
 
-    A trial whose network is over the `limits`, or works on no clip, fails without a training; one that raises an error
-    is tried again `retries` times, and has then failed with it. A trial's result is a file of the artifact, its
-    checkpoints lie beside it, and its proposal follows from the results before it: nothing of Tune's own state is
-    needed to go on after the driver died.
+    A trial fails without training if its network exceeds the `limits` or cannot process a clip. A trial that raises an
+    error is tried again up to `retries` times. A trial's result is a file of the artifact, its checkpoints lie beside
+    it, and its proposal follows from the results before it. So the search can go on after the driver died, without
+    Tune's own state.
     """
     source = replace(source, held_out_devices=sweep.validation.devices)
     data = source.open()
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
     scratch = artifact.storage / ".ray-tune"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed driver
     course = Course(sweep, student, limits, len(data.store.labels), folder, ended_trials(artifact), on_event)
     if course.left():
         for name, value in SETTINGS.items():
@@ -75,7 +75,7 @@ def run_sweep(
                 work={
                     "folder": folder,
                     "source": source,
-                    # One copy a node, in Ray's shared memory, as the clips are one mapped file.
+                    # Passed as parameters so that each node holds one copy, in Ray's shared memory.
                     "soft": {name: read_soft_targets(data, path) for name, path in targets.items()},
                     "student": student,
                     "sweep": sweep,
@@ -115,12 +115,12 @@ def run_sweep(
 
 
 def concurrent(sweep: SweepConfig, resources: Resources) -> int:
-    """How many trials run at once: as many as there are slots, but no more than the search can propose."""
+    """Return how many trials run at once: the number of slots, but no more than the search can propose."""
     return min(sweep.trials if sweep.scheduler == "pbt" else sweep.lookback, slots(resources))
 
 
 class _Proposals(Searcher):
-    """Tune's view of the trials to come."""
+    """Gives Tune the trials that the course proposes."""
 
     def __init__(self, course: Course) -> None:
         super().__init__(metric=METRIC, mode="max")
@@ -129,7 +129,7 @@ class _Proposals(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         trial = self._course.start()
-        if trial is None:  # while some still run, they may become finalists
+        if trial is None:  # running trials may still become finalists
             return Searcher.FINISHED if self._course.stuck else None
         self._numbers[trial_id] = trial["number"]
         return trial
@@ -145,14 +145,14 @@ class _Proposals(Searcher):
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the results of ended trials are files of the artifact."""
+        """Save nothing, because the results of ended trials are files of the artifact."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a sweep goes on from the results of its trials")
 
 
 class _Halving(FIFOScheduler):
-    """Tune's view of the trials to stop."""
+    """Tells Tune which trials the course stops."""
 
     def __init__(self, course: Course) -> None:
         super().__init__()
@@ -164,11 +164,14 @@ class _Halving(FIFOScheduler):
 
 
 class _SpanEnds(Exception):
-    """A trial has trained the epochs that are its own."""
+    """Raised when a trial has trained its own span of epochs."""
 
 
 def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
-    """One trial on a worker. What it raises is also left in a file: Tune does not tell it from a worker's death."""
+    """Run one trial on a worker.
+
+    An error is also written to a file, because Tune does not tell an error from a worker's death.
+    """
     note = work["folder"] / error_of(config["number"])
     note.unlink(missing_ok=True)
     try:
@@ -194,7 +197,7 @@ def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
     start, end = sweep.span(number)
 
     def report(metrics: Metrics) -> None:
-        if metrics["epoch"] > start:  # what came before is the parent's
+        if metrics["epoch"] > start:  # earlier epochs are the parent's
             tune.report(metrics | {METRIC: sweep.validation.value(metrics)})
         if metrics["epoch"] == end < sweep.epochs:
             raise _SpanEnds

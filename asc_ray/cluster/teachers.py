@@ -1,9 +1,9 @@
-"""The fan-out of the teachers: lanes of Ray Train, each working through a common queue of systems.
+"""Training of all teachers at once: lanes of Ray Train that work through a common queue of systems.
 
-A trainer of Ray Train costs tens of seconds to start, whatever it trains. So a trainer is a lane and not a teacher: its
-workers take the next system from the queue when they have finished one. When a worker dies, Ray Train starts the lane's
-workers again, and they go on with the system they held, from that system's last checkpoint. Systems that ask for
-different resources have lanes of their own, started as soon as they fit.
+A trainer of Ray Train takes tens of seconds to start, so it does not train one teacher alone. It is a lane: when its
+workers have finished a system, they take the next one from the queue. When a worker dies, Ray Train starts the lane's
+workers again, and they go on with their system from its last checkpoint. Systems that ask for different resources have
+lanes of their own, started as soon as they fit.
 """
 
 import os
@@ -50,7 +50,7 @@ class Teacher:
 
 @ray.remote(num_cpus=0)
 class Queue(Mailbox):
-    """Hands out systems to lanes, remembers who holds what and how often, and relays progress to the driver."""
+    """Hands out systems to lanes, counts each system's attempts, and relays progress to the driver."""
 
     def __init__(self, waiting: dict[TrainerResources, list[str]], retries: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Queue(Mailbox):
         self._errors: dict[str, str] = {}
 
     def take(self, lane: str, resources: TrainerResources) -> str | None:
-        """The system that `lane` works on next: the one it held when its worker died, else a new one."""
+        """Return the system that `lane` works on next: the one it held when its worker died, else a new one."""
         self._put_back(lane)
         waiting = self._waiting[resources]
         while waiting:
@@ -79,14 +79,14 @@ class Queue(Mailbox):
             self._waiting[resources].insert(0, name)
 
     def unattended(self, lanes: Mapping[str, TrainerResources]) -> dict[TrainerResources, int]:
-        """For how many more lanes there is work, beside `lanes`, those alive; what others held waits again."""
+        """Return how many more lanes have work beside the live `lanes`; systems of dead lanes wait again."""
         for lane in set(self._held) - set(lanes):
             self._put_back(lane)
         starting = Counter(resources for lane, resources in lanes.items() if lane not in self._held)
         return {resources: len(names) - starting[resources] for resources, names in self._waiting.items()}
 
     def note_error(self, name: str, message: str, final: bool) -> None:
-        if final or name not in self._errors:  # what the other ranks say is that this one left
+        if final or name not in self._errors:  # the other ranks only report that this one left
             self._errors[name] = message
         if final:
             self._taken[name] = self._retries + 1
@@ -101,10 +101,10 @@ class Queue(Mailbox):
 
 
 def train_teachers(teachers: Mapping[str, Teacher], retries: int, on_event: OnEvent) -> dict[str, str]:
-    """Train every system of `teachers`, the longest first, as many at once as fit the cluster.
+    """Train every system, the longest first, as many at once as fit, and return the errors of those that failed.
 
-    One that keeps failing does not stop the others. Returns why, for those that failed. Others that are not complete
-    were not tried to the end: no node had room, or controllers died more than `retries` times.
+    A system that keeps failing does not stop the others. A system that is neither complete nor has an error was not
+    tried to the end: no node had room for it, or controllers died more than `retries` times.
     """
     waiting: dict[TrainerResources, list[str]] = {}
     for name in _longest_first(teachers):
@@ -144,7 +144,7 @@ def train_teachers(teachers: Mapping[str, Teacher], retries: int, on_event: OnEv
 
 
 def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:
-    """By multiply-accumulates of a clip times epochs."""
+    """Sort the systems by multiply-accumulates of a clip times epochs."""
     macs: dict[Any, int] = {}
 
     def cost(name: str) -> int:
@@ -158,13 +158,13 @@ def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:
 
 
 class _Lane(Thread):
-    """A trainer of Ray Train in a thread, for `fit` blocks; a daemon, so that an interrupt ends it with the program."""
+    """A trainer of Ray Train in a thread, because `fit` blocks; a daemon, so that it ends with the program."""
 
     def __init__(self, work: dict[str, Any], scratch: Path, retries: int) -> None:
         super().__init__(name=work["lane"], daemon=True)
         self.resources: TrainerResources = work["resources"]
         self.crashed = False
-        # So many bytes are asked for beside the rest, as a mark of the lane's placement group: it can have no name.
+        # The placement group cannot have a name: a request for this many bytes of memory marks it.
         self._mark = 1 + uuid.uuid4().int % 2**20
         self._trainer = TorchTrainer(
             _work_through_queue,
@@ -184,11 +184,11 @@ class _Lane(Thread):
     def run(self) -> None:
         try:
             self._trainer.fit()
-        except Exception:  # its controller died, or its workers did more often than is allowed
+        except Exception:  # the controller died, or the workers died too often
             self.crashed = True
 
     def free(self) -> None:
-        """Remove the placement group that a killed controller left; Ray's own cleaner needs a dashboard for that."""
+        """Remove the placement group of a killed controller, because Ray's own cleaner needs a dashboard."""
         for group, entry in placement_group_table().items():
             if entry["state"] != "REMOVED" and self._mark in [
                 bundle.get("memory") for bundle in entry["bundles"].values()
@@ -197,10 +197,10 @@ class _Lane(Thread):
 
 
 def _work_through_queue(work: dict[str, Any]) -> None:
-    """What each worker of a lane runs; the first asks the queue for all of them."""
+    """Train systems from the queue on each worker of a lane; rank 0 asks the queue for all of them."""
     resources = work["resources"]
     torch.set_num_threads(resources.threads)
-    if resources.gpus:  # of several on this node, this worker's
+    if resources.gpus:  # the node may have several GPUs
         torch.cuda.set_device(ray.train.torch.get_device())
     queue, lane, first = work["queue"], work["lane"], parallel.rank() == 0
     while True:
@@ -211,7 +211,7 @@ def _work_through_queue(work: dict[str, Any]) -> None:
         if first:
             ray.get(queue.post.remote(name, {"started": True, "pid": os.getpid()}))
         try:
-            # Complete, if the worker died between the renaming of its folder and saying so.
+            # It is complete if a worker died after it finished the artifact and before it told the queue.
             if not parallel.agreed(teacher.artifact.complete):
                 train_teacher(
                     teacher.artifact,
@@ -221,11 +221,11 @@ def _work_through_queue(work: dict[str, Any]) -> None:
                     on_epoch=lambda metrics, name=name: queue.post.remote(name, metrics),  # type: ignore[misc]
                 )
         except Exception as error:
-            # A user's mistake or a divergence comes again each time; anything else may be the machine's fault.
+            # A user's mistake or a divergence would come again; any other error may be the machine's fault.
             final = isinstance(error, UserError)
             message = str(error) if final else traceback.format_exc(limit=-1).strip().replace("\n", " ")
             ray.get(queue.note_error.remote(name, message, final))
-            if not final or parallel.world() > 1:  # the lane's other workers may wait for this one: start them anew
+            if not final or parallel.world() > 1:  # the other workers may wait for this one, so restart them all
                 raise
         else:
             if first:

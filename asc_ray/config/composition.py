@@ -1,10 +1,15 @@
 """One frozen configuration from YAML files and dotted overrides.
 
-A file may begin with `base: other.yaml` (relative to itself, or a preset's name), or several in a list: it is merged
-over them, mapping by mapping.
-`student.preset: NAME` takes a network and its front end from `students/NAME.yaml`, `student.recipe: NAME` augmentation,
-optimizer and distillation from `recipes/NAME.yaml`, in place of what was below but for the soft target; what else is
-given changes them. So does `sweep.preset: NAME` with the space of the search, from `sweep/NAME.yaml`.
+A file may begin with `base: other.yaml` (relative to itself, or a preset's name), or with a list of several. It is
+merged over them, mapping by mapping.
+
+Three keys take sections from presets, which replace those of the files below; other keys beside them change the preset:
+
+* `student.preset: NAME` takes a network and its front end from `students/NAME.yaml`.
+* `student.recipe: NAME` takes augmentation, optimizer, balance and distillation without the soft target from
+  `recipes/NAME.yaml`.
+* `sweep.preset: NAME` takes the space of the search from `sweep/NAME.yaml`.
+
 `teachers.systems` names recipe files `teachers/NAME.yaml` beside the configuration or among the packaged presets.
 """
 
@@ -31,14 +36,14 @@ from asc_ray.training.recipe import Recipe
 
 MOST_LAYERS = 64  # files that a configuration is made of
 _PACKAGE = Path(__file__).resolve().parents[1]
-# A wheel carries the presets inside the package; a checkout has them beside it.
+# A wheel has the presets inside the package, a checkout beside it.
 PRESETS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 S = TypeVar("S", bound=Section)
 
 
-# A `base:` may name any file by mistake: what no configuration has is not read out.
+# A `base:` may name any file by mistake; no message may show what such a file holds.
 _KNOWN_KEYS = {"base"}.union(*(section.model_fields for section in (Config, Recipe, StudentConfig, SweepConfig)))
 
 
@@ -49,7 +54,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = _find(source)
     raw = _compose(path)
-    # Presets first: what else is given changes them.
+    # Presets come first, because the other overrides change them.
     for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in _PRESET_KEYS):
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -65,7 +70,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def checked(section: type[S], raw: Any, name: str) -> S:
-    """The section that these values make. Raises ConfigError, beginning with `name`, for all that is wrong in them."""
+    """Return the section with these values. Raises ConfigError that begins with `name` and lists every mistake."""
     try:
         return section.model_validate(raw)
     except ValidationError as error:
@@ -73,7 +78,7 @@ def checked(section: type[S], raw: Any, name: str) -> S:
 
 
 def _find(source: str | Path, given: str = "--config", folder: Path = Path()) -> Path:
-    """A file, by its path from `folder`, or a preset, by its name."""
+    """Return the path of a file, relative to `folder`, or of the preset with this name. Raises ConfigError."""
     for path in (folder / source, PRESETS / f"{source}.yaml"):
         if _is_there(path):
             return path.resolve()
@@ -82,15 +87,15 @@ def _find(source: str | Path, given: str = "--config", folder: Path = Path()) ->
 
 
 def _is_there(path: Path) -> bool:
-    """Whether it is no folder: what kind of file it is, reading it tells."""
+    """Whether the path exists and is not a folder; reading refuses other kinds of files."""
     try:
         return path.exists() and not path.is_dir()
-    except OSError:  # a name too long to be one
+    except OSError:  # the name is too long for a path
         return False
 
 
 def _compose(path: Path, named: bool = False) -> dict[str, Any]:
-    """The file's mapping laid over its bases'. `named`: by a configuration, and not by the user."""
+    """Return the file's mapping laid over its bases'. `named`: a configuration names the file, not the user."""
     whole: dict[str, Any] = {}
     for file, raw in _layers(path, named=named):
         whole = _laid_over(whole, raw, file)
@@ -98,7 +103,7 @@ def _compose(path: Path, named: bool = False) -> dict[str, Any]:
 
 
 def _layers(path: Path, above: tuple[Path, ...] = (), named: bool = False) -> list[tuple[Path, dict[str, Any]]]:
-    """The mappings that make up a configuration, the lowest first, and the files that they are from."""
+    """Return the mappings that make up a configuration, the lowest first, each with its file."""
     if path in above:
         raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
     if len(above) > MOST_LAYERS:
@@ -131,9 +136,9 @@ def _layers(path: Path, above: tuple[Path, ...] = (), named: bool = False) -> li
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, mapping by mapping; every other value replaces.
+    """Return `above` laid over `below`, mapping by mapping; every other value replaces the one below.
 
-    So does a parameter of a search, and a label weight: half of one kind and half of another would be none.
+    A search's parameter and a label weight replace as a whole, because keys of two kinds do not go together.
     """
     result = dict(below)
     for key, value in above.items():
@@ -151,14 +156,17 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def network_preset(name: str, beside: Path | None = None) -> dict[str, Any]:
-    """Model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
+    """Return the model and front end of a student's or a teacher's preset, or of a YAML file. Raises ConfigError."""
     raw = preset("network", name, ("students", "teachers"), beside)
-    raw = _mapping(raw.get("student", raw), f"{name}: student")  # of a whole configuration, as a search's best
+    raw = _mapping(raw.get("student", raw), f"{name}: student")  # a whole configuration, such as a search's best.yaml
     return {key: raw[key] for key in _NETWORK if key in raw}
 
 
 def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = None) -> dict[str, Any]:
-    """The mapping of a YAML file, or of the one with this name in a folder `beside` or among the packaged presets."""
+    """Return the mapping of a YAML file, or of the preset with this name.
+
+    Presets are looked for in the `folders` beside the configuration (`beside`), then among the packaged ones.
+    """
     if Path(name).suffix:
         if not _is_there(Path(name)):
             raise ConfigError(f"{name}: no such file")
@@ -173,7 +181,7 @@ def preset(kind: str, name: str, folders: Sequence[str], beside: Path | None = N
 
 
 _NETWORK = ("model", "frontend")
-# What a preset takes the place of; of the distillation the soft target stays.
+# The sections that each preset replaces. Distillation is merged instead, so that the soft target stays.
 _PRESET_KEYS = {
     "student.preset": _NETWORK,
     "student.recipe": ("augment", "optimizer", "balance"),
@@ -182,9 +190,9 @@ _PRESET_KEYS = {
 
 
 def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`merged`, with the presets named above in place of those sections below.
+    """Return `merged`, with the presets that `above` names in place of their sections in `below`.
 
-    A search's space replaces that below, as a whole: half of two spaces would be a third one.
+    A search's space replaces the one below as a whole, because a mix of two spaces would be a third one.
     """
     if (
         isinstance(searched := above.get("sweep"), Mapping)
@@ -210,7 +218,7 @@ def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> d
 
 
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
-    """Replace `systems` (names of recipe files) and `override` (changes by the model's name) by the recipes."""
+    """Replace `systems` (names of recipe files) and `override` (changes by model name) by `recipes`."""
     teachers = raw.get("teachers")
     if not isinstance(teachers, dict):
         return

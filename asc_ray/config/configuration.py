@@ -24,8 +24,8 @@ SOFT_TARGET = "distillation.soft_target"
 
 
 class Config(Section):
-    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$", description="of the report, and of the run in MLflow")
-    storage: Path = Field(description="folder below which all is made; every node of a cluster must reach it")
+    name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$", description="name of the report and of the run in MLflow")
+    storage: Path = Field(description="folder for all artifacts; every node of a cluster must reach it")
     corpus: CorpusConfig = CorpusConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -61,7 +61,7 @@ class Config(Section):
 
     @property
     def soft_target_names(self) -> tuple[str, ...]:
-        """The student's soft target, and those that the search may choose."""
+        """Return the student's soft target and those that the search may choose."""
         found = {self.student.distillation.soft_target: None}
         for key, parameter in self.sweep.space.items() if self.sweep else ():
             if key in (SOFT_TARGET, "distillation"):
@@ -70,12 +70,12 @@ class Config(Section):
 
     @property
     def taught(self) -> bool:
-        """Whether students may have soft targets."""
+        """Whether any student or trial may learn from soft targets."""
         return set(self.soft_target_names) != {"none"}
 
 
 def check_space(sweep: SweepConfig, student: StudentConfig) -> None:
-    """Raises ValueError where a key of the space is unknown, or an end of its range is not allowed."""
+    """Raise ValueError if a key of the space is unknown, or an end of its range is not allowed."""
     for key, parameter in sweep.space.items():
         if key in NOT_JUDGED:
             raise ValueError(f"sweep.space.{key}: is not searched, because {NOT_JUDGED[key]}; give it in student.{key}")

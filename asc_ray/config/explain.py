@@ -1,4 +1,4 @@
-"""What pydantic found, for people: the key, what was found, what is allowed, and what was probably meant."""
+"""Messages for people from pydantic's errors: the key, the value, what is allowed, and what was probably meant."""
 
 import difflib
 import re
@@ -12,12 +12,12 @@ from asc_ray.shown import masked
 
 
 def explain(error: ValidationError, root: type[Section]) -> str:
-    """Every finding on one line: the key's path below `root`, what was found, what is allowed."""
+    """Return all findings on one line, each with the key's path below `root`, the value, and what is allowed."""
     lines = []
     found_at = [finding["loc"] for finding in error.errors()]
     for finding in error.errors():
         own = finding["loc"]
-        # A list without its wrong items may be too short, which nobody wrote.
+        # pydantic drops wrong items and then finds the list too short, which the user's list was not.
         if finding["type"] == "too_short" and any(own == other[: len(own)] for other in found_at if other != own):
             continue
         path = ".".join(str(part) for part in finding["loc"] if not _is_union_tag(part))
@@ -44,7 +44,7 @@ def _is_union_tag(part: Any) -> bool:
 
 
 def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
-    """Field names of the section at `loc`, found by walking the annotations."""
+    """Return the field names of the section at `loc`, found by walking the annotations."""
     types: list[Any] = [root]
     for part in loc:
         if _is_union_tag(part):
@@ -66,7 +66,7 @@ def _tag(section: Any) -> Any:
 
 
 def _sections(annotation: Any) -> list[Any]:
-    """The section classes inside an annotation such as `A | B | None` or `dict[str, A]`."""
+    """Return the section classes inside an annotation such as `A | B | None` or `dict[str, A]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [s for argument in getattr(annotation, "__args__", ()) for s in _sections(argument)]

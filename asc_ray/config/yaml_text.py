@@ -1,4 +1,4 @@
-"""YAML from anywhere: plain values alone, no key twice, and no more of them than a person writes."""
+"""YAML from untrusted files: only plain values, no key twice, and not more than a person writes."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from asc_ray.shown import printable
 
 MOST_BYTES = 1 << 20  # of a file
 _MOST_DEPTH = 32
-_MOST_NODES = 20_000  # once every alias stands for what it names
+_MOST_NODES = 20_000  # with every alias written out
 _TOO_MANY = f"more than {_MOST_NODES:,} values, with its aliases written out"
 _LONGEST_NUMBER = 40  # characters
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """The value of a YAML document. `name` says where it is from, in messages.
+    """Return the value of a YAML document. `name` says in messages where it is from.
 
-    Raises ConfigError for what is no YAML, or hides something: a key that is there twice, values that contain
-    themselves, and aliases that expand to more than a configuration. Of the text itself no message quotes a thing but
-    keys: it may be any file, by mistake or not.
+    Raises ConfigError for text that is not YAML, a key that occurs twice, a value that contains itself, and aliases
+    that expand to more values than a configuration has. Messages quote only keys of the text, because it may be any
+    file, by mistake or not.
     """
     try:
         loader = _Loader(text, name)
@@ -35,7 +35,7 @@ def read_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}{place}: not valid YAML ({problem or 'not understood'})") from None
     except yaml.YAMLError:  # characters that YAML does not allow
         raise ConfigError(f"{name}: not valid YAML (characters that are no text)") from None
-    # 2026-13-45, a whole number of 5,000 digits, !!bool perhaps: what the constructors of PyYAML do not look at first
+    # PyYAML's constructors do not check values such as 2026-13-45, a whole number of 5,000 digits or `!!bool perhaps`.
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
         raise ConfigError(f"{name}: a date, a number or another value in it is none") from None
 
@@ -76,7 +76,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
 
 
 def _size(node: Any, name: str, known: dict[int, int]) -> int:
-    """How many values a node is, with every alias written out. Raises ConfigError where they are too many."""
+    """Return how many values a node has, with every alias written out. Raises ConfigError if they are too many."""
     if id(node) in known:
         if not known[id(node)]:
             raise ConfigError(f"{name} line {node.start_mark.line + 1}: a value that contains itself")
@@ -94,7 +94,7 @@ def _size(node: Any, name: str, known: dict[int, int]) -> int:
 
 
 def _check_keys(node: yaml.MappingNode, name: str) -> None:
-    """Raises ConfigError for a key that is no word, or there twice."""
+    """Raise ConfigError for a key that is not a word, or that occurs twice."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1

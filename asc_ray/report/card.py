@@ -9,7 +9,10 @@ from asc_ray.report.page import environment
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """`bytes`: by dtype; `scores`: of the bundle on the test split; `validation`: macro accuracy, in [0, 1]."""
+    """What a model card shows.
+
+    `bytes` is by dtype; `scores` are the bundle's on the test split; `validation` is macro accuracy in [0, 1].
+    """
 
     title: str
     version: str

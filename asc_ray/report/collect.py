@@ -1,4 +1,4 @@
-"""What the report shows, gathered from the artifacts of a finished configuration."""
+"""Gathering of what the report shows from the artifacts of a finished configuration."""
 
 import json
 import platform
@@ -43,7 +43,7 @@ def write_report(
     evaluation: Artifact,
     student_scores: Mapping[str, OverSeeds],
 ) -> None:
-    """Gather everything and write the page to `out`."""
+    """Gather everything that the report shows and write the page to `out`."""
     data = source.open(test=True)
     store, facts = data.store, clips.facts()
     trained, cost = next(iter(students.values())).facts(), next(iter(int8.values())).facts()

@@ -1,6 +1,6 @@
-"""The report's pictures. Every function returns one <svg> element to be put into a page as it stands.
+"""The report's figures. Each function returns one <svg> element for a page.
 
-Text and axes take the page's text color, so a picture reads on a light and on a dark page. Equal input gives equal
+Text and axes take the page's text color, so a figure can be read on a light and on a dark page. Equal input gives equal
 bytes with the same matplotlib. Names are drawn literally, never as TeX.
 """
 
@@ -61,14 +61,14 @@ def as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
         head, body = re.split(r"(?<=>)", buffer.getvalue().partition("<svg ")[2], maxsplit=1)
         box = re.search(r'viewBox="[^"]*"', head)
         assert box, head
-        body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{draw.__name__}-", body)  # ids are unique in the page
+        body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{draw.__name__}-", body)  # make ids unique in the page
         return f'<svg role="img" class="{draw.__name__}" {box[0]}>' + body.replace(INK, "currentColor")
 
     return to_svg
 
 
 def standalone(svg: str) -> str:
-    """A figure as a file of its own: dark ink on white, for a picture viewer knows no page's text color."""
+    """Return a figure for a file of its own: dark on white, because a picture viewer has no page's text color."""
     head, body = re.split(r"(?<=>)", svg, maxsplit=1)
     head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ')
     background = '<rect width="100%" height="100%" fill="#ffffff"/>'
@@ -77,7 +77,7 @@ def standalone(svg: str) -> str:
 
 @as_svg
 def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str], unseen: Sequence[str]) -> Figure:
-    """Bars of accuracy by device, one a system; devices that training did not have stand last, on a shade."""
+    """Draw bars of accuracy by device, one a system; unseen devices come last and are shaded."""
     figure = Figure(figsize=(WIDTH, 3.7))
     axes = figure.subplots()
     names = sorted({d for e in systems.values() for d in e.per_device}, key=lambda d: (d in unseen, d))
@@ -111,10 +111,10 @@ def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str]
 
 @as_svg
 def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> Figure:
-    """Share of every scene's clips (a row) that got an answer (a column), one matrix a system."""
+    """Draw one confusion matrix a system: the share of a scene's clips (row) that got each answer (column)."""
     labels = next(iter(systems.values())).labels
     count, columns = len(labels), max(2, len(systems))
-    names = 0.075 * max(map(len, labels))  # inches that a label takes
+    names = 0.075 * max(map(len, labels))  # inches for the longest name
     side = WIDTH / columns - 0.55 - names
     figure = Figure(figsize=(WIDTH, side + 0.7 * names + 0.75))
     for axes, (system, e) in zip(figure.subplots(1, columns), systems.items(), strict=False):
@@ -123,7 +123,7 @@ def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> F
         for row in range(count):
             for column in range(count):
                 share = shares[row, column]
-                alpha = share**0.75  # rare confusions stay visible
+                alpha = share**0.75  # keeps rare confusions visible
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colors[system], alpha=alpha, lw=0))
                 if share >= 0.005:
                     axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
@@ -142,7 +142,7 @@ def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> F
 
 @as_svg
 def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) -> Figure:
-    """The fusion's weight of every system, beside the plain average's, and its bias of every class."""
+    """Draw the fusion's weight of every system, beside the plain average's, and its bias of every scene."""
     figure = Figure(figsize=(WIDTH, 1.1 + 0.25 * max(len(weights), len(biases))))
     left, right = figure.subplots(1, 2)
     _bars(left, weights, ACCENT)
@@ -158,9 +158,9 @@ def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) ->
 
 @as_svg
 def reliability(parts: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
-    """Accuracy over confidence, a row a set of clips: every single system, their average, the fusion.
+    """Draw accuracy over confidence, a row a set of clips: every single system, their average, the fusion.
 
-    On the diagonal an answer is right as often as it says; below it, it is overconfident. Areas are shares of clips.
+    On the diagonal confidence equals accuracy; below it answers are overconfident. Areas are shares of clips.
     """
     columns = {"single systems": ACCENT, "average": PALETTE[5], "fusion": PALETTE[1]}
     figure = Figure(figsize=(WIDTH, 3.1 * len(parts)))
@@ -200,14 +200,14 @@ def _bars(axes: Axes, values: Mapping[str, float], color: str) -> None:
 
 @as_svg
 def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
-    """Distribution of the training clips' energy E(x) = sum x[t]^2 with ADIR's threshold; the paper's Fig. 2."""
+    """Draw the distribution of the training clips' energy E(x) = sum x[t]^2 with ADIR's threshold (Fig. 2)."""
     figure = Figure(figsize=(WIDTH, 3.2))
     axes = figure.subplots()
     audible = energies[energies > 0]
     low, high = (audible.min(), audible.max()) if len(audible) else (1.0, 10.0)
     edges = np.geomspace(low * 0.999, high * 1.001, 61)
     if threshold is not None and edges[0] < threshold < edges[-1]:
-        edges = np.unique(np.append(edges, threshold))  # a bin ends where the color changes
+        edges = np.unique(np.append(edges, threshold))  # a bin must end where the color changes
         edges = np.delete(edges, _nearest_inner(edges, threshold))
     counts, _ = np.histogram(audible, edges)
     above = np.zeros(len(counts), bool) if threshold is None else edges[:-1] >= threshold
@@ -228,7 +228,7 @@ def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
 
 
 def _nearest_inner(edges: np.ndarray, value: float) -> int:
-    """The inner edge next to `value` on the logarithmic axis, so that no bin is a sliver."""
+    """Return the index of the inner edge nearest to `value` on a logarithmic axis; its bin would be too narrow."""
     distance = np.abs(np.log(edges) - np.log(value))
     distance[[0, -1]] = np.inf
     distance[edges == value] = np.inf
@@ -237,7 +237,7 @@ def _nearest_inner(edges: np.ndarray, value: float) -> int:
 
 @as_svg
 def training_curves(panels: Mapping[str, Curves]) -> Figure:
-    """Loss and validation accuracy by epoch, one column a panel; runs that differ in a last number share a color."""
+    """Draw loss and validation accuracy by epoch, a column a panel; runs that differ in a last number share a color."""
     figure = Figure(figsize=(WIDTH, 5.2))
     grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
     for (upper, lower), (title, curves) in zip(grid.T, panels.items(), strict=True):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one run of the pipeline: nothing is loaded from elsewhere."""
+"""The report: one HTML page about one run of the pipeline, which loads nothing from elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +38,9 @@ class CorpusSummary(Section):
 
 
 class SystemResult(Section):
-    """`kind` sets a system's place and color: single teachers, what is made of all of them, and students.
+    """A teacher's, a fusion's or a student's results; `kind` sets their position and color.
 
-    `evaluation` is the mean of several seeds where there is a `deviation`.
+    `evaluation` is the mean of several seeds if there is a `deviation`.
     """
 
     name: str
@@ -60,16 +60,16 @@ class ComplexityRow(Section):
 @dataclass(frozen=True, kw_only=True)
 class FusionSection:
     fusion: Fusion
-    data: str  # what it was learned on, as FusionConfig has it
+    data: str  # what it was learned on: FusionConfig.data
     objectives: Mapping[str, float]  # J of each system alone, on the clips that the fusion was learned on
-    held_out: Scores  # on clips that neither the systems nor the fusion have seen
+    held_out: Scores  # on clips unknown to the systems and the fusion
     test: Scores
     without: Mapping[str, float]  # log loss on the held-out clips of the fusion learned without this system
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What a page shows; a part that is empty or None has no section."""
+    """What a page shows; it has no section for a field that is empty or None."""
 
     title: str
     corpus: CorpusSummary
@@ -83,7 +83,7 @@ class ReportData:
     curves: figures.Curves = field(default_factory=dict)  # run -> metrics of every epoch
     trials: Sequence[TrialResult] = ()
     importances: Mapping[str, float] = field(default_factory=dict)  # of the search's parameters
-    cost: str | None = None  # what the search minded besides its objective
+    cost: str | None = None  # what the search minimized besides its objective, if anything
     best_config: str = ""  # YAML
     config: str = ""  # YAML
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class ReportData:
 
 
 def environment() -> Environment:
-    """Of the templates beside this file: pages, and the card, which is no HTML."""
+    """Return the environment of the templates beside this file: HTML pages, and the card in Markdown."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: not str(name).endswith(".md.j2"),
@@ -131,13 +131,13 @@ def render(data: ReportData, out: Path) -> None:
 
 
 def _best_trials(trials: Sequence[TrialResult]) -> list[tuple[TrialResult, float, float | None]]:
-    """Trials, the best first, with the mean of their value and its deviation where they ran with several seeds."""
+    """Return the best trials first, each with its value's mean and, over several seeds, standard deviation."""
     rows = []
     for trial in trials:
         if trial.repeats is None:
             values = values_over_seeds(trials, trial.number)
             rows.append((trial, float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None))
-    # A finalist's mean is worth more than one lucky run.
+    # Finalists come first, because a mean over seeds is worth more than one lucky training.
     return sorted(rows, key=lambda row: (row[2] is None, row[0].state != "complete", -row[1], row[0].number))[
         :TRIALS_SHOWN
     ]
@@ -148,12 +148,12 @@ def _of_kind(data: ReportData, kind: str) -> list[SystemResult]:
 
 
 def _compared(data: ReportData, best_teacher: SystemResult | None) -> list[SystemResult]:
-    """The systems of the headline and of the bars: all but the teachers, of whom the best stands for the rest."""
+    """Return the systems of the headline and the bars: of the teachers only the best, and all others."""
     return [system for system in data.systems if system.kind != "teacher" or system is best_teacher]
 
 
 def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, str]:
-    """The <svg> elements of the sections that have data."""
+    """Return the <svg> elements of the sections that have data."""
     colors = {
         system.name: COLORS[kind][i % len(COLORS[kind])]
         for kind in COLORS
@@ -195,7 +195,7 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
 
 
 def _metric(value: float) -> str:
-    """A count with a decimal prefix and four digits: 13760 is 13.76 K."""
+    """Return a count with a decimal prefix and four digits: 13760 is 13.76 K."""
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if value >= factor:
             return f"{value / factor:.4g} {prefix}"

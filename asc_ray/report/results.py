@@ -1,4 +1,4 @@
-"""What a storage holds, as a table for notebooks: one row a finished artifact, with its scores."""
+"""A storage's contents as a table for notebooks: one row a finished artifact, with its scores."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ COLUMNS = {
     "stage": "str",
     "name": "str",
     "key": "str",
-    "model": "str",  # the key of what was evaluated
+    "model": "str",  # the key of the evaluated model
     "path": "str",
     "finished": "datetime64[ns, UTC]",
     "parameters": "Int64",

@@ -1,4 +1,4 @@
-"""Pictures of a search."""
+"""The report's figures of a search."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from asc_ray.search.trials import TrialResult
 
 @as_svg
 def sweep(trials: Sequence[TrialResult]) -> Figure:
-    """The search: every trial's value in the order of trials, and against each parameter."""
+    """Draw every trial's value in the order of trials, and against each parameter."""
     parameters = sorted({name for trial in trials for name in trial.parameters})
     columns = 4
     rows = -(-len(parameters) // columns)
@@ -24,7 +24,7 @@ def sweep(trials: Sequence[TrialResult]) -> Figure:
     course = figure.add_subplot(grid[0, :])
     values = [100 * t.value for t in trials if t.has_value] or [0.0]
     margin = 0.08 * (max(values) - min(values)) + 0.5
-    floor = min(values) - margin  # where trials without a value are drawn: their 0 would rule the scale
+    floor = min(values) - margin  # trials without a value are drawn here, because their 0 would stretch the scale
     course.set_ylim(floor, max(values) + margin)
     _points(course, trials, [t.number for t in trials], floor)
     finished = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.number)
@@ -49,7 +49,7 @@ def sweep(trials: Sequence[TrialResult]) -> Figure:
 
 @as_svg
 def importance(shares: Mapping[str, float]) -> Figure:
-    """How much each parameter of the search says about its best trials, as shares of 1."""
+    """Draw how important each parameter of the search is for its best trials, as shares of 1."""
     order = sorted(shares, key=lambda name: shares[name])
     figure = Figure(figsize=(WIDTH, 0.7 + 0.28 * len(order)))
     axes = figure.add_subplot()
@@ -61,7 +61,7 @@ def importance(shares: Mapping[str, float]) -> Figure:
 
 @as_svg
 def parallel_coordinates(trials: Sequence[TrialResult]) -> Figure:
-    """A line a trial over all parameters, from low to high, in the color of its value; gaps where it has none."""
+    """Draw a line a trial over all parameters, in the color of its value; a parameter without a value leaves a gap."""
     names = sorted({name for trial in trials for name in trial.parameters})
     drawn = sorted((t for t in trials if t.has_value), key=lambda t: t.value)
     figure = Figure(figsize=(WIDTH, 3.6))
@@ -89,7 +89,7 @@ def parallel_coordinates(trials: Sequence[TrialResult]) -> Figure:
 
 
 def _heights(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
-    """Places of a parameter's values between 0 and 1, and what is written where."""
+    """Return the heights of a parameter's values between 0 and 1, and the texts by height."""
     if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         low, high = min(values), max(values)
         scaled = np.asarray(values, float)
@@ -106,7 +106,7 @@ def _heights(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
 
 @as_svg
 def pareto_front(trials: Sequence[TrialResult], front: Sequence[TrialResult], cost: str) -> Figure:
-    """Value against cost of the trials that ran to their ends, and the line below which nobody needs to look."""
+    """Draw value against cost of the trials that ran to their ends, and the line of the best for each cost."""
     figure = Figure(figsize=(WIDTH, 3.4))
     axes = figure.add_subplot()
     complete = [t for t in trials if t.state == "complete" and t.cost is not None]
@@ -123,7 +123,7 @@ def pareto_front(trials: Sequence[TrialResult], front: Sequence[TrialResult], co
 
 
 def _points(axes: Axes, trials: Sequence[TrialResult], x: Sequence[float], floor: float) -> None:
-    """Every trial's value in % at its `x`, in the mark of its state."""
+    """Draw every trial's value in % at its `x`, with the mark of its state."""
     marks: dict[str, dict[str, Any]] = {
         "complete": {"color": ACCENT, "s": 26, "zorder": 3},
         "stopped": {"facecolors": "none", "edgecolors": MUTED, "s": 20},
@@ -138,7 +138,7 @@ def _points(axes: Axes, trials: Sequence[TrialResult], x: Sequence[float], floor
 
 
 def _positions(axes: Axes, values: Sequence[Any]) -> list[float]:
-    """Places of a parameter's values on the x axis: logarithmic where they crowd near zero, choices in sorted order."""
+    """Return the x positions of a parameter's values: logarithmic if they crowd near zero; choices sorted."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         if min(values) > 0 and max(values) > 5 * np.median(values):
             axes.set_xscale("log")

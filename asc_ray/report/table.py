@@ -1,4 +1,4 @@
-"""A comparison of students as a table beside the paper's figures: Markdown, CSV and one HTML page."""
+"""A table that compares students with each other and with the paper's figures, in Markdown, CSV and HTML."""
 
 import csv
 import io
@@ -16,8 +16,10 @@ PAPER = "the paper, TAU22"
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRow:
-    """`paper`: its figures by column: `parameters` in K, `macs` in M, `float32 kB`, `int8 kB`; in % devices' names,
-    `all`, `int8`."""
+    """A row of a comparison. `paper` has the paper's figures by column.
+
+    Columns: `parameters` in K, `macs` in M, `float32 kB` and `int8 kB`; devices' names, `all` and `int8` in %.
+    """
 
     name: str
     parameters: int
@@ -51,7 +53,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Line:
-    """A row's name, or whose figures these are; and each cell's value and deviation, None where there is none."""
+    """A line of the table: the row's name or the paper, and each cell's value and deviation, or None."""
 
     name: str
     cells: tuple[tuple[float | None, float | None], ...]
@@ -59,7 +61,7 @@ class Line:
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """Of sizes, devices (those of the training first), groups of devices, and int8 where there is one."""
+    """Return the columns: sizes, devices (seen ones first), groups of devices, all, int8 if there is one, log loss."""
     devices = {name for row in comparison.rows for name in row.scores[0].per_device}
     unseen = comparison.unseen_devices
     groups = [group for group in ("seen", "unseen") if all(group in row.scores[0].groups for row in comparison.rows)]
@@ -70,7 +72,7 @@ def columns(comparison: Comparison) -> list[str]:
 
 
 def lines(comparison: Comparison) -> Iterator[Line]:
-    """Ours, then the paper's where it has some."""
+    """Yield each row's own figures, then the paper's if it has some."""
     names = columns(comparison)
     for row in comparison.rows:
         yield Line(row.name, tuple(_ours(row, name) for name in names), paper=False)
@@ -93,7 +95,7 @@ def _ours(row: ComparedRow, column: str) -> tuple[float | None, float | None]:
     return 100 * share, 100 * deviation.accuracies()[column] if deviation else None
 
 
-# Of the parameters alone, as the paper counts; an exported model has scales, biases and a graph beside them.
+# The bytes of the parameters alone, as in the paper; an exported model also has scales, biases and a graph.
 BYTES: dict[str, Callable[[ComparedRow], float]] = {
     f"{dtype} kB": lambda row, each=each: each * row.parameters / 1e3  # type: ignore[misc]
     for dtype, each in BYTES_EACH.items()
@@ -103,7 +105,7 @@ TITLES = {"parameters": "parameters, K", "macs": "MACs, M", "int8": "all, int8"}
 
 
 def cell(column: str, value: float | None, deviation: float | None, paper: bool) -> str:
-    """As people read it; the paper's with the decimals that it prints."""
+    """Return a cell's text; the paper's figures keep their decimals."""
     if value is None:
         return ""
     digits = 3 if column == "log loss" else 2 if paper or column in SIZES else 1
@@ -121,7 +123,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def comma_separated(comparison: Comparison) -> str:
-    """A line for each of `lines`, every figure in full and its deviation beside it."""
+    """Return CSV with a line for each of `lines`: every figure with six digits, and its deviation beside it."""
     names, out = columns(comparison), io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     named = [{"parameters": "parameters_K", "macs": "macs_M"}.get(name, name.replace(" ", "_")) for name in names]
@@ -140,7 +142,7 @@ def comma_separated(comparison: Comparison) -> str:
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """table.md, table.csv and table.html in the folder."""
+    """Write table.md, table.csv and table.html to the folder, and return their paths."""
     names = columns(comparison)
     html = (
         environment()

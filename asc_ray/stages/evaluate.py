@@ -39,7 +39,7 @@ def make(work: Work) -> None:
 
 
 def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:
-    """Scores on the test split of the plan's students and int8 forms with these names."""
+    """Return the jobs that score the students and int8 forms with these names on the test split."""
     models, config = plan.students | plan.int8, next(iter(plan.student_configs().values()))
     source, resources = source_of(plan), plan.config.student_resources
     return {

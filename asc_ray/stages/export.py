@@ -1,4 +1,4 @@
-"""`asc-ray export`: a finished int8 student as one folder, checked, with a card, and registered in MLflow."""
+"""`asc-ray export`: write a finished int8 student as one folder, checked and with a card, and register it in MLflow."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from asc_ray.tracking.runs import artifacts_of, runs_of
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an int8 student comes from, as its manifests say."""
+    """The folders of an int8 student, of its float32 student, and of their clip store."""
 
     int8: Path
     student: Path
@@ -46,7 +46,7 @@ class Origin:
         return str(read_manifest(self.int8)["key"])
 
     def config(self) -> StudentConfig:
-        """Of the training: the configuration's student, or the search's best with its seed."""
+        """Return the student's configuration: that of its manifest, or the search's best with the student's seed."""
         manifest = read_manifest(self.student)
         section = manifest["config"]["student"]
         if key := manifest["inputs"].get("sweep"):
@@ -57,17 +57,17 @@ class Origin:
 
 
 def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]:
-    """The int8 student that `run` names, and the tracking server that knows it.
+    """Return the int8 student that `run` names, and the URI of the tracking server that knows it.
 
-    A path: the folder of a finished int8 training, or a file in it. Else the ID of a run in MLflow: that of an int8
-    training, or of a pipeline with one or more, of which the best on the validation part is taken.
-    Raises UserError for what is neither.
+    `run` is the folder of a finished int8 training, or a file in it; or the ID of an MLflow run, either of an int8
+    training or of a pipeline. If a pipeline has several int8 students, the best on the validation part is taken.
+    Raises UserError if `run` is none of these.
     """
     path = Path(run).resolve()
     if path.exists():
         folder = path if path.is_dir() else path.parent
         found = [folder]
-        read_manifest(folder)  # refuses what is no artifact
+        read_manifest(folder)  # raises if the folder is not an artifact
         uri = uri or default_uri(folder.parents[1])
     else:
         uri = uri or default_uri(default_storage)
@@ -103,7 +103,7 @@ def _artifact(storage: Path, stage: str, key: str) -> Path:
 def export(run: str, out: Path, name: str, uri: str | None, default_storage: Path, progress: Progress) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
-    Raises UserError where `find`, `compare` and `register` do, and where `out` holds something else.
+    Raises UserError where `find`, `compare` and `register` do, and if `out` holds something else.
     """
     check_name(name)
     out = out.absolute()

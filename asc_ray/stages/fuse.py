@@ -1,4 +1,4 @@
-"""From the systems' logits to the fusion and the soft targets."""
+"""The stage `fuse`: the fusion and the soft targets from the systems' logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,10 @@ def make(work: Work) -> None:
 
 
 def fusion_warning(config: Config, imported: int) -> str | None:
-    """That the clips for eq. 4 are known to the teachers, `imported` of which were trained elsewhere."""
+    """Return a warning if the teachers may have been trained on the clips of eq. 4, else None.
+
+    `imported`: how many teachers were trained elsewhere.
+    """
     if config.fusion.data == "train":
         return (
             "warning: fusion.data is train: eq. 4 is learned on clips that the teachers were trained on, and favors "
@@ -42,7 +45,7 @@ def fusion_warning(config: Config, imported: int) -> str | None:
 
 
 def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
-    """A table of the systems on held-out places, the fusion's gain over the average, and what the fit noticed."""
+    """Return lines: a table of the systems on held-out places, the gain over the average, and the fit's notes."""
     figures, weights, without = facts["validation"], facts["weights"], facts["validation_without"]
     width = max(map(len, figures))
     lines = [f"{'held-out places':{width}}  weight  log loss  accuracy  log loss without it"]

@@ -1,4 +1,4 @@
-"""From a corpus to the clip store."""
+"""The stage `ingest`: the clip store from a corpus."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ def make(work: Work) -> None:
         retries=config.cluster.retries,
         on_event=work.progress.event,
     )
-    if config.sweep:  # of a corpus that was not there before
+    if config.sweep:  # check the held-out devices: the demo's corpus did not exist before
         replace(work.source, held_out_devices=config.sweep.validation.devices).open()
     facts = plan.clips.facts()
     for line in ingest_summary(facts):
@@ -32,7 +32,7 @@ def make(work: Work) -> None:
 
 
 def ingest_summary(facts: Mapping[str, Any]) -> list[str]:
-    """One line on the clips, one on what was changed while decoding, one on what was left out."""
+    """Return lines on the clips, on what was changed while decoding, and on the clips left out."""
     lines = [f"{facts['clips']} clips, {len(facts['labels'])} scenes, {len(facts['devices'])} devices"]
     if facts["notes"]:
         lines.append("clips " + ", ".join(f"{note}: {count}" for note, count in sorted(facts["notes"].items())))

@@ -1,4 +1,4 @@
-"""From finished systems to stored logits of every clip."""
+"""The stage `logits`: every system's logits of every clip."""
 
 from asc_ray.cluster.inference import store_logits
 from asc_ray.stages.work import Work

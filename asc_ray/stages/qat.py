@@ -1,4 +1,4 @@
-"""The students trained for int8."""
+"""The stage `qat`: the students' int8 forms."""
 
 from asc_ray.int8.train import train_int8
 from asc_ray.plan import Plan

@@ -1,4 +1,4 @@
-"""The report: one page of all that was made."""
+"""The stage `report`: one page about everything that was made."""
 
 from asc_ray.artifacts import stored_file
 from asc_ray.int8.config import ONNX_MODEL

@@ -1,4 +1,4 @@
-"""The students, from soft targets."""
+"""The stage `student`: the students."""
 
 from asc_ray.plan import Plan
 from asc_ray.stages.work import Job, Work, source_of
@@ -19,7 +19,7 @@ def make(work: Work) -> None:
 
 
 def student_jobs(plan: Plan) -> dict[str, Job]:
-    """The trainings of the plan's students."""
+    """Return the trainings of the plan's students."""
     configs = plan.student_configs()
     targets = plan.target_files(next(iter(configs.values())).distillation.soft_target)
     source, resources = source_of(plan), plan.config.student_resources

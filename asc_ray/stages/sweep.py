@@ -49,7 +49,7 @@ def make(work: Work) -> None:
             work.tracker.end(name, "FINISHED" if event["state"] in ENDED_WELL else "FAILED")
 
     with work.tracked(trials) as on_event:
-        for result in ended:  # the driver may have been killed between a trial's end and MLflow's hearing of it
+        for result in ended:  # a killed driver may not have told MLflow how a trial ended
             name, told = trial_name(result.number), vars(result) | {"value": result.value}
             if not work.tracker.ended_with(STATE_TAG, name, trials[name].key):
                 listener(name, {"started": True, **told})
@@ -82,7 +82,7 @@ def make(work: Work) -> None:
 
 
 def sweep_summary(sweep: SweepConfig, results: Sequence[TrialResult], winner: TrialResult) -> list[str]:
-    """How the trials ended, the winner, and what failed."""
+    """Return lines on how the trials ended, on the winner, and on what failed."""
     ended = ", ".join(f"{count} {state}" for state, count in sorted(Counter(r.state for r in results).items()))
     searched = sum(result.repeats is None for result in results)
     early = f"; the budget was used up before {sweep.searched}" if searched < sweep.searched else ""

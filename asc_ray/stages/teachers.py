@@ -18,7 +18,7 @@ def make(work: Work) -> None:
     todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
     if not todo:
         return
-    # What the configuration asks of the clips is refused here, and not by each teacher.
+    # Check this here, once, and not in every teacher.
     check_prior(config.fusion.scene_prior, work.source.open().store.labels)
     waiting = {}
     for system, own in plan.trainings.items():

@@ -16,7 +16,7 @@ from asc_ray.training.dataset import Source
 
 @dataclass(frozen=True)
 class Job:
-    """`function(artifact, *arguments)` on the cluster; it counts epochs where it reports them."""
+    """A call `function(artifact, *arguments)` on the cluster. `epochs`: how many it reports, or 0."""
 
     artifact: Artifact
     function: Callable[..., None]
@@ -27,7 +27,7 @@ class Job:
 
 @dataclass
 class Work:
-    """What a stage's builder needs: the plan, which changes when systems are left out, the tracker, the progress."""
+    """What a stage's `make` needs. The plan changes when systems are left out."""
 
     plan: Plan
     tracker: Any
@@ -39,9 +39,9 @@ class Work:
 
     @contextmanager
     def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-        """A listener that opens a child run for each named artifact at its first event and logs every epoch.
+        """Yield a listener that opens a child run for each named artifact at its first event and logs every epoch.
 
-        What finished is FINISHED, what did not is FAILED, or KILLED by an interrupt.
+        The run of a complete artifact ends FINISHED, any other FAILED, or KILLED by an interrupt.
         """
         status = "FAILED"
 
@@ -51,7 +51,7 @@ class Work:
                 self.tracker.start(name, artifact.key, artifact.config)
                 if "epoch" in event:
                     self.tracker.log(name, event, int(event["epoch"]))
-                if event.get("finished") and "state" not in event:  # what has a state is ended by who knows it
+                if event.get("finished") and "state" not in event:  # trials have a state; the search ends their runs
                     self.tracker.end(name)
             self.progress.event(name, event)
 
@@ -65,7 +65,7 @@ class Work:
                 self.tracker.end(name, "FINISHED" if artifact.complete else status)
 
     def together(self, jobs: Mapping[str, Job], tracked: bool = True) -> None:
-        """Run what is not complete as tasks on the cluster, as many at once as fit, each in a child run of its name."""
+        """Run the jobs that are not complete on the cluster, as many at once as fit, each in its own child run."""
         config = self.plan.config
         todo = {name: job for name, job in jobs.items() if not job.artifact.complete}
         self.progress.expect("all", {name: job.epochs for name, job in todo.items() if job.epochs})
@@ -86,7 +86,7 @@ class Work:
             run_tasks(tasks, config.cluster.retries, on_event, on_done, patient=True)
 
     def say_on_trust(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Say which networks come from files that do not say which output is which scene."""
+        """Warn about weights whose files do not say which output is which scene."""
         if names := [name for name, own in facts.items() if own["on_trust"]]:
             order = ", ".join(self.plan.clips.facts()["labels"])
             self.progress.note(
@@ -96,6 +96,6 @@ class Work:
 
 
 def source_of(plan: Plan) -> Source:
-    """The clips of a plan's trainings."""
+    """Return the source of clips for a plan's trainings."""
     config = plan.config
     return Source(plan.clips.path, config.partition, config.data, stream, config.fusion.data, config.fusion.folds)

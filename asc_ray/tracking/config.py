@@ -1,4 +1,4 @@
-"""Where runs are tracked; free of mlflow, so that a configuration is read without it."""
+"""Where runs are tracked; it does not import mlflow, so a configuration can be read without it."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from asc_ray.shown import masked
 
 
 class TrackingConfig(Section):
-    """Where runs are noted.
+    """Where runs are tracked.
 
-    A login in `uri` goes to MLflow alone: what is written or shown of a configuration has *** in its place.
+    Only MLflow gets a login in `uri`: wherever a configuration is written or shown, it has *** instead.
     """
 
     uri: str | None = Field(None, description="any MLflow tracking URI; null: a sqlite database in the storage")

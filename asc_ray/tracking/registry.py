@@ -21,13 +21,13 @@ from asc_ray.tracking.runs import client_of, first_line
 
 
 def _scene_model(bundle: runtime.Bundle | None = None) -> Any:
-    """A bundle for MLflow: waves (N, samples) float32 in +-1 to a frame of scenes and probabilities.
+    """Return an MLflow model of the bundle: waves (N, samples) float32 in +-1 to a frame of scenes and probabilities.
 
-    The class is defined here, so that it is stored by value and loads without this module.
+    The class is local, so MLflow stores it by value and it loads without this module.
     """
 
     class SceneModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
-        _skip_type_hint_validation = True  # MLflow asks for type hints as a schema; the signature is one
+        _skip_type_hint_validation = True  # the signature is the schema that MLflow wants type hints for
 
         def __init__(self):
             self.bundle: Any = bundle
@@ -49,10 +49,10 @@ _VALIDATION, _JUDGED_ON = "asc_ray.validation", "asc_ray.judged_on"
 
 
 def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, judged_on: str) -> str:
-    """Log the bundle as a model of the run and register it as `name`; a line about the version.
+    """Log the bundle as a model of the run, register it as `name`, and return a line about the version.
 
-    It becomes the champion where there is none, or where its accuracy `validation` is above that of the present one on
-    the same clips, `judged_on`. Raises UserError where the server refuses; the run then stays as it was.
+    It becomes the champion if there is none, or if its accuracy `validation` is above the champion's on the same clips,
+    `judged_on`. Raises UserError if the server refuses; the run then stays as it was.
     """
     client = client_of(uri)
     status = client.get_run(run_id).info.status
@@ -67,7 +67,7 @@ def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, 
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError for what MLflow takes for no model's name."""
+    """Raise ConfigError if MLflow does not allow the name for a model."""
     if not name.strip() or set(name) & set("/:"):
         raise ConfigError(f"--name {name!r}: a registered model's name is not empty, and has no / and no :")
 
@@ -91,7 +91,7 @@ def _register(
             code_paths=[_needed_code(Path(folder))],
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
         )
-        with redirect_stderr(io.StringIO()):  # it says what the caller says better
+        with redirect_stderr(io.StringIO()):  # the caller prints a better message
             made = mlflow.register_model(
                 logged.model_uri, name, tags={_VALIDATION: repr(validation), _JUDGED_ON: judged_on}
             )
@@ -100,7 +100,7 @@ def _register(
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        champion = None  # there is none yet
+        champion = None
     line = f"registered as {name} version {made.version}"
     if champion is not None and champion.tags.get(_JUDGED_ON) != judged_on:
         return (
@@ -119,7 +119,7 @@ def _register(
 
 
 def _needed_code(folder: Path) -> str:
-    """The part of this package that serving needs, copied: the model loads where asc-ray is not installed."""
+    """Copy the modules that serving needs, so that the model loads where asc-ray is not installed."""
     here, package = Path(__file__).parents[1], folder / "asc_ray"
     shutil.copytree(here / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("__init__.py", "errors.py", "files.py", "shown.py"):

@@ -1,7 +1,7 @@
-"""MLflow, and the only module that imports it: one parent run per configuration, a child for each thing trained.
+"""Runs in MLflow: one parent run for each configuration, with a child run for each thing trained.
 
-Only the driver talks to MLflow, so a sqlite store has one writer. A run that was cut off is taken up again by the same
-configuration; runs that nobody takes up again are ended as KILLED, so none stays RUNNING.
+Only the driver talks to MLflow, so a sqlite database has one writer. The same configuration resumes a run that was cut
+off. Runs that nobody resumes are ended as KILLED, so none stays RUNNING.
 """
 
 import json
@@ -26,7 +26,7 @@ from asc_ray.errors import UserError
 from asc_ray.shown import masked
 from asc_ray.tracking.config import default_uri
 
-# Database migrations and similar chatter say nothing to the user of a pipeline.
+# Messages about database migrations do not help the user of a pipeline.
 for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -42,8 +42,8 @@ def first_line(error: Exception, uri: str) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the end of a request: cut in two, a transaction would leave sqlite locked."""
-    if threading.current_thread() is not threading.main_thread():  # the others get no signals
+    """Delay Ctrl-C and SIGTERM until a request has ended: an interrupted transaction would leave sqlite locked."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
     caught: list[int] = []
@@ -61,7 +61,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Tracker:
-    """The runs of one configuration. `run(name)` children hang below the parent."""
+    """The runs of one configuration: a parent and, by name, its children."""
 
     def __init__(self, uri: str | None, experiment: str, storage: Path, name: str, key: str) -> None:
         self.uri = uri or default_uri(storage)
@@ -81,14 +81,14 @@ class Tracker:
         self._tags = {STORAGE_TAG: str(storage)}
         self._storage, self._name, self._key = storage, name, key
         self._open: dict[str, str] = {}  # name of the child -> run id
-        self._epochs: dict[str, float] = {}  # run id -> the last epoch that it has
+        self._epochs: dict[str, float] = {}  # run id -> its last logged epoch
         self.parent_id = ""
 
     @contextmanager
     def parent(self, parameters: Mapping[str, Any], complete: Container[str] = ()) -> Iterator["Tracker"]:
-        """The parent run for the duration; it and its children end FINISHED, FAILED, or KILLED on an interrupt.
+        """Open the parent run; at the end it and its open children are FINISHED, FAILED, or KILLED by an interrupt.
 
-        `complete`: keys of what is finished, though its driver may have died before it could say so.
+        `complete`: keys of finished artifacts; a driver may have died before it ended their runs.
         """
         self._end_stale(complete)
         self.parent_id = self._take_up(self._name, {KEY_TAG: self._key}, parameters)
@@ -111,7 +111,7 @@ class Tracker:
 
     @_undisturbed()
     def start(self, name: str, key: str, parameters: Mapping[str, Any]) -> str:
-        """Open (or take up again) the child run of the thing with this key; returns its run id."""
+        """Open or resume the child run of the thing with this key, and return its run id."""
         if name not in self._open:
             tags = {KEY_TAG: key, MLFLOW_PARENT_RUN_ID: self.parent_id}
             self._open[name] = self._take_up(name, tags, parameters)
@@ -119,7 +119,7 @@ class Tracker:
 
     @_undisturbed()
     def log(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Metrics at a step; an epoch that the run had before its driver died is not logged twice."""
+        """Log metrics at a step; an epoch that was logged before the driver died is not logged again."""
         run_id = self._run_id(name)
         if metrics.get("epoch", math.inf) <= self._epochs.get(run_id, -math.inf):
             return
@@ -140,9 +140,9 @@ class Tracker:
         history: Sequence[Mapping[str, float]],
         metrics: Mapping[str, float],
     ) -> None:
-        """Final figures of the thing with this key, on its child run below this parent.
+        """Log the final figures of the thing with this key on its child run below this parent.
 
-        Where it has none, for another command trained it, a new one with the `history` of its epochs.
+        If it has no such run, because another command trained it, a new run gets the `history` of its epochs.
         """
         with _undisturbed():
             found = self._newest({MLFLOW_RUN_NAME: name, KEY_TAG: key, MLFLOW_PARENT_RUN_ID: self.parent_id})
@@ -157,18 +157,18 @@ class Tracker:
 
     @_undisturbed()
     def tag(self, name: str, key: str, tag: str, value: str) -> None:
-        """Tag the child run of the thing with this key, whichever command of this storage tracked it."""
+        """Tag the newest run of the thing with this key, whichever command of this storage tracked it."""
         if run := self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: key}):
             self._client.set_tag(run.info.run_id, tag, value)
 
     @_undisturbed()
     def ended_with(self, tag: str, name: str, key: str) -> bool:
-        """Whether the run of the thing with this key has the tag, and an end that no interrupt made."""
+        """Whether the run of the thing with this key has the tag and ended without an interrupt."""
         run = self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: key})
         return run is not None and tag in run.data.tags and run.info.status in ("FINISHED", "FAILED")
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
-        """Final figures on the parent run, where runs are compared."""
+        """Log final figures on the parent run, where runs are compared."""
         self.log("", metrics, 0)
 
     @_undisturbed()
@@ -182,7 +182,10 @@ class Tracker:
 
     @_undisturbed()
     def _take_up(self, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
-        """The newest run of this storage with the same key and name that did not finish, or a new one."""
+        """Resume the newest run of this storage with this key and name, or create one; return its run id.
+
+        A child run that has finished is not resumed.
+        """
         found = self._newest({**self._tags, MLFLOW_RUN_NAME: name, KEY_TAG: tags[KEY_TAG]})
         if found and (found.info.status != "FINISHED" or name == self._name):
             run_id = found.info.run_id
@@ -206,9 +209,10 @@ class Tracker:
 
     @_undisturbed()
     def _end_stale(self, complete: Container[str]) -> None:
-        """Have the runs of this storage say what is so, whenever their driver was killed or interrupted.
+        """Correct the status of runs whose driver was killed or interrupted.
 
-        What is complete is FINISHED; nothing is RUNNING, for the storage's lock says that no driver is alive.
+        Runs of complete artifacts become FINISHED. Other RUNNING ones become KILLED, because this driver holds the
+        storage's lock, so no other is alive.
         """
         query = f"attributes.status != 'FINISHED' and tags.`{STORAGE_TAG}` = {_quoted(str(self._storage))}"
         found = self._client.search_runs([self.experiment_id], query, max_results=500)
@@ -224,9 +228,9 @@ class Tracker:
 
 
 def artifacts_of(uri: str, run_id: str) -> list[tuple[Path, str]]:
-    """(storage, key) of what a run and those below it have made. Empty for a run that the server does not know.
+    """Return (storage, key) of what a run and its children have made; empty if the server does not know the run.
 
-    Raises UserError where the server cannot be reached.
+    Raises UserError if the server cannot be reached.
     """
     client = client_of(uri)
     try:
@@ -239,7 +243,7 @@ def artifacts_of(uri: str, run_id: str) -> list[tuple[Path, str]]:
 
 
 def runs_of(uri: str, keys: Mapping[str, str]) -> dict[str, str]:
-    """The newest run's ID for each key that the server has one of."""
+    """Return the newest run's ID for each key that the server has a run for."""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         return {}
     client = client_of(uri)
@@ -264,7 +268,7 @@ def client_of(uri: str) -> MlflowClient:
 
 
 def _named(metric: str) -> str:
-    """The name with what MLflow does not take replaced: devices and scenes are called what their corpus calls them."""
+    """Replace the characters that MLflow does not allow, because a corpus may name scenes and devices as it likes."""
     return re.sub(r"[^\w\-./ :]", "_", metric)
 
 
