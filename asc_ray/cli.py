@@ -125,7 +125,7 @@ def export(
         str, typer.Argument(metavar="RUN", help="The folder of a finished int8 training, or the ID of a run in MLflow.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
-    name: Annotated[str, typer.Option(help="Of the registered model in MLflow.")] = "asc-ray",
+    name: Annotated[str, typer.Option(help="Name of the registered model in MLflow.")] = "asc-ray",
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
 ) -> None:
@@ -147,8 +147,8 @@ def predict(
     ],
     format: Annotated[str, typer.Option(help="table, jsonl, or csv: DCASE's output.csv.")] = "table",
     per_second: Annotated[bool, typer.Option("--per-second", help="Answer for every second, too.")] = False,
-    rate: Annotated[int, typer.Option(min=1, help="Of raw PCM, in Hz.")] = 32_000,
-    channels: Annotated[int, typer.Option(min=1, help="Of raw PCM (signed, 16 bits, little endian).")] = 1,
+    rate: Annotated[int, typer.Option(min=1, help="Sample rate of raw PCM, in Hz.")] = 32_000,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of raw PCM (signed, 16 bits, little endian).")] = 1,
 ) -> None:
     """Name the scenes of recordings; exit code 1 if one cannot be read."""
     from asc_ray import predict as prediction

@@ -53,7 +53,7 @@ class TableConfig(Section):
     def _distinct(cls, rows: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
         names = [row.name for row in rows]
         if len(set(names)) < len(names):
-            raise ValueError("two rows have one name")
+            raise ValueError("two rows have the same name")
         return rows
 
 

@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--size", choices=TABLE_II, default="sm4")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--match", action="append", metavar="TEXT", help="train the plans whose line has a TEXT alone")
+    parser.add_argument("--match", action="append", metavar="TEXT", help="train only the plans whose line has TEXT")
     args = parser.parse_args()
     choices = channel_choices()
     plans: dict[str, ChannelPlan] = {}

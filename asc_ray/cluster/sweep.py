@@ -108,7 +108,7 @@ def run_sweep(
             settle()
     if left := course.left():
         raise UserError(
-            f"sweep: {len(left)} of {planned(course.sweep, course.ended)} trials did not end, for their workers "
+            f"sweep: {len(left)} of {planned(course.sweep, course.ended)} trials did not end, because their workers "
             "died too often or there was no room for them; the same command goes on"
         )
     return sorted(course.ended, key=lambda result: result.number)
