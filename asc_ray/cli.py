@@ -132,10 +132,10 @@ def export(
     """Write a finished int8 student as one folder: models, front end, labels, card and checksums; register it."""
     from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
-    from asc_ray.stages.export import export as write
+    from asc_ray.stages.export import export_bundle
 
     settings = load_config(config, set)
-    write(run, out, name, settings.tracking.uri, settings.storage, Progress())
+    export_bundle(run, out, name, settings.tracking.uri, settings.storage, Progress())
     typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
 
 
@@ -260,7 +260,7 @@ def complexity(
 def _limits(given: list[str]) -> Any:
     from pydantic import ValidationError
 
-    from asc_ray.models.complexity import Limits
+    from asc_ray.students.cost import Limits
 
     try:
         return Limits.model_validate(dict(text.split("=", 1) for text in given))
@@ -332,8 +332,7 @@ def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None: 
 def _run(config: str, overrides: list[str], stages: tuple[str, ...]) -> None:
     from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
-    from asc_ray.run import run
-    from asc_ray.status import where_things_are
+    from asc_ray.run import run, where_things_are
 
     progress = Progress()
     plan = run(load_config(config, overrides), stages, progress)

@@ -9,8 +9,32 @@ from typing import Any
 from asc_ray.config.configuration import Config
 from asc_ray.errors import UserError
 from asc_ray.lock import exclusive
-from asc_ray.plan import Plan, dump
+from asc_ray.plan import REPORT, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
+from asc_ray.shown import masked
+from asc_ray.tracking.config import default_uri
+
+
+def where_things_are(plan: Plan) -> list[str]:
+    """Return lines for the end of a run: the results that exist, and how to open them."""
+    lines = []
+    if not plan.missing("evaluate"):
+        lines.append(
+            f"  {'fusion':<13} {100 * plan.evaluation.facts()['fusion']['accuracy']:5.1f} % of the test clips right"
+        )
+        for name, (mean, deviation) in scores_over_seeds(plan).items():
+            spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""
+            lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}")
+    if plan.report.complete:
+        lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
+    if not plan.missing("qat"):
+        best = max(plan.int8.values(), key=lambda int8: int8.facts()["validation"]["validation_macro_accuracy"])
+        seeds = "" if len(plan.int8) == 1 else ", the best of the seeds on the validation part"
+        lines.append(f"model   {best.path}   (asc-ray export makes a bundle of it{seeds})")
+    uri = plan.config.tracking.uri or default_uri(plan.config.storage)
+    shown = masked(uri)
+    lines.append(f"runs    {shown}   (mlflow ui --backend-store-uri {shown})")
+    return lines
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
@@ -55,7 +79,7 @@ def at_work(
 ) -> Iterator[Any]:
     """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
     # Import these only when there is work, so that `asc-ray status` and a finished configuration answer at once.
-    from asc_ray.cluster import runtime
+    from asc_ray.cluster import tasks
     from asc_ray.stages.work import Work
 
     config = plan.config
@@ -69,9 +93,9 @@ def at_work(
         progress.note(f"storage {config.storage}")
         # Start MLflow beside Ray: both take equally long, and Ray mostly waits.
         made = beside.submit(connected_tracker)
-        with runtime.connected(config.cluster):
+        with tasks.connected(config.cluster):
             tracker = made.result()
-            runtime.check_feasible(
+            tasks.check_feasible(
                 {
                     **config.teachers.requests(),
                     "logits.resources": config.logits.resources,

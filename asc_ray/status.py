@@ -4,9 +4,7 @@ import time
 
 from asc_ray.artifacts import Artifact, read_record
 from asc_ray.lock import is_locked
-from asc_ray.plan import REPORT, Plan, failure, scores_over_seeds
-from asc_ray.shown import masked
-from asc_ray.tracking.config import default_uri
+from asc_ray.plan import failure
 from asc_ray.training.folder import PROGRESS
 
 
@@ -36,25 +34,3 @@ def _progress(artifact: Artifact) -> str:
     if trials := list(artifact.partial.glob("trials/*.json")):
         return f", {len(trials)} trials"
     return ""
-
-
-def where_things_are(plan: Plan) -> list[str]:
-    """Return lines for the end of a run: the results that exist, and how to open them."""
-    lines = []
-    if not plan.missing("evaluate"):
-        lines.append(
-            f"  {'fusion':<13} {100 * plan.evaluation.facts()['fusion']['accuracy']:5.1f} % of the test clips right"
-        )
-        for name, (mean, deviation) in scores_over_seeds(plan).items():
-            spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""
-            lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}")
-    if plan.report.complete:
-        lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
-    if not plan.missing("qat"):
-        best = max(plan.int8.values(), key=lambda int8: int8.facts()["validation"]["validation_macro_accuracy"])
-        seeds = "" if len(plan.int8) == 1 else ", the best of the seeds on the validation part"
-        lines.append(f"model   {best.path}   (asc-ray export makes a bundle of it{seeds})")
-    uri = plan.config.tracking.uri or default_uri(plan.config.storage)
-    shown = masked(uri)
-    lines.append(f"runs    {shown}   (mlflow ui --backend-store-uri {shown})")
-    return lines

@@ -43,7 +43,7 @@ from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import DataConfig, moved, step_generator, waveform
 from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
 from asc_ray.data.corpus import Clip
-from asc_ray.data.parts import part_file
+from asc_ray.data.pieces import piece_file
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
 from asc_ray.training.dataset import Dataset
@@ -94,7 +94,7 @@ def noise(folder: Path, clips: int) -> Dataset:
             for n in some.tolist()
         ]
         labels = tuple(map(str, range(SCENES)))
-        write_clips(part_file(folder, SHARD, start), rows, pcm, labels, DEVICES, "noise")
+        write_clips(piece_file(folder, SHARD, start), rows, pcm, labels, DEVICES, "noise")
     return opened(folder)
 
 

@@ -23,7 +23,7 @@ from memory import peak_memory
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, SHARD, SHARD_CLIPS
 from asc_ray.data.corpus import Clip
 from asc_ray.data.decode import BadAudio, decode
-from asc_ray.data.parts import note_part, part_file
+from asc_ray.data.pieces import note_piece, piece_file
 from asc_ray.data.shards import write_shard
 
 
@@ -67,9 +67,9 @@ def shard(folder: Path) -> None:
     before = peak_memory()
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        file = part_file(Path(out), SHARD, 0)
+        file = piece_file(Path(out), SHARD, 0)
         write_shard(folder, clips, ["scene"], ["a"], file, fingerprint="")
-        note_part(file, [clip.clip_id for clip in clips], {})
+        note_piece(file, [clip.clip_id for clip in clips], {})
         seconds = time.perf_counter() - start
     print(
         f"shard    {len(clips) / seconds:7.0f} clips/s into Arrow with its checksum; "

@@ -21,11 +21,11 @@ from ray.cluster_utils import Cluster
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.sweep import run_sweep
 from asc_ray.data.division import PartitionConfig
-from asc_ray.models.complexity import Limits
 from asc_ray.resources import Resources
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult
 from asc_ray.students.config import StudentConfig
+from asc_ray.students.cost import Limits
 from asc_ray.training.dataset import Source
 
 STUDENT = StudentConfig.model_validate(

@@ -26,7 +26,7 @@ from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clips import SHARD
 from asc_ray.data.corpus import Corpus
-from asc_ray.data.parts import missing_parts, part_file
+from asc_ray.data.pieces import missing_pieces, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
@@ -185,8 +185,8 @@ def clip_store(storage: Path, corpus: Corpus, shard_clips: int = 64, responses: 
     """A finished clip store of the corpus, as `ingest` leaves it, without a cluster."""
     artifact = Artifact(storage, "clips", "clips", "0123456789abcdef", {}, {})
     folder = artifact.open_partial()
-    for some in missing_parts(len(corpus.clips), [], shard_clips):
-        file = part_file(folder, SHARD, some.start)
+    for some in missing_pieces(len(corpus.clips), [], shard_clips):
+        file = piece_file(folder, SHARD, some.start)
         write_shard(corpus.root, corpus.clips[some], corpus.labels, corpus.devices, file, fingerprint="f00d")
     save_bank(ImpulseBank.load(responses), folder / IMPULSE_RESPONSES)
     artifact.finish({})

@@ -21,7 +21,7 @@ from asc_ray.data.clips import (
     ClipStore,
 )
 from asc_ray.data.corpus import Clip, Corpus
-from asc_ray.data.parts import missing_parts, part_file
+from asc_ray.data.pieces import missing_pieces, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import ConfigError, UserError
 
@@ -59,8 +59,8 @@ def corpus(tmp_path) -> Corpus:
 def folder(corpus, tmp_path) -> Path:
     folder = tmp_path / "store"
     folder.mkdir()
-    for some in missing_parts(8, [], 3):
-        file = part_file(folder, SHARD, some.start)
+    for some in missing_pieces(8, [], 3):
+        file = piece_file(folder, SHARD, some.start)
         write_shard(corpus.root, corpus.clips[some], LABELS, DEVICES, file, fingerprint="f00d")
     return folder
 
@@ -107,7 +107,7 @@ def test_pcm_is_mapped_not_copied(folder):
 def test_energy_is_the_sum_of_squares(tmp_path):
     wav(tmp_path / "x.wav", sine(SAMPLE_RATE))
     clip = Clip("x.wav", "park", "a", "rome-1", "train")
-    write_shard(tmp_path, [clip], LABELS, DEVICES, part_file(tmp_path, SHARD, 0), fingerprint="")
+    write_shard(tmp_path, [clip], LABELS, DEVICES, piece_file(tmp_path, SHARD, 0), fingerprint="")
     # A whole number of periods: N A^2 / 2.
     assert ClipStore(tmp_path).energy[0] == pytest.approx(CLIP_SAMPLES * 0.5**2 / 2, rel=1e-4)
 
@@ -168,7 +168,7 @@ def empty(file):
 
 @pytest.mark.parametrize("damage", [cut, zero_footer, empty])
 def test_a_damaged_shard_is_named(folder, damage):
-    damage(part_file(folder, SHARD, 3))
+    damage(piece_file(folder, SHARD, 3))
     with pytest.raises(UserError, match=r"shard-000000003\.arrow: truncated or corrupted"):
         ClipStore(folder)
 
@@ -176,10 +176,10 @@ def test_a_damaged_shard_is_named(folder, damage):
 def test_stores_that_are_none(corpus, folder, tmp_path):
     with pytest.raises(UserError, match=r"no shard-\*\.arrow"):
         ClipStore(tmp_path)
-    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, part_file(folder, SHARD, 9), fingerprint="f00d")
+    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, piece_file(folder, SHARD, 9), fingerprint="f00d")
     with pytest.raises(UserError, match="held twice"):
         ClipStore(folder)
-    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, part_file(folder, SHARD, 9), fingerprint="beef")
+    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, piece_file(folder, SHARD, 9), fingerprint="beef")
     with pytest.raises(UserError, match=r"shard-000000009\.arrow: not of one store"):
         ClipStore(folder)
 

@@ -7,7 +7,7 @@ import pytest
 import ray
 from conftest import TINY
 
-from asc_ray.cluster.runtime import Task, run_tasks
+from asc_ray.cluster.tasks import Task, run_tasks
 from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
 from asc_ray.plan import Plan

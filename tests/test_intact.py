@@ -15,7 +15,7 @@ from asc_ray import artifacts
 from asc_ray.artifacts import Artifact, file_sha256, read_record, stored_file, stored_files, write_record
 from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
-from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_file
+from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.ensemble.fuse import fuse_systems
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
@@ -316,9 +316,9 @@ IDS = [f"audio/{number}.wav" for number in range(10)]
 
 def make_parts(folder: Path, spans: list[tuple[int, int]], ids=IDS) -> None:
     for first, end in spans:
-        file = part_file(folder, "shard", first)
+        file = piece_file(folder, "shard", first)
         file.write_text(" ".join(ids[first:end]))
-        note_part(file, ids[first:end], {"bad": []})
+        note_piece(file, ids[first:end], {"bad": []})
 
 
 def spans(records) -> list[tuple[int, int]]:
@@ -328,20 +328,20 @@ def spans(records) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 10, 100])
 def test_parts_of_any_size_are_completed_by_parts_of_any_other(tmp_path, size):
     make_parts(tmp_path, [(0, 3), (3, 6), (8, 10)])
-    done = finished_parts(tmp_path, "shard", IDS)
+    done = finished_pieces(tmp_path, "shard", IDS)
     assert spans(done) == [(0, 3), (3, 6), (8, 10)]
-    left = missing_parts(10, done, size)
+    left = missing_pieces(10, done, size)
     assert [clip for part in left for clip in range(part.start, part.stop)] == [6, 7]
     make_parts(tmp_path, [(part.start, part.stop) for part in left])
     text = " ".join(file.read_text() for file in sorted(tmp_path.glob("*.arrow")))
     assert text.split() == IDS
-    assert missing_parts(10, finished_parts(tmp_path, "shard", IDS), size) == []
+    assert missing_pieces(10, finished_pieces(tmp_path, "shard", IDS), size) == []
 
 
 @pytest.mark.parametrize("how", [*ODD, "a changed part", "a missing part", "no record", "other clips", "another place"])
 def test_a_part_that_cannot_be_trusted_is_made_again(tmp_path, how):
     make_parts(tmp_path, [(0, 3), (3, 6), (6, 10)])
-    file = part_file(tmp_path, "shard", 3)
+    file = piece_file(tmp_path, "shard", 3)
     record = file.with_suffix(".json")
     if how == "a changed part":
         flip(file)
@@ -352,21 +352,21 @@ def test_a_part_that_cannot_be_trusted_is_made_again(tmp_path, how):
     elif how == "other clips":
         make_parts(tmp_path, [(3, 6)], [clip.replace("4", "x") for clip in IDS])
     elif how == "another place":
-        file.rename(part_file(tmp_path, "shard", 4))
-        record.rename(part_file(tmp_path, "shard", 4).with_suffix(".json"))
+        file.rename(piece_file(tmp_path, "shard", 4))
+        record.rename(piece_file(tmp_path, "shard", 4).with_suffix(".json"))
     else:
         spoil(record, how)
-    done = finished_parts(tmp_path, "shard", IDS)
+    done = finished_pieces(tmp_path, "shard", IDS)
     assert spans(done) == [(0, 3), (6, 10)]
-    assert missing_parts(10, done, 100) == [slice(3, 6)]
+    assert missing_pieces(10, done, 100) == [slice(3, 6)]
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_overlapping_parts_do_not_hold_a_clip_twice(tmp_path):
     make_parts(tmp_path, [(0, 4), (3, 6), (5, 10)])
-    done = finished_parts(tmp_path, "shard", IDS)
+    done = finished_pieces(tmp_path, "shard", IDS)
     assert spans(done) == [(0, 4), (5, 10)]
-    assert missing_parts(10, done, 100) == [slice(4, 5)]
+    assert missing_pieces(10, done, 100) == [slice(4, 5)]
 
 
 # --- killed and taken up with another size of parts -------------------------------------------------------------------
@@ -385,11 +385,11 @@ def test_an_ingest_taken_up_with_another_shard_size_holds_every_clip(finished, t
     (partial / "manifest.json").unlink()
     (partial / "impulse_responses.safetensors").unlink()
     for first in (0, 100, 200):
-        file = part_file(partial, "shard", first)
+        file = piece_file(partial, "shard", first)
         if first == 200:
             file.unlink(missing_ok=True)
         else:
-            note_part(file, ids[first : first + 100], {"notes": {}, "bad": []})
+            note_piece(file, ids[first : first + 100], {"notes": {}, "bad": []})
     kept = {path: path.stat().st_mtime_ns for path in partial.glob("*.arrow")}
     words = command("ingest", "--config", TINY, "--set", f"storage={storage}", "--set", "corpus.shard_clips=37")
     done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)
@@ -412,7 +412,7 @@ def test_logits_taken_up_with_another_shard_size_hold_every_clip(finished, tmp_p
     train = store.ids[store.split == "train"]
     for file in sorted(logits.partial.glob("*.arrow")):
         if file.name == "train-000000000.arrow":
-            note_part(file, train[:100], {})
+            note_piece(file, train[:100], {})
         else:
             file.unlink()
     words = command("logits", "--config", TINY, "--set", f"storage={storage}", "--set", "corpus.shard_clips=9")

@@ -26,7 +26,7 @@ from reference import (
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import PRESETS, network_preset
 from asc_ray.models.bsconv import BSConvConfig
-from asc_ray.models.complexity import Limits, complexity, peak_activations
+from asc_ray.models.complexity import complexity, peak_activations
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
 from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
@@ -34,7 +34,7 @@ from asc_ray.models.ds_flexinet import PLANS, ChannelPlan, DSFlexiNet, DSFlexiNe
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.passt import Passt, PasstConfig
 from asc_ray.models.registry import ModelConfig, build, folded
-from asc_ray.students.cost import input_shape
+from asc_ray.students.cost import Limits, input_shape
 from asc_ray.training.recipe import Recipe
 
 SMALL_PASST = PasstConfig(width=24, depth=2, heads=3, frames=220)

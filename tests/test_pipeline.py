@@ -21,7 +21,7 @@ from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
-from asc_ray.data.parts import part_file
+from asc_ray.data.pieces import piece_file
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.ensemble.inference import Inference, infer
 from asc_ray.ensemble.teachers import train_teacher
@@ -232,7 +232,7 @@ def test_logits_in_bf16_say_how_far_they_are_off(plan, tmp_path):
     for name, artifact in plan.logits.items():
         recipe, folder = plan.config.teachers.recipes[name], tmp_path / name
         folder.mkdir()
-        file = part_file(folder, "all", 0)
+        file = piece_file(folder, "all", 0)
         share = Inference(name, (plan.teachers[name].path,), recipe, file, {"system": name})
         found = infer([share], Source(plan.clips.path, plan.config.partition), np.arange(210), 64, "bf16")
         loose = read_logits(folder)

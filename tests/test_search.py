@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from asc_ray.config.configuration import check_space
 from asc_ray.errors import UserError
-from asc_ray.models.complexity import Limits
 from asc_ray.search.config import BudgetConfig, ObjectiveConfig, SweepConfig
 from asc_ray.search.halving import should_stop
 from asc_ray.search.order import finalists, may_start, planned, repeated, within_budget
@@ -19,7 +18,7 @@ from asc_ray.search.proposals import cost_of, parent, propose, trial_config
 from asc_ray.search.space import Parameter
 from asc_ray.search.trials import TrialResult, best, importances, pareto
 from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import student_cost
+from asc_ray.students.cost import Limits, student_cost
 from asc_ray.training.objective import LearnedWeight, ScheduledWeight
 
 SPACE = {

@@ -15,7 +15,6 @@ from mlflow.tracking import MlflowClient
 
 from asc_ray.artifacts import read_record, write_record
 from asc_ray.config.composition import load_config
-from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
 from asc_ray.search.config import SweepConfig
@@ -24,6 +23,7 @@ from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import TrialResult, best, pareto
 from asc_ray.stages.work import source_of
 from asc_ray.students.config import StudentConfig
+from asc_ray.students.cost import Limits
 from asc_ray.students.train import fit_student
 
 LABELS_ALONE = ["student.distillation.soft_target=none", "sweep.seeds=1"]
@@ -248,7 +248,7 @@ def test_a_trial_whose_worker_dies_too_often_is_left_for_the_next_command(storag
         os.kill(pid, signal.SIGKILL)
     output = driver.communicate()[0]
     assert driver.returncode == 1, output
-    assert "trials did not end, for their workers died too often" in output
+    assert "trials did not end, because their workers died too often" in output
     assert "Traceback" not in output
     done = subprocess.run(command(*words), capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Logits of every system as Ray tasks over parts of the clips."""
+"""Logits of every system as Ray tasks over pieces of the clips."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from asc_ray.artifacts import Artifact
-from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
+from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SPLITS
 from asc_ray.data.logits import read_logits
-from asc_ray.data.parts import finished_parts, missing_parts, part_file
+from asc_ray.data.pieces import finished_pieces, missing_pieces, piece_file
 from asc_ray.ensemble.inference import Inference, Precision, infer
 from asc_ray.errors import UserError
 from asc_ray.resources import Resources
@@ -40,12 +40,12 @@ def store_logits(
     for name, (artifact, teachers, recipe) in systems.items():
         folder, reports[name] = artifact.open_partial(), []
         for split in SPLITS:
-            finished = finished_parts(folder, split, store.ids[rows[split]])
+            finished = finished_pieces(folder, split, store.ids[rows[split]])
             reports[name] += finished
             metadata = {"system": name, "config": artifact.key, "split": split}
-            for some in missing_parts(len(rows[split]), finished, part_clips):
+            for some in missing_pieces(len(rows[split]), finished, part_clips):
                 key = recipe.frontend.model_dump_json(), split, some.start, some.stop
-                file = part_file(folder, split, some.start)
+                file = piece_file(folder, split, some.start)
                 shares.setdefault(key, []).append(Inference(name, teachers, recipe, file, metadata))
     tasks = {}
     for (_, split, first, end), share in shares.items():

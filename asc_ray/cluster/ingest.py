@@ -7,11 +7,11 @@ from typing import Any
 
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.impulse import ImpulseBank
-from asc_ray.cluster.runtime import OnEvent, Task, run_tasks
+from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SHARD, ClipStore
 from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.faults import BadClip, Faults
-from asc_ray.data.parts import finished_parts, missing_parts, note_part, part_file
+from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import UserError
 from asc_ray.resources import Resources
@@ -31,11 +31,11 @@ def ingest(
     """Decode the corpus into the clip store. Raises CorpusError that lists every bad clip."""
     folder = artifact.open_partial()
     ids = [clip.clip_id for clip in corpus.clips]
-    reports = finished_parts(folder, SHARD, ids, accept=lambda report: skip_bad or not report["bad"])
+    reports = finished_pieces(folder, SHARD, ids, accept=lambda report: skip_bad or not report["bad"])
     tasks = []
-    for some in missing_parts(len(ids), reports, shard_clips):
+    for some in missing_pieces(len(ids), reports, shard_clips):
         arguments = (corpus.root, corpus.clips[some], corpus.labels, corpus.devices, corpus.fingerprint)
-        file = part_file(folder, SHARD, some.start)
+        file = piece_file(folder, SHARD, some.start)
         tasks.append(Task(file.stem, _ingest_shard, (*arguments, file), Resources()))
     total = len(reports) + len(tasks)
     on_event("shards", {"done": len(reports), "total": total})
@@ -91,4 +91,4 @@ def _ingest_shard(
     file: Path,
 ) -> dict[str, Any]:
     report = write_shard(root, clips, labels, devices, file, fingerprint=fingerprint)
-    return note_part(file, [clip.clip_id for clip in clips], asdict(report))
+    return note_piece(file, [clip.clip_id for clip in clips], asdict(report))

@@ -13,9 +13,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from asc_ray.artifacts import Artifact, write_record
-from asc_ray.cluster.runtime import OnEvent, settle, slots
+from asc_ray.cluster.tasks import OnEvent, settle, slots
 from asc_ray.errors import UserError
-from asc_ray.models.complexity import Limits
 from asc_ray.models.registry import build
 from asc_ray.resources import Resources
 from asc_ray.search.config import METRIC, SweepConfig
@@ -24,6 +23,7 @@ from asc_ray.search.order import planned
 from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import TrialResult
 from asc_ray.students.config import StudentConfig
+from asc_ray.students.cost import Limits
 from asc_ray.students.targets import TargetFiles, read_soft_targets
 from asc_ray.students.train import fit_student
 from asc_ray.training.dataset import Source

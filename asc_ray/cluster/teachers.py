@@ -26,7 +26,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from asc_ray.artifacts import Artifact
-from asc_ray.cluster.runtime import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
+from asc_ray.cluster.tasks import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity

@@ -13,11 +13,11 @@ from asc_ray.ensemble.fusion import FusionConfig
 from asc_ray.ensemble.inference import LogitsConfig
 from asc_ray.ensemble.teachers import TeachersConfig
 from asc_ray.int8.config import QATConfig
-from asc_ray.models.complexity import Limits
 from asc_ray.resources import ClusterConfig, Resources
 from asc_ray.search.config import NOT_JUDGED, SweepConfig
 from asc_ray.section import Section, absolute
 from asc_ray.students.config import StudentConfig, changed
+from asc_ray.students.cost import Limits
 from asc_ray.tracking.config import TrackingConfig
 
 SOFT_TARGET = "distillation.soft_target"

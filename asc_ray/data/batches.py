@@ -168,7 +168,8 @@ def delivery(config: DataConfig, clips: int, device: torch.device, gpus: float =
         return "mapped"
     raise ConfigError(
         f"data.mode: resident takes {needed / 1e9:.2f} GB for {clips} clips, and data.resident_share "
-        f"{config.resident_share:g} of the {free / 1e9:.2f} GB free on {device} is too little; use auto, mapped or stream"
+        f"{config.resident_share:g} of the {free / 1e9:.2f} GB free on {device} is too little; use auto, mapped or "
+        "stream"
     )
 
 

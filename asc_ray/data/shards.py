@@ -11,7 +11,7 @@ from asc_ray.data.clips import CLIP_SAMPLES, SHARD, SHARD_CLIPS, write_clips
 from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.decode import BadAudio, decode
 from asc_ray.data.faults import BadClip
-from asc_ray.data.parts import part_file
+from asc_ray.data.pieces import piece_file
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def write_store(corpus: Corpus, folder: Path, shard_clips: int = SHARD_CLIPS) ->
     folder.mkdir(parents=True, exist_ok=True)
     bad: list[BadClip] = []
     for first in range(0, len(corpus.clips), shard_clips):
-        some, file = corpus.clips[first : first + shard_clips], part_file(folder, SHARD, first)
+        some, file = corpus.clips[first : first + shard_clips], piece_file(folder, SHARD, first)
         report = write_shard(corpus.root, some, corpus.labels, corpus.devices, file, fingerprint=corpus.fingerprint)
         bad += report.bad
     return bad

@@ -15,7 +15,7 @@ from torch import nn
 from asc_ray.artifacts import read_manifest
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.logits import write_logits
-from asc_ray.data.parts import note_part
+from asc_ray.data.pieces import note_piece
 from asc_ray.errors import UserError
 from asc_ray.models.registry import folded
 from asc_ray.resources import Resources
@@ -95,5 +95,5 @@ def infer(
         metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": " ".join(weights)}
         write_logits(system.file, store.ids[rows], values.numpy(), {**system.metadata, **metadata})
         facts = {"bf16_difference": difference} if precision == "bf16" else {}
-        records[system.system] = note_part(system.file, store.ids[rows], facts)
+        records[system.system] = note_piece(system.file, store.ids[rows], facts)
     return records

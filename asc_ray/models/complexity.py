@@ -2,44 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
 
 import torch
 import torchinfo
-from pydantic import BeforeValidator, Field
 from torch import nn
 from torchinfo.layer_info import LayerInfo
 
-from asc_ray.section import Section
-
 BYTES_EACH = {"float32": 4, "int8": 1}
-
-
-def _number(value: Any) -> Any:
-    """Read 30e6 as a number, although YAML takes it for text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
-Count = Annotated[int, BeforeValidator(_number)]
-
-
-class Limits(Section):
-    """What a device allows a student; the defaults are DCASE's."""
-
-    bytes: Count = Field(128_000, ge=1, description="bytes of the parameters as int8")
-    macs: Count = Field(30_000_000, ge=1, description="multiply-accumulates for one clip")
-
-    def exceeded(self, cost: "Complexity") -> list[str]:
-        """Return, in words, which limits are exceeded; empty if none is."""
-        found = {"bytes": cost.bytes["int8"], "macs": cost.macs}
-        return [
-            f"limits.{name}: {found[name]:,}, allowed {limit:,}"
-            for name, limit in (("bytes", self.bytes), ("macs", self.macs))
-            if found[name] > limit
-        ]
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _artifact(storage: Path, stage: str, key: str) -> Path:
     raise UserError(f"{storage / stage}: nothing with the key {key}, which the model was made from; was it deleted?")
 
 
-def export(run: str, out: Path, name: str, uri: str | None, default_storage: Path, progress: Progress) -> None:
+def export_bundle(run: str, out: Path, name: str, uri: str | None, default_storage: Path, progress: Progress) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
     Raises UserError where `find`, `compare` and `register` do, and if `out` holds something else.

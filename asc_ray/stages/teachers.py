@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from asc_ray.artifacts import write_record
-from asc_ray.cluster.runtime import Task, run_tasks
+from asc_ray.cluster.tasks import Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.teachers import import_teacher

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from asc_ray.artifacts import Artifact
-from asc_ray.cluster.runtime import Task, run_tasks
 from asc_ray.cluster.stream import stream
+from asc_ray.cluster.tasks import Task, run_tasks
 from asc_ray.plan import Plan
 from asc_ray.progress import Progress
 from asc_ray.resources import Resources

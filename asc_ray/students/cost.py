@@ -1,10 +1,42 @@
 """What a network costs on a device, and the limits that it has to keep."""
 
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
 from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.errors import ConfigError
-from asc_ray.models.complexity import Complexity, Limits, complexity
+from asc_ray.models.complexity import Complexity, complexity
 from asc_ray.models.registry import build
+from asc_ray.section import Section
 from asc_ray.training.recipe import Recipe
+
+
+def _number(value: Any) -> Any:
+    """Read 30e6 as a number, although YAML takes it for text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_number)]
+
+
+class Limits(Section):
+    """What a device allows a student; the defaults are DCASE's."""
+
+    bytes: Count = Field(128_000, ge=1, description="bytes of the parameters as int8")
+    macs: Count = Field(30_000_000, ge=1, description="multiply-accumulates for one clip")
+
+    def exceeded(self, cost: Complexity) -> list[str]:
+        """Return, in words, which limits are exceeded; empty if none is."""
+        found = {"bytes": cost.bytes["int8"], "macs": cost.macs}
+        return [
+            f"limits.{name}: {found[name]:,}, allowed {limit:,}"
+            for name, limit in (("bytes", self.bytes), ("macs", self.macs))
+            if found[name] > limit
+        ]
 
 
 def network_cost(recipe: Recipe, scenes: int) -> Complexity:

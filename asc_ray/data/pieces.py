@@ -1,8 +1,8 @@
 """Files of consecutive clips that a stage makes one by one: what a killed run finished, and what is left to do.
 
-A part is a file PREFIX-FIRST.arrow beside a record PREFIX-FIRST.json with the clips that the file covers and its
+A piece is a file PREFIX-FIRST.arrow beside a record PREFIX-FIRST.json with the clips that the file covers and its
 checksum. What is left to do follows from these records alone and not from how an earlier run divided the clips, so
-another size of parts neither loses a clip nor makes one twice.
+another size of pieces neither loses a clip nor makes one twice.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ Record = Mapping[str, Any]
 Ids = Sequence[str] | np.ndarray
 
 
-def part_file(folder: Path, prefix: str, first: int) -> Path:
-    """Return the file of the part that begins with the clip at position `first`; names sort by position."""
+def piece_file(folder: Path, prefix: str, first: int) -> Path:
+    """Return the file of the piece that begins with the clip at position `first`; names sort by position."""
     return folder / f"{prefix}-{first:09d}.arrow"
 
 
-def note_part(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
-    """Write the record of a finished part that covers the clips `ids`, and return it."""
+def note_piece(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
+    """Write the record of a finished piece that covers the clips `ids`, and return it."""
     first = int(file.stem.rpartition("-")[2])
     record = {**facts, "file": file.name, "first": first, "clips": len(ids), "ids": _digest(ids)}
     record["sha256"] = file_sha256(file)
@@ -32,10 +32,10 @@ def note_part(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
     return record
 
 
-def finished_parts(
+def finished_pieces(
     folder: Path, prefix: str, ids: Ids, accept: Callable[[Record], bool] = lambda record: True
 ) -> list[dict[str, Any]]:
-    """Return the records of the whole parts in `folder` that cover the clips of `ids` that they say, in order.
+    """Return the records of the whole pieces in `folder` that cover the clips of `ids` that they say, in order.
 
     All other files of the prefix are removed: those of other clips, those that are cut or changed, have no record,
     overlap the one before, or that `accept` refuses.
@@ -56,8 +56,8 @@ def finished_parts(
     return found
 
 
-def missing_parts(count: int, finished: Sequence[Record], size: int) -> list[slice]:
-    """Return the positions, of `count` clips, that no finished part covers, in slices of at most `size`."""
+def missing_pieces(count: int, finished: Sequence[Record], size: int) -> list[slice]:
+    """Return the positions, of `count` clips, that no finished piece covers, in slices of at most `size`."""
     gaps, start = [], 0
     for first, clips in [*((record["first"], record["clips"]) for record in finished), (count, 0)]:
         gaps += [slice(at, min(at + size, first)) for at in range(start, first, size)]
@@ -71,7 +71,7 @@ def _covers(record: Record, file: Path, ids: Ids) -> bool:
         return False
     own = ids[first : first + clips]
     return (
-        part_file(file.parent, file.stem.rpartition("-")[0], first) == file
+        piece_file(file.parent, file.stem.rpartition("-")[0], first) == file
         and len(own) == clips > 0
         and record.get("ids") == _digest(own)
         and record.get("sha256") == file_sha256(file)
