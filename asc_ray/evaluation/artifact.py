@@ -16,7 +16,7 @@ EVALUATION = "evaluation.json"
 
 
 class Scores(Section):
-    """Every single system, their average and the fusion (and students), on the same clips."""
+    """The evaluations of every system, their average and the fusion (and students), on the same clips."""
 
     systems: dict[str, Evaluation]
     gain: Gain  # of the fusion over the average
@@ -25,7 +25,7 @@ class Scores(Section):
 def score_ensemble(
     store: ClipStore, rows: np.ndarray, logits: np.ndarray, systems: tuple[str, ...], fusion: Fusion
 ) -> Scores:
-    """Every single system, their average, and the fusion, on the same clips; logits (S, N, K)."""
+    """Evaluate every system, their average and the fusion on the same clips; `logits` are (S, N, K)."""
     outputs = dict(zip(systems, logits, strict=True)) | {"average": logits.mean(axis=0), "fusion": fusion.apply(logits)}
     return Scores(
         systems={name: score(store, rows, values) for name, values in outputs.items()},
@@ -34,7 +34,7 @@ def score_ensemble(
 
 
 def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
-    """Logits (N, K) of the store's clips `rows` against their scenes, by device group."""
+    """Evaluate logits (N, K) of the store's clips `rows` against their scenes, by device group."""
     groups = device_groups(store.device[store.split == "train"], store.device[rows])
     return evaluate(
         logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]

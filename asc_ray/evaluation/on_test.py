@@ -1,4 +1,4 @@
-"""The ensemble and the students on the test split, which no stage before has read."""
+"""The ensemble and the students on the test split, on which no earlier stage learns or scores."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from asc_ray.training.validation import predict
 
 
 def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, Path], fusion: Path) -> None:
-    """Score teachers, average and fusion on the test split; no stage before looks there.
+    """Score systems, average and fusion on the test split.
 
     Raises UserError for damaged files of logits.
     """
@@ -40,14 +40,14 @@ def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, P
 def evaluate_student(
     artifact: Artifact, source: Source, student: Path, config: StudentConfig, gpus: float = 0.0
 ) -> None:
-    """Score a finished student, or with a folder that holds one its int8 form, on the test split."""
+    """Score a finished student on the test split, or its int8 form if that is what the folder `student` holds."""
     folder = artifact.open_partial()
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
     int8 = (student / ONNX_MODEL).is_file()
     device = torch.device("cpu") if int8 else training_device(gpus)
     if int8:
-        # What was trained is what computes: the same clips with fake quantization, and in onnxruntime's 8-bit kernels.
+        # Its answers are compared with those of the fake-quantized network that was trained, and of onnxruntime.
         trained = load_fake_quantized(student, config, len(store.labels))
         model = convert(trained)
         others = {"fake_quantization": trained, "onnxruntime": OnnxModel(stored_file(student, ONNX_MODEL))}
