@@ -10,14 +10,14 @@ from pydantic import Field
 from asc_ray.ensemble.newton import Shard
 from asc_ray.errors import UserError
 
-CHANCE = 3.0  # standard deviations that agreement must be above chance for a system to know anything
+CHANCE = 3.0  # a system knows something if its agreement is so many standard deviations above chance
 
 Ridge = Annotated[float, Field(ge=0.0)] | Literal["auto"]
 ScenePrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(gt=0.0)]]
 
 
 def notes_on(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]:
-    """What a user should know: that no system knows the scenes, or that the clips do not determine a weight."""
+    """Return what a user should know: no system knows the scenes, or the clips do not determine a weight."""
     products, squares = np.zeros((len(systems), len(systems))), np.zeros(len(systems))
     for shard in shards:
         logits = shard.read().astype(np.float64)
@@ -45,8 +45,11 @@ def notes_on(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]
 
 
 def _agreement(shards: Sequence[Shard]) -> tuple[float, float]:
-    """The largest share of clips that a system is right on, and how many standard deviations above chance the most
-    certain one is: above the share on which its answers and scenes of other clips would agree."""
+    """Return the largest share of clips that a system is right on, and the largest certainty of a system.
+
+    The certainty is how many standard deviations its share is above chance: above the share of clips for which its
+    answers would agree with the scenes of other clips.
+    """
     answers = np.concatenate([shard.read().argmax(axis=2) for shard in shards], axis=1)  # (S, N)
     scene = np.concatenate([shard.scene for shard in shards])
     right = (answers == scene).mean(axis=1)
@@ -58,7 +61,7 @@ def _agreement(shards: Sequence[Shard]) -> tuple[float, float]:
 
 
 def check_prior(scene_prior: ScenePrior, labels: Sequence[str]) -> None:
-    """Raises UserError where the scenes' shares are not one for each, above 0, together 1."""
+    """Raise UserError unless every scene has a share above 0, and all of them together are 1."""
     if scene_prior in ("empirical", "uniform"):
         return
     shares = scene_prior if isinstance(scene_prior, Mapping) else {}
@@ -74,7 +77,7 @@ def scene_counts(shards: Sequence[Shard], labels: Sequence[str]) -> np.ndarray:
 
 
 def check_inputs(shards: Sequence[Shard], systems: Sequence[str], labels: Sequence[str], ridge: Ridge) -> None:
-    """Refuse names that are not different, scenes that are no indices, labels without a clip, no ridge."""
+    """Raise UserError for an invalid ridge, equal names, scenes that are no indices, and scenes without a clip."""
     if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < np.inf):
         raise UserError(f"fusion.ridge: found {ridge!r}; expected auto, or a number from 0")
     for kind, names in (("system", systems), ("label", labels)):
@@ -93,7 +96,7 @@ def check_inputs(shards: Sequence[Shard], systems: Sequence[str], labels: Sequen
 
 
 def refuse_broken(shards: Sequence[Shard], systems: Sequence[str]) -> None:
-    """Raise UserError with the systems whose logits are not finite, and of how many clips."""
+    """Raise UserError with the systems whose logits are not finite, and for how many clips."""
     broken, total = np.zeros(len(systems), dtype=np.int64), 0
     for shard in shards:
         broken += (~np.isfinite(shard.read()).all(axis=2)).sum(axis=1)

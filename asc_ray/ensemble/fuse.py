@@ -1,4 +1,4 @@
-"""From stored logits to a fusion and soft targets: an artifact that holds all three."""
+"""From stored logits to an artifact with a fusion, soft targets and scores."""
 
 import json
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ SHARD_CLIPS = 65_536
 def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig) -> None:
     """Learn eq. 4 on the part `fusion`, and write soft targets of the training split.
 
-    `targets/fused` and `targets/average` hold logits free of temperature. The scores beside them are for the part
-    `validation`, which neither the teachers nor the fusion have seen. Of the test split nothing is read: neither its
-    logits' files are opened nor its clips' labels.
+    `targets/fused` and `targets/average` hold logits, not divided by a temperature. The scores are those on the part
+    `validation`, which neither the teachers nor the fusion have seen. Nothing of the test split is read, neither its
+    logits nor its clips' scenes.
 
     Raises UserError for damaged files of logits, and for what `fit` and `Ensemble` refuse.
     """
@@ -81,7 +81,7 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
 
 
 def shards(systems: Mapping[str, Logits], store: ClipStore, rows: np.ndarray) -> list[Shard]:
-    """The store's clips `rows`, to be read in pieces."""
+    """Return the store's clips `rows` as shards, which are read one by one."""
     ensemble, scene = Ensemble(list(systems.values()), store.ids[rows]), store.scene[rows]
     some = [slice(start, start + SHARD_CLIPS) for start in range(0, len(rows), SHARD_CLIPS)]
     return [Shard(ensemble.piece(piece), scene[piece]) for piece in some]

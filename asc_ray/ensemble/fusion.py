@@ -26,16 +26,16 @@ from asc_ray.section import Section
 
 RIDGES = tuple(float(10**e) for e in np.arange(-4.0, 1.1, 0.5))
 FOLDS = 5
-CROSS_VALIDATED = 16_384  # clips, for the choice of a ridge
-CLIPS_A_SHARD = 65_536  # of logits that are in memory anyway
+CROSS_VALIDATED = 16_384  # clips that a ridge is chosen on
+CLIPS_A_SHARD = 65_536  # for logits that are in memory anyway
 
 
 class FusionConfig(Section):
     """How eq. 4 is learned.
 
     `data`: what it is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
-    the training split but the validation part; every teacher is trained `folds` times, and a clip's logits are those of
-    the model that did not see it. train: the clips that the teachers were trained on.
+    the training split but the validation part; every system is trained `folds` times, and a clip's logits are those of
+    the teacher that did not see it. train: the clips that the teachers were trained on.
 
     `ridge: auto` takes the one with the least log loss in cross-validation over places. `scene_prior`: every clip
     weighs the same (empirical), or every scene does (uniform), or scenes weigh as given.
@@ -43,8 +43,8 @@ class FusionConfig(Section):
 
     gone: ClassVar[Mapping[str, Any]] = {"tasks": 1}
     renamed: ClassVar[Mapping[str, str]] = {"scene_prior": "class_prior"}
-    data: FusionData = Field("holdout", description="clips that it is learned on")
-    folds: int = Field(4, ge=2, description="of crossfit")
+    data: FusionData = Field("holdout", description="clips that the fusion is learned on")
+    folds: int = Field(4, ge=2, description="folds of crossfit")
     ridge: Ridge = Field("auto", description="strength of the pull towards the average of the systems")
     scene_prior: ScenePrior = Field("empirical", description="how much each scene weighs")
     nonnegative: bool = Field(False, description="no system has a negative weight")
@@ -65,10 +65,10 @@ class Fusion:
     objective_before: float
     objective_after: float
     iterations: int
-    notes: tuple[str, ...] = ()  # systems that say nothing, or the same as another; scenes that none agrees with
+    notes: tuple[str, ...] = ()  # see `notes_on`
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
-        """Fused logits (N, K) float32 of (S, N, K) logits whose systems and scenes are in the order of the fit.
+        """Return fused logits (N, K) float32 of `logits` (S, N, K), whose systems and scenes have the fit's order.
 
         Raises UserError for another number of systems or scenes.
         """
@@ -93,7 +93,7 @@ class Fusion:
 
     @staticmethod
     def load(path: Path) -> "Fusion":
-        """Raises UserError when `path` is not a fusion's JSON."""
+        """Read what `save` wrote. Raises UserError when `path` is not a fusion's JSON."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             weights, biases = document.pop("weights"), document.pop("biases")
@@ -122,17 +122,17 @@ def fit(
     scene_prior: ScenePrior = "empirical",
     nonnegative: bool = False,
 ) -> Fusion:
-    """The minimum of J for logits (S, N, K) of clips whose scenes are `scene` (N,), indices into the labels.
+    """Return the fusion that minimizes J for `logits` (S, N, K) of clips with the scenes `scene` (N,).
 
-    No system may have been trained on these clips.
+    `scene` has indices into `labels`. No system may have been trained on these clips.
 
     `places` (N,) are the clips' places: clips of one place are never on both sides of the cross-validation that chooses
     the ridge. Without them every clip is a place. `scene_prior` and `nonnegative` are those of FusionConfig.
 
-    Memory beyond the inputs does not grow with N; memory-mapped logits are read in blocks. What the result's `notes`
-    say is a warning, too: above all where no system knows the scenes, as where the clips are in another order. Raises
-    UserError for shapes that do not agree, logits that are not finite, scenes without a clip, and a search that does
-    not converge (only without a ridge, when the systems separate the scenes and no finite minimum exists).
+    Memory beyond the inputs does not grow with N; memory-mapped logits are read in blocks. The result's `notes` are
+    warnings too, e.g. that no system knows the scenes, perhaps because the clips are in another order. Raises UserError
+    for shapes that do not agree, logits that are not finite, scenes without a clip, and a search that does not converge
+    (only without a ridge, when the systems separate the scenes and no finite minimum exists).
 
     >>> rng = np.random.default_rng(0)
     >>> scene = np.arange(30_000) % 3
@@ -184,9 +184,9 @@ def fit_shards(
     scene_prior: ScenePrior = "empirical",
     nonnegative: bool = False,
 ) -> Fusion:
-    """`fit` for clips that are read shard by shard in every pass; `places` (N,) are of all shards' clips in order.
+    """Do the work of `fit` for clips that are read shard by shard in every pass.
 
-    On the sharding the result depends only by rounding.
+    `places` (N,) are those of all shards' clips in order. Another division into shards changes only the rounding.
     """
     check_inputs(shards, systems, labels, ridge)
     count = sum(len(shard.scene) for shard in shards)
@@ -202,7 +202,7 @@ def fit_shards(
         at_average = problem(shards, 0.0).evaluate(start, hessian=False)
     if not (np.isfinite(at_average.value) and np.isfinite(at_average.gradient).all()):
         refuse_broken(shards, systems)
-    if at_average.value > np.log(len(labels)):  # so sure and wrong that it is worse than no system: start there
+    if at_average.value > np.log(len(labels)):  # the average is worse than no system: start from none
         start = np.zeros(len(start))
     scale = max(1.0, float(np.abs(at_average.gradient).max()))
     if ridge == "auto":
@@ -225,7 +225,7 @@ def fit_shards(
         scene_prior=scene_prior,
         nonnegative=nonnegative,
         clips=count,
-        objective_before=at_average.value,  # the average is where the ridge pulls to
+        objective_before=at_average.value,  # at the average the ridge adds nothing
         objective_after=found.sums.value,
         iterations=iterations + found.iterations,
         notes=notes_on(few, systems),
@@ -239,7 +239,7 @@ def objectives(
     labels: Sequence[str],
     scene_prior: ScenePrior = "empirical",
 ) -> dict[str, float]:
-    """J of each system by itself, with weight 1 and no bias; without a ridge."""
+    """Return J of each system by itself, with weight 1 and no bias; without a ridge."""
     problem = Problem(shards, _clip_weights(shards, scene_prior, labels), ridge=0.0)
     alone = np.eye(len(systems), len(systems) + len(labels))
     return {name: problem.evaluate(theta, hessian=False).value for name, theta in zip(systems, alone, strict=True)}
@@ -252,10 +252,11 @@ def _choose_ridge(
     scale: float,
     problem: Callable[[Sequence[Shard], float], Problem],
 ) -> float:
-    """The one of RIDGES with the least log loss on the places left out, over FOLDS folds of whole places.
+    """Return the ridge with the least log loss on the places left out, over FOLDS folds of whole places.
 
-    Of many clips as many places are taken as hold CROSS_VALIDATED of them. The ridge counts for the mean over clips, so
-    to have the same strength beside the sum over all of them it is made smaller by the share that was taken.
+    The candidates are RIDGES. With many clips, only as many places are taken as hold CROSS_VALIDATED of them. J weighs
+    the ridge against the mean over clips. To keep its strength against the sum over all clips, the ridge is multiplied
+    by the share of clips that was taken.
     """
     count = int(place.max()) + 1
     if count == 1:  # nothing can be left out
@@ -270,19 +271,19 @@ def _choose_ridge(
     folds = [_loaded(shards, [own == fold for own in of_shard]) for fold in range(min(FOLDS, len(taken)))]
     for left_out in folds:
         theta = start
-        for index in reversed(range(len(RIDGES))):  # each from the minimum under the next stronger one
+        for index in reversed(range(len(RIDGES))):  # each starts from the minimum of the next stronger one
             training = problem([fold for fold in folds if fold is not left_out], RIDGES[index])
             try:
                 theta = minimize(training, theta, 1e-4 * max(scale, RIDGES[index])).theta
                 losses[index] += replace(training, shards=[left_out], ridge=0.0).evaluate(theta, hessian=False).value
-            except NoMinimum:  # too weak for logits like these
+            except NoMinimum:  # this ridge is too weak for these logits
                 losses[index] = np.inf
     share = sum(len(fold.scene) for fold in folds) / len(place)
     return RIDGES[int(losses.argmin())] * share
 
 
 def _loaded(shards: Sequence[Shard], chosen: Sequence[np.ndarray]) -> Shard:
-    """The chosen clips, a mask for each shard, read into memory."""
+    """Read the chosen clips, a mask for each shard, into memory."""
     logits = [shard.read()[:, mask] for shard, mask in zip(shards, chosen, strict=True) if mask.any()]
     scene = [shard.scene[mask] for shard, mask in zip(shards, chosen, strict=True)]
     return Shard(partial(np.asarray, np.concatenate(logits, axis=1)), np.concatenate(scene))
@@ -298,11 +299,11 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 
 def _clip_weights(shards: Sequence[Shard], scene_prior: ScenePrior, labels: Sequence[str]) -> np.ndarray:
-    """(K,) a_n of the clips of each scene. Raises UserError."""
+    """Return a_n (K,) for the clips of each scene. Raises UserError where `scene_prior` does not fit `labels`."""
     counts = scene_counts(shards, labels)
     if scene_prior == "empirical":
         return np.full(len(labels), 1.0 / counts.sum())
-    counts = np.maximum(counts, 1)  # a fold of the cross-validation may lack a scene; its weight then meets no clip
+    counts = np.maximum(counts, 1)  # a fold of the cross-validation may lack a scene, whose weight is then not used
     if scene_prior == "uniform":
         return 1.0 / (len(labels) * counts)
     check_prior(scene_prior, labels)

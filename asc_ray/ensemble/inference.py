@@ -33,7 +33,9 @@ class LogitsConfig(Section):
     """How the teachers' logits are computed."""
 
     batch_size: int = Field(64, ge=1, description="clips that go through a network together")
-    precision: Precision = Field("fp32", description="of the networks; bf16 notes its largest difference to fp32")
+    precision: Precision = Field(
+        "fp32", description="arithmetic of the networks; with bf16 the largest difference to fp32 is recorded"
+    )
     resources: Resources = Resources()
 
 
@@ -41,7 +43,7 @@ class LogitsConfig(Section):
 class Inference:
     """One system's share of an inference: its weights, and the file that takes its logits.
 
-    `teachers`: one, or with cross-fitting that of every fold.
+    `teachers` is one artifact, or with cross-fitting one for every fold.
     """
 
     system: str
@@ -54,12 +56,12 @@ class Inference:
 def infer(
     systems: Sequence[Inference], source: Source, rows: np.ndarray, batch: int, precision: Precision, gpus: float = 0.0
 ) -> dict[str, dict[str, Any]]:
-    """Write the logits of finished teachers that share a front end for the store's clips `rows`, all splits alike.
+    """Write the logits of finished teachers for the store's clips `rows`, of any split.
 
-    With cross-fitting a clip's logits are those of the teacher that did not see it, and the mean of all folds' teachers
-    where none did. The clips are read and transformed once for all systems, and batch norms are folded into the
-    convolutions. Returns the record of each system's part, for `bf16` with the largest difference to fp32 in a first
-    batch. Raises UserError for logits that are not finite.
+    With cross-fitting a clip's logits are those of the teacher that did not see it. A clip that no teacher saw gets the
+    mean of all folds' teachers. All systems share a front end, so the clips are read and transformed once. Batch norms
+    are folded into the convolutions. Returns the record of each system's file, for `bf16` with the largest difference
+    to fp32 in a first batch. Raises UserError for logits that are not finite.
     """
     store, fold = source.store(), np.full(len(rows), -1)
     if len(systems[0].teachers) > 1:

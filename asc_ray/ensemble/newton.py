@@ -9,13 +9,13 @@ import numpy as np
 from asc_ray.errors import UserError
 
 BLOCK = 1024  # clips held in float64 at a time
-TOLERANCE = 1e-9  # of the gradient's largest entry, relative to its value at the average (or to the ridge, or 1)
+TOLERANCE = 1e-9  # for the gradient's largest entry, relative to that at the average (or to the ridge, or 1)
 MAX_PASSES = 200  # over the clips; 5 to 20 are needed
-SAMPLE = 8192  # clips of the sample whose minimum is the start for more than a few times as many
+SAMPLE = 8192  # clips of the sample whose minimum is the start where there are more than four times as many
 
 
 class NoMinimum(UserError):
-    """The search did not come to an end."""
+    """The search did not converge."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Problem:
     nonnegative: bool = False  # w >= 0
 
     def evaluate(self, theta: np.ndarray, hessian: bool = True) -> Sums:
-        """J at theta, with its derivatives; the shards are read one after the other."""
+        """Return J at theta, with its derivatives; the shards are read one after the other."""
         each = (sums(shard, theta=theta, clip_weights=self.clip_weights, hessian=hessian) for shard in self.shards)
         pull = theta - average(len(theta) - len(self.clip_weights), len(self.clip_weights))
         penalty = Sums(0.5 * self.ridge * float(pull @ pull), self.ridge * pull, self.ridge * np.eye(len(theta)))
@@ -63,12 +63,12 @@ class Minimum:
 
 
 def average(systems: int, scenes: int) -> np.ndarray:
-    """theta = (w, b) of the systems' plain average."""
+    """Return theta = (w, b) of the systems' plain average."""
     return np.concatenate([np.full(systems, 1.0 / systems), np.zeros(scenes)])
 
 
 def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: bool = True) -> Sums:
-    """What the shard's clips add to J; beyond what `read` gives, memory does not grow with the clips."""
+    """Return what the shard's clips add to J; beyond what `read` gives, memory does not grow with the clips."""
     logits, scene = shard.read(), shard.scene
     count_s, count_n, count_k = logits.shape
     w, b = theta[:count_s], theta[count_s:, None]
@@ -79,7 +79,7 @@ def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: boo
         y = scene[start : start + BLOCK]
         at_label = (y, np.arange(len(y)))
         a = clip_weights[y]
-        # A copy (S, K, n), changed below: sums over clips run along its memory.
+        # A copy (S, K, n), because it is changed below, and sums over clips run along its memory.
         z_s = np.array(logits[:, start : start + BLOCK].transpose(0, 2, 1), dtype=np.float64, order="C")
         flat = z_s.reshape(count_s, -1)
         z = (w @ flat).reshape(count_k, -1) + b
@@ -111,11 +111,11 @@ def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: boo
 def minimize(
     problem: Problem, start: np.ndarray, tolerance: float = TOLERANCE, curvature: np.ndarray | None = None
 ) -> Minimum:
-    """Newton's method with a line search; where weights may not be negative, its quadratic problems have that bound.
+    """Minimize J by Newton's method with a line search; with `nonnegative` weights, each step keeps that bound.
 
-    `curvature`: a Hessian for the first step, as of a sample of the clips. Ends when no entry of the gradient that
-    could still move is above `tolerance`. Raises NoMinimum where that does not come: without a ridge, when the systems
-    separate the scenes and no finite minimum exists.
+    `curvature` is a Hessian for the first step, such as that of a sample of the clips. The search ends when no entry of
+    the gradient is above `tolerance`, except those held at a bound. Raises NoMinimum where it does not end: without a
+    ridge, when the systems separate the scenes and no finite minimum exists.
     """
     count_s = len(start) - len(problem.clip_weights)
     bounded = (np.arange(len(start)) < count_s) & problem.nonnegative
@@ -124,14 +124,14 @@ def minimize(
         found = replace(found, hessian=curvature)
     iterations, passes, steepest, last = 0, 1, 0.0, False
     while True:
-        # A weight of 0 that would grow J by growing stays there.
+        # A weight of 0 stays there where J would grow with it.
         held = bounded & (theta <= 0) & (found.gradient >= 0)
         before, steepest = steepest, float(np.abs(found.gradient[~held]).max(initial=0.0))
         if steepest <= tolerance:
             return Minimum(theta, found, iterations)
-        if last:  # it was expected to be the minimum, so it came without the Hessian
+        if last:  # this was expected to be the minimum, so the Hessian was left out
             found = problem.evaluate(theta)
-        # Convergence is quadratic: from the last two gradients follows the next.
+        # Convergence is quadratic, so the last two gradients predict the next one.
         last = steepest**3 <= tolerance * before**2
         step = _step(found, theta, bounded)
         step[count_s:] -= step[count_s:].mean()
@@ -144,10 +144,10 @@ def minimize(
                     f"{max(1e-4, 10 * problem.ridge):g}"
                 )
             new = theta + scale * step
-            new[bounded] = np.maximum(new[bounded], 0.0)  # what rounding left below
+            new[bounded] = np.maximum(new[bounded], 0.0)  # rounding may leave it below 0
             candidate = problem.evaluate(new, hessian=not last)
             passes += 1
-            # Near the minimum the decrease drowns in rounding; equality to a few ulps is then as good as a decrease.
+            # Near the minimum the decrease is lost in rounding, so equality to a few ulps is accepted too.
             slack = 8 * np.finfo(float).eps * abs(found.value)
             accepted = bool(candidate.value <= found.value + 1e-4 * found.gradient @ (new - theta) + slack)
             scale /= 2
@@ -156,7 +156,10 @@ def minimize(
 
 
 def _step(found: Sums, theta: np.ndarray, bounded: np.ndarray) -> np.ndarray:
-    """To the minimum of J's quadratic model; by active sets (Lawson and Hanson, 1974) where 0 bounds entries."""
+    """Return the step to the minimum of J's quadratic model.
+
+    Where 0 bounds entries, it is found by active sets (Lawson and Hanson, 1974).
+    """
     x, free = theta, ~bounded | (theta > 0)
     for _ in range(10 * len(theta)):
         slope = found.gradient + found.hessian @ (x - theta)
@@ -173,14 +176,14 @@ def _step(found: Sums, theta: np.ndarray, bounded: np.ndarray) -> np.ndarray:
         slope = np.where(free, 0.0, found.gradient + found.hessian @ (x - theta))
         if slope.min() >= -1e-10 * np.abs(found.gradient).max():
             break
-        free[slope.argmin()] = True  # the bound that holds back most
+        free[slope.argmin()] = True  # release the bound that holds back most
     return x - theta
 
 
 def _solve(hessian: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    """The least-norm solution: without a ridge the Hessian is singular along b + constant, and along equal systems.
+    """Return the least-norm solution: without a ridge the Hessian is singular along b + constant and equal systems.
 
-    In units in which its diagonal is 1, so that a system of large logits does not hide the others.
+    The Hessian is scaled to a diagonal of 1, so that a system with large logits does not hide the others.
     """
     diagonal = np.sqrt(np.maximum(hessian.diagonal(), 0.0))
     unit = np.where(diagonal > 0, 1.0 / np.where(diagonal > 0, diagonal, 1.0), 1.0)

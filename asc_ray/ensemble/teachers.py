@@ -23,13 +23,14 @@ class TeachersConfig(Section):
 
     checkpoints: Path | None = Field(
         None,
-        description="folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; those are not trained",
+        description="folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; "
+        "the systems of these names are not trained",
     )
-    recipes: dict[str, Recipe] = Field(min_length=1, description="of the systems, by their names")
+    recipes: dict[str, Recipe] = Field(min_length=1, description="recipes of the systems, by name")
     resources: TrainerResources = TrainerResources()
-    resources_for: dict[str, TrainerResources] = Field({}, description="in place of `resources`, by the model's name")
+    resources_for: dict[str, TrainerResources] = Field({}, description="replaces `resources`, by the model's name")
     allow_missing: int = Field(
-        0, ge=0, description="so many systems may fail for good, and the ensemble goes on without them"
+        0, ge=0, description="how many systems may fail for good; the ensemble goes on without them"
     )
 
     @model_validator(mode="after")
@@ -46,7 +47,7 @@ class TeachersConfig(Section):
         return self.resources_for.get(recipe.model.name, self.resources)
 
     def requests(self) -> dict[str, TrainerResources]:
-        """What the systems ask for, by the key that says so."""
+        """Return the resources that the systems ask for, by the configuration's key that sets them."""
         models = {recipe.model.name for recipe in self.recipes.values()}
         asked = {
             f"teachers.resources_for.{model}": self.resources_for[model] for model in models & {*self.resources_for}
@@ -83,7 +84,7 @@ def train_teacher(
 
 
 def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, labels: Sequence[str]) -> None:
-    """A system from a published checkpoint instead of a training. Raises UserError where it does not fit."""
+    """Make a system from a published checkpoint instead of a training. Raises UserError where it does not fit."""
     model = build(recipe.model, len(labels), recipe.seed)
     known = load_published(model, file, about(recipe, labels))
     save_weights(model, artifact.open_partial() / WEIGHTS, about(recipe, labels))

@@ -16,14 +16,14 @@ EVALUATION = "evaluation.json"
 
 
 class Scores(Section):
-    """Every single system, their average and the fusion (and students), on the same clips."""
+    """The evaluations of every system, their average and the fusion (and students), on the same clips."""
 
     systems: dict[str, Evaluation]
     gain: Gain  # of the fusion over the average
 
 
 def score_ensemble(store: ClipStore, rows: np.ndarray, systems: Mapping[str, np.ndarray], fused: np.ndarray) -> Scores:
-    """Score every single system, their average, and the fusion, by logits (N, K) of the store's clips `rows`."""
+    """Score every system, their average and the fusion, by logits (N, K) of the store's clips `rows`."""
     outputs = {**systems, "average": np.mean(list(systems.values()), axis=0), "fusion": fused}
     return Scores(
         systems={name: score(store, rows, values) for name, values in outputs.items()},
@@ -32,7 +32,7 @@ def score_ensemble(store: ClipStore, rows: np.ndarray, systems: Mapping[str, np.
 
 
 def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
-    """Logits (N, K) of the store's clips `rows` against their scenes, by device group."""
+    """Evaluate logits (N, K) of the store's clips `rows` against their scenes, by device group."""
     groups = device_groups(store.device[store.split == "train"], store.device[rows])
     return evaluate(
         logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]

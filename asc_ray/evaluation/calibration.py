@@ -18,7 +18,7 @@ class ReliabilityBin(Section):
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
-    """Guo et al., 2017: the clips (N,) by the confidence of their answer, in bins (i/15, (i+1)/15]."""
+    """Sort clips (N,) by the confidence of their answers into bins (i/15, (i+1)/15] (Guo et al., 2017)."""
     index = _bin_of(confidence)
     members = [index == i for i in np.unique(index)]
     return tuple(
@@ -32,7 +32,7 @@ def _bin_of(confidence: np.ndarray) -> np.ndarray:
 
 
 def pooled_bins(bins: Sequence[ReliabilityBin]) -> tuple[ReliabilityBin, ...]:
-    """Bins of several evaluations as of all their clips together."""
+    """Join the bins of several evaluations into those of all their clips together."""
     index = _bin_of(np.array([own.confidence for own in bins]))
     pooled = []
     for number in np.unique(index):
@@ -49,6 +49,6 @@ def pooled_bins(bins: Sequence[ReliabilityBin]) -> tuple[ReliabilityBin, ...]:
 
 
 def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Mean of |accuracy - confidence| over the bins, weighted by their clips."""
+    """Return the mean of |accuracy - confidence| over the bins, weighted by their clips."""
     clips = sum(b.clips for b in bins)
     return sum(b.clips * abs(b.accuracy - b.confidence) for b in bins) / clips

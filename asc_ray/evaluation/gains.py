@@ -17,15 +17,15 @@ class Interval(Section):
 
 
 class Gain(Section):
-    """What one system has over another on the same clips; more is better in both."""
+    """How much better one system is than another on the same clips; in both figures more is better."""
 
-    log_loss: Interval  # nats a clip that it loses less
-    accuracy: Interval  # share of the clips that it has more right
+    log_loss: Interval  # decrease, in nats a clip
+    accuracy: Interval  # increase, as a share of the clips
     places: int
 
 
 def gain(before: np.ndarray, after: np.ndarray, scene: np.ndarray, places: np.ndarray) -> Gain:
-    """Of logits `after` (N, K) over `before`, by bootstrap over `places` (N,).
+    """Return the gain of logits `after` (N, K) over `before`, by bootstrap over `places` (N,).
 
     Clips of one place are alike, so whole places are drawn with replacement.
     """

@@ -1,4 +1,4 @@
-"""Groups of devices: those that training had, those that it did not have, and the real ones."""
+"""Groups of devices: seen and unseen in training, and real."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ SIMULATED = re.compile(r"s\d+")  # TAU22's names of simulated devices; any other
 
 
 def device_groups(train_devices: Iterable[str], test_devices: Iterable[str]) -> dict[Group, tuple[str, ...]]:
-    """The test devices that occur in training, that do not, and that are not simulated (named s1, s2, ...).
+    """Return the test devices that occur in training, that do not, and that are not simulated (named s1, s2, ...).
 
     >>> device_groups(["a", "s1"], ["a", "s1", "s4"])
     {'seen': ('a', 's1'), 'unseen': ('s4',), 'real': ('a',)}

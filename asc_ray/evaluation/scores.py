@@ -20,23 +20,23 @@ class DeviceFigures(Section):
 
 
 class Evaluation(Section):
-    """Accuracies are shares in [0, 1]. Devices, groups and labels without a clip are left out of the mappings."""
+    """Figures of one system. Accuracies are in [0, 1]. Devices, groups and scenes without a clip are left out."""
 
     renamed: ClassVar[Mapping[str, str]] = {"per_scene": "per_class"}
     clips: int
     accuracy: float
-    macro_accuracy: float  # mean over the labels that occur
+    macro_accuracy: float  # mean over the scenes that occur
     log_loss: float  # nats a clip
     calibration_error: float  # expected calibration error, 15 equal bins of confidence
-    reliability: tuple[ReliabilityBin, ...]  # of those bins; without the empty ones
+    reliability: tuple[ReliabilityBin, ...]  # those bins, without the empty ones
     per_device: dict[str, DeviceFigures]  # sorted by name
-    groups: dict[Group, float]  # over the groups' clips; seen = in training, a real device is also seen or unseen
+    groups: dict[Group, float]  # accuracy over the group's clips; a real device is also seen or unseen
     per_scene: dict[str, float]  # recall, in the order of the labels
     labels: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...]  # (K, K) clips; row: the true label, column: the answer
+    confusion: tuple[tuple[int, ...], ...]  # (K, K) clips; row: the scene, column: the answer
 
     def accuracies(self) -> dict[str, float]:
-        """Of `all` clips, of each group of devices and of each device."""
+        """Return the accuracy on `all` clips, on each group of devices and on each device."""
         devices = {name: figures.accuracy for name, figures in self.per_device.items()}
         return {"all": self.accuracy, **{str(group): share for group, share in self.groups.items()}, **devices}
 
@@ -52,7 +52,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate logits (N, K) against indices `scene` (N,) of clips recorded with `device` (N,).
 
-    `unseen` are the devices that training did not have; `real` without a value follows from the devices' names.
+    `unseen` are the devices that training did not have; without `real`, the devices' names tell the real ones.
     Raises UserError for no clips, shapes that do not agree, indices out of range and logits that are not finite.
     """
     scene, device = np.asarray(scene), np.asarray(device, dtype=str)
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def log_posteriors(logits: np.ndarray) -> np.ndarray:
-    """Log of the softmax of logits (N, K), in float64."""
+    """Return the log of the softmax of logits (N, K), in float64."""
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))

@@ -18,11 +18,11 @@ class Deviation(Section):
     macro_accuracy: float
     log_loss: float
     calibration_error: float
-    per_device: dict[str, float]  # of the accuracy
+    per_device: dict[str, float]  # deviation of the accuracy
     groups: dict[Group, float]
 
     def accuracies(self) -> dict[str, float]:
-        """As Evaluation has them."""
+        """Return the deviations under the names that `Evaluation.accuracies` gives."""
         return {"all": self.accuracy, **{str(group): d for group, d in self.groups.items()}, **self.per_device}
 
 
@@ -30,7 +30,7 @@ OverSeeds = tuple[Evaluation, Deviation | None]
 
 
 def over_seeds(runs: Sequence[Evaluation]) -> OverSeeds:
-    """The mean of several evaluations on the same clips, with confusions summed, and what they vary; None for one."""
+    """Return the mean of evaluations on the same clips, with summed confusions, and their deviation (None for one)."""
     first = runs[0]
     if len(runs) == 1:
         return first, None

@@ -1,4 +1,4 @@
-"""The bundle: what a device, `asc_ray.runtime` and a registry take of a finished int8 student."""
+"""The bundle: what a device, `asc_ray.runtime` and a registry need of a finished int8 student."""
 
 import json
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from asc_ray.runtime.frontend import Frontend
 from asc_ray.training.validation import predict
 
 CARD = "card.md"
-LEAST_AGREEMENT = 0.995  # share of the clips that both forms of the model name alike
+LEAST_AGREEMENT = 0.995  # share of the clips for which both forms of the model name the same scene
 _BATCH = 64
 
 
 def write_bundle(folder: Path, int8: Path, labels: Sequence[str], config: FrontendConfig) -> None:
-    """Model, front end and labels of the finished int8 training in `int8`, and checksums, into an empty folder."""
-    settings = config.model_dump(exclude={"fmax_jitter"})  # of the training alone
+    """Write model, front end and labels of the finished int8 training in `int8`, and checksums, to an empty folder."""
+    settings = config.model_dump(exclude={"fmax_jitter"})  # which only training uses
     about = {FRONTEND: asdict(Frontend(samples=CLIP_SAMPLES, **settings)), LABELS: list(labels)}
     for file, value in about.items():
         write_atomically(folder / file, json.dumps(value, indent=1) + "\n")
@@ -46,9 +46,9 @@ def seal(folder: Path) -> None:
 
 
 def compare(folder: Path, int8: nn.Module, store: ClipStore, rows: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    """The bundle's logits (N, K) for the store's clips `rows`, and how those of `int8`, the model in torch, differ.
+    """Return the bundle's logits (N, K) for the store's clips `rows`, and how those of `int8`, in torch, differ.
 
-    Raises UserError where they name more than one clip, and more than 0.5 % of the clips, differently.
+    Raises UserError where the two name different scenes for more than one clip and more than 0.5 % of the clips.
     """
     bundle = Bundle(folder)
     logits = np.concatenate(
@@ -69,7 +69,7 @@ def _config(frontend: Frontend) -> FrontendConfig:
 
 
 def operator_counts(int8: nn.Module) -> list[tuple[str, str, int]]:
-    """(operator, dtype, how many) of all that the int8 model computes, in the order of their first."""
+    """Return (operator, dtype, count) of all that the int8 model computes, in the order of first occurrence."""
     counts: dict[tuple[str, str], int] = {}
     for _, operator, dtype in operators(int8):
         counts[operator, dtype] = counts.get((operator, dtype), 0) + 1

@@ -6,18 +6,18 @@ from pydantic import Field, model_validator
 
 from asc_ray.section import Section
 
-INT8_FORM = 2  # part of its key: raise it when what an int8 training leaves is another thing
+INT8_FORM = 2  # part of the artifact's key: raise it when an int8 training writes something else
 ONNX_MODEL = "model.onnx"
 
 
 class QATConfig(Section):
     """Quantization-aware training from the trained student; augmentation and objective stay the student's."""
 
-    epochs: int = Field(20, ge=0, description="0: post-training quantization, weights as they are")
+    epochs: int = Field(20, ge=0, description="0: post-training quantization of the weights as they are")
     calibration_clips: int = Field(512, ge=1, description="training clips that give the ranges with `epochs: 0`")
     frozen_epochs: int = Field(4, ge=0, description="last epochs with observers and batch-norm statistics frozen")
-    learning_rate: float = Field(5e-5, gt=0.0, le=1.0, description="instead of the student's; its schedule stays")
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="instead of the student's")
+    learning_rate: float = Field(5e-5, gt=0.0, le=1.0, description="replaces the student's; its schedule stays")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="replaces the student's")
 
     @model_validator(mode="after")
     def _observes_first(self) -> Self:

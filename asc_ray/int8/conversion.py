@@ -23,19 +23,19 @@ from asc_ray.int8.scheme import (
     aten,
 )
 
-MOST_STEPS = 2**30  # of a bias on its grid, within int32
+MOST_STEPS = 2**30  # largest bias, in steps of its grid; within int32
 
 
 @torch.no_grad()
 def round_biases(model: nn.Module) -> None:
-    """Put the biases of a trained, prepared `model` where engines have them: int32 in steps of input x weight scale.
+    """Round the biases of a trained, prepared `model` as engines do: to int32 in steps of input x weight scale.
 
-    A step is a hundredth or less of the output's, but every thousandth value is rounded to its other side by that, and
-    from layer to layer they become more: without this an engine's logits differ by some hundredths from torch's.
+    Such a step is at most a hundredth of the output's step. It still makes one value in a thousand round the other way,
+    and more from layer to layer: without this an engine's logits differ by some hundredths from torch's.
     """
     assert isinstance(model, GraphModule)
     modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
-    norms: dict[Any, tuple[Tensor, Tensor]] = {}  # of a convolution: its batch norm's shift, and what is taken from it
+    norms: dict[Any, tuple[Tensor, Tensor]] = {}  # by convolution: its batch norm's shift, and what is taken from that
     for norm in [node for node in model.graph.nodes if node.target is BATCH_NORM]:
         convolution, _, moved = _evaluated(model, norm)
         norms[convolution] = _attribute(model, norm.args[2].target), moved.double()
@@ -56,8 +56,10 @@ def round_biases(model: nn.Module) -> None:
 
 
 def _widen(weight: Any, least: Tensor) -> None:
-    """No step of a channel's grid is below `least`: one whose weights are nothing beside its bias would need a bias
-    that int32 cannot hold."""
+    """Raise each channel's step to `least` or more.
+
+    A channel whose weights are tiny beside its bias would otherwise need a bias that int32 cannot hold.
+    """
     narrow = weight.scale < least
     if narrow.any():
         weight.scale[narrow] = least[narrow].float()
@@ -65,7 +67,7 @@ def _widen(weight: Any, least: Tensor) -> None:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """The int8 model of a prepared and trained `model`, which stays as it is, with rounded biases; on the CPU.
+    """Return the int8 model of a prepared and trained `model`, which is not changed; on the CPU, with rounded biases.
 
     Raises RuntimeError if a batch norm was not folded or a convolution or linear layer has weights other than int8.
     """
@@ -89,9 +91,9 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def operators(model: nn.Module) -> list[tuple[str, str, str]]:
-    """(name, operator, "int8" | "float32") of all that a converted model computes, in order.
+    """Return (name, operator, "int8" | "float32") of all that a converted model computes, in order.
 
-    An operator is int8 if it has an 8-bit kernel and all it takes was 8-bit before: an engine that joins it with the
+    An operator is int8 if it has an 8-bit kernel and all its inputs were 8-bit before: an engine that joins it with the
     quantization and dequantization around it needs no float there.
     """
     int8: set[Node] = set()
@@ -108,7 +110,7 @@ def operators(model: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
-    """Bytes of all tensors a converted model holds: int8 weights, float32 scales and biases, integer zero points."""
+    """Return the bytes of a converted model's tensors: int8 weights, float32 scales and biases, integer zero points."""
     count: Counter[str] = Counter()
     for tensor in model.state_dict().values():
         count[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
@@ -117,11 +119,12 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def _fold_batch_norms(model: GraphModule) -> None:
-    """Leave no batch norm in a prepared graph: in evaluation it is x * scale + shift.
+    """Remove every batch norm from a prepared graph: in evaluation it is x * scale + shift.
 
     In training torchao multiplies a convolution's weight by the scale before rounding it and divides the output by it
-    again, so the product is the folded weight and the shift its bias. (torchao's own folding does the same in 15
-    seconds: it traces 96 patterns to search for.) A batch norm between the stages stays a product and a sum in float.
+    again. So the product is the folded weight, and the shift is its bias. (torchao's own folding does the same in 15
+    seconds, because it traces 96 patterns to search for.) A batch norm between the stages becomes a product and a sum
+    in float.
     """
     graph = model.graph
     for node in [node for node in graph.nodes if node.target is BATCH_NORM]:
@@ -135,7 +138,7 @@ def _fold_batch_norms(model: GraphModule) -> None:
             _attribute(model, weight.target).mul_(scale.reshape(-1, 1, 1, 1))
             rounded.update_arg(0, weight)
             result.args = (*result.args[:2], sources[1], *result.args[3:])
-        elif x.op in ("call_module", "placeholder"):  # what another block left, rounded, or the mels
+        elif x.op in ("call_module", "placeholder"):  # another block's rounded output, or the mels
             gamma.data = scale.reshape(-1, 1, 1)
             beta.data = beta.reshape(-1, 1, 1)
             with graph.inserting_before(node):
@@ -150,9 +153,10 @@ def _fold_batch_norms(model: GraphModule) -> None:
 
 
 def _evaluated(model: GraphModule, norm: Any) -> tuple[Any, Tensor, Tensor]:
-    """(convolution, scale, moved): in evaluation the batch norm is scale x + shift - moved.
+    """Return (convolution, scale, moved): in evaluation the batch norm is scale x + shift - moved.
 
-    x is what the convolution gives before its bias, in torchao's form for training; with another input there is None.
+    x is the convolution's output before its bias, in torchao's form for training. With another input the convolution is
+    None.
     """
     x, *sources = norm.args[:5]
     gamma, _, mean, variance = (_attribute(model, source.target) for source in sources)

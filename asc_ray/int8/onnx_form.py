@@ -1,19 +1,20 @@
-"""A converted model as ONNX (QuantizeLinear, DequantizeLinear), written so that engines have 8-bit kernels for all.
+"""A converted model as ONNX (QuantizeLinear, DequantizeLinear), in a form for which engines have 8-bit kernels.
 
-torch's own translation is left in nothing but form: what is rewritten here computes the same values, sums in float in
-another order excepted.
+torch's own translation is rewritten here. The result computes the same values, except that some sums in float have
+another order.
 
 * Instance normalization is one operator, a mean over the plane is a global pool, and biases are int32 on the grid of
-  their products, where `round_biases` put them.
-* The two 3x3 convolutions of stride 2 that begin a network are 5x5 of stride 4, for blocks of 2 x 2 positions at once,
-  and 2x2 over these blocks. onnxruntime takes a third of the time for them: with one input channel and eight output
-  channels its 8-bit kernel fills no register. The added weights are zeros: some 10 to 20 % more multiply-accumulates.
-* Depthwise convolutions get channels of zeros up to a multiple of 16, as many as the kernel takes at once: it takes the
-  others one by one, and 40 channels twice the time of 64.
-* The maximum of rounded values is the rounded maximum: behind a normalization the pool comes before the rounding, in
-  float, for onnxruntime's pool of 8-bit values takes seven times as long. So does its average pool, which is written as
-  a depthwise convolution with equal weights.
-* lambda x + IN(x) is z + IN(z) with z = lambda x, eps by lambda^2: what comes from 8 bits is taken once and not twice.
+  their products, to which `round_biases` rounded them.
+* The two 3x3 convolutions of stride 2 that begin a network become one of 5x5 with stride 4, for blocks of 2 x 2
+  positions at once, and one of 2x2 over these blocks. onnxruntime then takes a third of the time, because with one
+  input channel and eight output channels its 8-bit kernel fills no register. The added weights are zeros: some 10 to
+  20 % more multiply-accumulates.
+* Depthwise convolutions get channels of zeros up to a multiple of 16. The kernel takes 16 at once and the rest one by
+  one, so 40 channels take twice the time of 64.
+* The maximum of rounded values is the rounded maximum. So behind a normalization the pool comes before the rounding, in
+  float, because onnxruntime's pool of 8-bit values takes seven times as long. Its average pool does too, and is written
+  as a depthwise convolution with equal weights.
+* lambda x + IN(x) becomes z + IN(z) with z = lambda x and eps times lambda^2: the 8-bit x is read once and not twice.
 """
 
 from collections.abc import Iterator
@@ -32,11 +33,11 @@ from asc_ray.int8.preparation import FREE_BATCH, example_of, quiet
 
 PLANE = [2, 3]  # frequency and time of (B, C, F, T)
 LANES = 16  # channels that a depthwise kernel takes at once
-LEAST_LAMBDA = 0.01  # below, eps times its square would be lost beside a variance
+LEAST_LAMBDA = 0.01  # below this, eps lambda^2 would be lost beside a variance
 
 
 def export_onnx(model: nn.Module, file: Path) -> None:
-    """Write a converted model, or an exported one in float: input `mel`, output `logits`."""
+    """Write a converted model, or an exported float model, as ONNX with the input `mel` and the output `logits`."""
     with quiet():
         program = torch.onnx.export(
             model, (example_of(model),), dynamo=True, verbose=False, dynamic_shapes=FREE_BATCH,
@@ -51,16 +52,16 @@ def export_onnx(model: nn.Module, file: Path) -> None:
     _block_the_stem(graph)
     _pad_depthwise(graph)
     _biases_as_integers(graph)
-    # Where in PyTorch each node comes from is nine tenths of the file.
+    # The metadata say where in PyTorch each node comes from, and are nine tenths of the file.
     for clean in (passes.RemoveUnusedNodesPass(), passes.ClearMetadataAndDocStringPass()):
         clean(program.model)
     proto = program.model_proto
-    proto.graph.ClearField("value_info")  # of values that are no more
+    proto.graph.ClearField("value_info")  # it describes values that are gone
     write_atomically(file, proto.SerializeToString())
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file of `export_onnx` under onnxruntime, whose integer kernels compute what torch only emulates."""
+    """An ONNX file of `export_onnx`, run by onnxruntime, whose integer kernels compute what torch only emulates."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ def _nodes(graph: ir.Graph, kind: str) -> list[ir.Node]:
 
 
 def _above(value: ir.Value | None, kinds: tuple[str, ...]) -> Iterator[ir.Node]:
-    """The nodes that the value comes through, upwards, as long as they are of these kinds."""
+    """Yield the nodes that the value comes through, upwards, as long as they are of these kinds."""
     while value is not None and (node := value.producer()) is not None and node.op_type in kinds:
         yield node
         value = node.inputs[0]
@@ -86,12 +87,12 @@ _NONE = ir.node("None", [])
 
 
 def _maker(value: ir.Value | None) -> ir.Node:
-    """The node that computes the value; one of no kind for a weight or an input."""
+    """Return the node that computes the value, or `_NONE` for a weight or an input."""
     return (value and value.producer()) or _NONE
 
 
 def _constant(value: ir.Value | None) -> np.ndarray:
-    """What a weight, or a number in the graph, is; an empty array for a value that is computed."""
+    """Return the value of a weight or of a number in the graph; an empty array for a value that is computed."""
     return np.zeros(0) if value is None or value.const_value is None else value.const_value.numpy()
 
 
@@ -107,13 +108,13 @@ def _set(node: ir.Node, **attributes: int | list[int]) -> None:
 
 
 def _get(node: ir.Node, name: str) -> Any:
-    """A whole number, or a list of them."""
+    """Return the node's attribute, a whole number or a list of them."""
     value = node.attributes[name].value
     return list(value) if isinstance(value, list | tuple) else value
 
 
 def _replace(old: ir.Node, kind: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Node:
-    """A new node that gives what the old one gave, to all that took it."""
+    """Add a node whose output replaces the old one's wherever that was used, and return it."""
     new = ir.node(kind, inputs, attributes)
     old.append(new)
     old.outputs[0].replace_all_uses_with(new.outputs[0])
@@ -124,14 +125,14 @@ def _replace(old: ir.Node, kind: str, inputs: list[ir.Value | None], **attribute
 
 
 def _mean_over_the_plane(value: ir.Value | None) -> ir.Value | None:
-    """x where the value is the mean of x over frequency and time."""
+    """Return x where the value is the mean of x over frequency and time, otherwise None."""
     node = _maker(value)
     averaged = node.op_type == "ReduceMean" and sorted(np.ravel(_constant(node.inputs[1])) % 4) == PLANE
     return node.inputs[0] if averaged else None
 
 
 def _join_instance_norms(graph: ir.Graph) -> None:
-    """(x - mean) * 1 / sqrt(mean((x - mean)^2) + eps)"""
+    """Replace (x - mean) * 1 / sqrt(mean((x - mean)^2) + eps) by one operator."""
     for scale in _nodes(graph, "Reciprocal"):
         above = list(_above(scale.outputs[0], ("Reciprocal", "Sqrt", "Add")))
         if len(above) != 3:
@@ -166,7 +167,7 @@ def _pool_where_averaged(graph: ir.Graph) -> None:
         reshape, *others = pool.outputs[0].consumers()
         quantize = next(iter(reshape.outputs[0].consumers()), _NONE)
         if reshape.op_type == "Reshape" and quantize.op_type == "QuantizeLinear" and not others:
-            # Quantized before it is reshaped, and not only behind that, it is a pool between 8-bit values.
+            # With a quantization before the reshape, and not only behind it, the pool is between 8-bit values.
             value = pool.outputs[0]
             for kind in ("QuantizeLinear", "DequantizeLinear"):
                 added = ir.node(kind, [value, *quantize.inputs[1:]], quantize.attributes)
@@ -183,9 +184,9 @@ def _pool_before_rounding(graph: ir.Graph) -> None:
             continue
         made = _maker(above[1].inputs[0])
         if made.op_type == "Relu" or all(_maker(x).op_type == "DequantizeLinear" for x in made.inputs[:2]):
-            continue  # of an 8-bit kernel
+            continue  # an 8-bit kernel computes the rounded value
         pool.replace_input_with(0, above[1].inputs[0])
-        # Taken for no part of the rounding, the bound keeps onnxruntime from moving that above the pool again.
+        # onnxruntime would move the rounding above the pool again, but not past this bound.
         name = pool.outputs[0].name
         least = _added(graph, f"{name}_least", np.array(np.finfo(np.float32).min, np.float32))
         bounded = ir.node("Max", [pool.outputs[0], least])
@@ -196,7 +197,7 @@ def _pool_before_rounding(graph: ir.Graph) -> None:
 
 
 def _convolve_where_pooled(graph: ir.Graph) -> None:
-    """Padding counts as zeros in these averages, as it does in a convolution."""
+    """Write average pools of 8-bit values as convolutions, where padding counts as zeros in the average."""
     for pool in _nodes(graph, "AveragePool"):
         x, maker = pool.inputs[0], _maker(pool.inputs[0])
         if maker.op_type != "DequantizeLinear" or not _get(pool, "count_include_pad") or _get(pool, "ceil_mode"):
@@ -218,14 +219,14 @@ def _convolve_where_pooled(graph: ir.Graph) -> None:
 
 
 def _alone_between(first: ir.Node, second: ir.Node) -> list[ir.Node]:
-    """The nodes by which the second convolution takes the first one's output, which nothing else takes."""
+    """Return the nodes between two convolutions; none where another node uses the first one's output or theirs."""
     between = list(_above(second.inputs[0], ("Relu", "QuantizeLinear", "DequantizeLinear")))
     alone = all(len(value.uses()) == 1 for value in (first.outputs[0], *(node.outputs[0] for node in between)))
     return between if between and alone and between[-1].inputs[0] is first.outputs[0] else []
 
 
 def _pad(graph: ir.Graph, node: ir.Node, index: int, more: int, axis: int = 0, value: int = 0) -> None:
-    """`more` values behind what the node's input `index` has along the axis."""
+    """Append `more` entries of `value` to the node's input `index` along the axis."""
     array = _constant(node.inputs[index])
     widths = [(0, more if dimension == axis else 0) for dimension in range(array.ndim)]
     padded = np.pad(array, widths, constant_values=value)
@@ -249,7 +250,7 @@ def _pad_depthwise(graph: ir.Graph) -> None:
         ):
             continue
         for conv, node in zip((first, depthwise), stored, strict=False):
-            for index, fill in enumerate((0, 1, 0)):  # weights; their scales, of which none is 0; their zero points
+            for index, fill in enumerate((0, 1, 0)):  # weights; scales, which must not be 0; zero points
                 _pad(graph, node, index, more, value=fill)
             if len(conv.inputs) > 2:
                 _pad(graph, conv, 2, more)
@@ -274,15 +275,15 @@ def _block_the_stem(graph: ir.Graph) -> None:
     ):
         return
     stored = [_maker(conv.inputs[1]) for conv in (first, second)]
-    if any(node.op_type != "DequantizeLinear" for node in stored):  # in float it gains nothing
+    if any(node.op_type != "DequantizeLinear" for node in stored):  # in float this gains nothing
         return
     narrow, wide = (_constant(node.inputs[0]) for node in stored)
     channels, inputs = narrow.shape[:2]
-    blocks = np.zeros((2, 2, channels, inputs, 5, 5), narrow.dtype)  # of a block's rows and columns
+    blocks = np.zeros((2, 2, channels, inputs, 5, 5), narrow.dtype)  # by row and column in a block
     over = np.zeros((len(wide), 2, 2, channels, 2, 2), wide.dtype)
     for row, column in np.ndindex(2, 2):
         blocks[row, column, :, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3] = narrow
-    # Row 2i - 1 of the first one's output is the second of block i - 1; rows 2i and 2i + 1 are block i.
+    # Row 2i - 1 of the first one's output is the second row of block i - 1; rows 2i and 2i + 1 are block i.
     place = ((0, 1), (1, 0), (1, 1))
     for y, x in np.ndindex(3, 3):
         (block_y, row), (block_x, column) = place[y], place[x]

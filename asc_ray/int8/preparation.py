@@ -22,11 +22,12 @@ def quiet() -> Iterator[None]:
 
 
 def prepare(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of the trained `model` for quantization-aware training; `example` (2, 1, F, T) gives the input's shape.
+    """Return a copy of the trained `model` for quantization-aware training.
 
-    Call it like any network, with any batch size; `set_training` stands in for `train` and `eval`, which exported
-    graphs lack. The ranges of the activations start with the first batch in training, and an evaluation before that is
-    meaningless. Its state dict loads into another module prepared from the same configuration.
+    `example` (2, 1, F, T) gives the input's shape. Call the copy like any network, with any batch size; `set_training`
+    replaces `train` and `eval`, which exported graphs lack. The ranges of the activations start with the first batch in
+    training, so an evaluation before that is meaningless. The state dict loads into another module prepared from the
+    same configuration.
     """
     with quiet():
         graph = _export(copy.deepcopy(model).train(), example)
@@ -37,7 +38,11 @@ def prepare(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def set_training(model: nn.Module, training: bool) -> None:
-    """Training: batch norms take the batch's statistics, fake quantization follows the ranges. Evaluation: neither."""
+    """Switch between training and evaluation.
+
+    In training, batch norms take the batch's statistics, and fake quantization follows the ranges. In evaluation
+    neither does.
+    """
     assert isinstance(model, GraphModule)
     for node in model.graph.nodes:
         if node.target is BATCH_NORM:
@@ -54,7 +59,7 @@ def _follow(model: nn.Module, ranges: bool) -> None:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Calibration after training: ranges become the means of all batches' that run through, in evaluation form."""
+    """Calibrate after training: the ranges become the means over all batches that run through, in evaluation form."""
     set_training(model, False)
     _follow(model, True)
     averages: list[Any] = [module for module in model.modules() if hasattr(module, "averaging_constant")]
@@ -76,7 +81,7 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 def freeze(model: nn.Module) -> None:
     """Fix ranges and batch-norm statistics as they are while the weights go on learning, until `set_training`."""
-    set_training(model, False)  # the networks have no layer, as dropout, whose training form would be missed
+    set_training(model, False)  # the networks have no other layer with a training form, such as dropout
 
 
 FREE_BATCH = ({0: torch.export.Dim("batch")},)
@@ -87,7 +92,7 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
 
 
 def example_of(model: nn.Module) -> Tensor:
-    """Zeros of the shape that the model was exported with, two clips of them."""
+    """Return two clips of zeros in the shape that the model was exported with."""
     taken = next(node for node in graph_of(model).nodes if node.op == "placeholder")
     return torch.zeros(2, *taken.meta["val"].shape[1:])
 

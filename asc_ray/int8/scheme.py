@@ -1,10 +1,10 @@
 """Quantization-aware training and int8 models: the 'fbgemm' scheme on exported graphs (torch.export, torchao PT2E).
 
 The scheme: weights int8, symmetric, one scale a channel; activations uint8, affine, one scale a tensor, ranges by
-moving averages of minimum and maximum, which fall on 0..127 (reduced range: of values within it, the sum of two u8 x s8
-products fits 16 bits, as processors without VNNI add them; what is beyond goes on to 255). Every convolution with its
-folded batch norm and ReLU, every residual sum, pool and linear layer computes from 8-bit values. The normalization
-between the stages is computed in float, and the logits are float.
+moving averages of minimum and maximum. A range falls on 0..127, so that the sum of two u8 x s8 products fits 16 bits,
+in which processors without VNNI add them; values beyond the range go on to 255. Every convolution with its folded batch
+norm and ReLU, every residual sum, pool and linear layer computes from 8-bit values. The normalization between the
+stages is computed in float, and the logits are float.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-# What torch and torchao say that nobody who runs this can act upon, by logger.
+# Messages of torch and torchao that a user cannot act upon, by logger.
 _NOISE = {
     "torchao": "Failed to load",  # kernels of other GPUs and Python versions, which PT2E does without
     "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao's own use of a deprecated registration
@@ -61,9 +61,9 @@ QUANTIZE = (
 
 
 class RangeFollower(FakeQuantize):
-    """torchao's fake quantization to the bit, without its looks at values, each of which waits for a GPU.
+    """torchao's fake quantization to the bit, but without reading values on the host, which waits for a GPU.
 
-    The first batch's minimum and maximum are the range, later ones move it by the observer's averaging constant.
+    The first batch's minimum and maximum are the range. Later ones move it by the observer's averaging constant.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -85,7 +85,7 @@ class RangeFollower(FakeQuantize):
         observer: Any = self.activation_post_process
         low, high = torch.aminmax(x.flatten(1), dim=1) if self.is_per_channel else torch.aminmax(x)
         for own, new, none in ((observer.min_val, low, torch.inf), (observer.max_val, high, -torch.inf)):
-            if own.shape != new.shape:  # of channels, before the first batch
+            if own.shape != new.shape:  # one a channel, before the first batch
                 own.resize_(new.shape).fill_(none)
             own.copy_(torch.where(own == none, new, own + observer.averaging_constant * (new - own)))
         low, high = observer.min_val.clamp(max=0), observer.max_val.clamp(min=0)
@@ -100,25 +100,25 @@ class RangeFollower(FakeQuantize):
         self.zero_point.resize_(scale.numel()).copy_(zero_point)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        # A zero point that is a whole number is looked at by torch; the channels' are all zero.
+        # torch reads the values of an integer zero point, so it is a float; the channels' are all zero.
         return torch.fake_quantize_per_channel_affine(
             x, self.scale, self.zero_point.float(), self.ch_axis, self.quant_min, self.quant_max
         )
 
 
 class FakeQuantizeActivation(RangeFollower):
-    """The range falls on 0..127, and what exceeds it is cut off at 255, as engines do that know no smaller uint8."""
+    """Fake quantization whose range falls on 0..127; larger values are cut off at 255, as an engine's uint8 is."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.quant_max = 255  # of the rounding here and after conversion; the observer keeps 127
+        self.quant_max = 255  # for the rounding here and after conversion; the observer keeps 127
 
     def _rounded(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
-# Not torchao's fused kernel: its grids differ from those it converts to, even in the zero point of a channel of weights
-# that are all of one sign.
+# Not torchao's fused kernel, because its grids differ from those it converts to, even in the zero point of a channel
+# whose weights all have one sign.
 ACTIVATION = QuantizationSpec(
     dtype=torch.uint8,
     quant_min=0,
@@ -137,10 +137,10 @@ WEIGHT = QuantizationSpec(
 
 
 class FbgemmQuantizer(Quantizer):
-    """Says where in an exported graph the scheme quantizes.
+    """The quantizer that marks in an exported graph where the scheme quantizes.
 
-    A sum is residual when one of its terms is a convolution's output that nothing else takes: the sums inside RN and
-    GRN are not, and stay float.
+    A sum is residual when one of its terms is a convolution's output that nothing else takes. The sums inside RN and
+    GRN are not residual, and stay float.
     """
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -167,7 +167,7 @@ class FbgemmQuantizer(Quantizer):
         return model
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing to refuse: `convert` checks what came of it."""
+        """Refuse nothing, because `convert` checks the result."""
 
 
 def _annotate(node: Node, inputs: dict[Node, QuantizationSpec], output: QuantizationSpecBase | None) -> None:
@@ -177,7 +177,7 @@ def _annotate(node: Node, inputs: dict[Node, QuantizationSpec], output: Quantiza
 
 
 def _end_of_block(node: Node) -> Node:
-    """The batch norm or ReLU that ends what is computed in one go with the convolution or sum `node`."""
+    """Return the batch norm or ReLU that ends what is computed in one go with the convolution or sum `node`."""
     for following in ((BATCH_NORM,), RELUS) if node.target is CONVOLUTION else (RELUS,):
         if len(node.users) == 1 and (user := next(iter(node.users))).target in following:
             node = user

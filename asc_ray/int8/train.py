@@ -36,7 +36,7 @@ def train_int8(
     gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
-    """Quantization-aware training of the finished `student`, or post-training quantization, and the int8 model."""
+    """Train the finished `student` for int8, or quantize it without training, and write the int8 model."""
     from asc_ray.int8.conversion import bytes_by_dtype, convert, round_biases
     from asc_ray.int8.onnx_form import export_onnx
     from asc_ray.int8.preparation import observing, prepare
@@ -53,7 +53,7 @@ def train_int8(
         some = np.random.default_rng(config.seed).choice(clips, min(qat.calibration_clips, len(clips)), replace=False)
         with observing(prepared):
             predict(prepared, LogMel(config.frontend), data.store, some, torch.device("cpu"))
-    # Of weights that lie channels last torch makes a graph that copies by strides, which no engine joins with anything.
+    # For channels-last weights torch makes a graph that copies by strides, which no engine joins with anything.
     prepared.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     round_biases(prepared)
     int8 = convert(prepared)
@@ -85,8 +85,8 @@ def _fit_int8(
     settings = config.optimizer.scaled_to(qat.epochs).model_copy(
         update={"learning_rate": qat.learning_rate, "weight_decay": qat.weight_decay, "average_epochs": 1}
     )
-    # The last weights, whatever the student's: the best may be of an epoch before the observers were frozen. The steps
-    # of fake quantization are finer than those of bf16. And a graph whose form changes twice an epoch is not compiled.
+    # The last weights are taken, because the best may come from before the observers were frozen. Not bf16, because its
+    # steps are coarser than those of fake quantization. Not compiled, because the graph's form changes twice an epoch.
     precision = "fp32" if config.precision == "bf16" else config.precision
     own = {"optimizer": settings, "select": "last", "precision": precision, "compile": False}
     recipe = config.model_copy(update=own)
@@ -98,7 +98,7 @@ def _fit_int8(
 
     distillation = None if soft is None else config.distillation
     trained = read_manifest(student)["facts"]["history"]
-    if distillation and trained:  # lambda stays what it was in the student's last epoch
+    if distillation and trained:  # lambda keeps its value from the student's last epoch
         distillation = distillation.model_copy(update={"label_weight": trained[-1]["label_weight"]})
     return fit(
         prepared,
@@ -115,7 +115,7 @@ def _fit_int8(
 
 
 def load_fake_quantized(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
-    """What the finished int8 training in `folder` trained and converted, in evaluation form."""
+    """Return the network that the finished int8 training in `folder` trained and converted, in evaluation form."""
     from asc_ray.int8.preparation import prepare, set_training
 
     prepared = prepare(build(recipe.model, scenes, recipe.seed), _example(recipe))
@@ -125,9 +125,9 @@ def load_fake_quantized(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
 
 
 def load_int8(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
-    """The int8 model in torch, of a finished int8 training in `folder`: converted anew, equal to the bit.
+    """Return the int8 model, in torch, of a finished int8 training in `folder`: converted anew, equal to the bit.
 
-    torch's own file of such a model is read by executing what is in it; weights and a recipe are not.
+    Reading torch's own file of such a model would execute what is in it; reading weights and a recipe does not.
     """
     from asc_ray.int8.conversion import convert
 

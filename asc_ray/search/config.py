@@ -10,7 +10,7 @@ from asc_ray.search.space import KINDS, Parameter
 from asc_ray.section import Section
 
 METRIC = "objective"
-# What a population may change of its students between generations, because the weights fit whatever it is.
+# Keys of the student that a population may change between generations, because the weights fit any value of theirs.
 CHANGES_WHILE_TRAINING = (
     "augment.",
     "balance",
@@ -21,7 +21,7 @@ CHANGES_WHILE_TRAINING = (
     "optimizer.learning_rate",
     "optimizer.weight_decay",
 )
-# Keys of the student whose worth trials cannot tell, and why.
+# Keys of the student whose values trials cannot compare, and why.
 NOT_JUDGED = {
     "checkpoint": "with it nothing is trained",
     "optimizer.epochs": "trials train for sweep.epochs",
@@ -39,7 +39,7 @@ class ObjectiveConfig(Section):
     """
 
     devices: tuple[str, ...] = Field((), description="held-out devices")
-    weight: float = Field(0.5, ge=0.0, le=1.0, description="their share of the objective")
+    weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the held-out devices in the objective")
 
     def value(self, metrics: Mapping[str, float]) -> float:
         if not self.devices:
@@ -48,10 +48,10 @@ class ObjectiveConfig(Section):
 
 
 class BudgetConfig(Section):
-    """What ends a search before its last trial; trials under way run on to their ends."""
+    """What ends a search before its last trial; trials that are under way run to their ends."""
 
     gone: ClassVar[Mapping[str, Any]] = {"minutes": None}
-    epochs: int | None = Field(None, ge=1, description="of all trials together")
+    epochs: int | None = Field(None, ge=1, description="epochs of all trials together")
 
 
 class SweepConfig(Section):
@@ -61,38 +61,38 @@ class SweepConfig(Section):
     and changes as it trains.
     """
 
-    trials: int = Field(40, ge=1, description="how many; with `pbt` members of the population")
-    scheduler: Literal["asha", "pbt", "none"] = Field("asha", description="what ends or changes a trial on its way")
+    trials: int = Field(40, ge=1, description="number of trials; with `pbt`, members of the population")
+    scheduler: Literal["asha", "pbt", "none"] = Field("asha", description="what stops or changes a trial on its way")
     population: PopulationConfig = PopulationConfig()
     budget: BudgetConfig = BudgetConfig()
     cost: Literal["bytes", "macs"] | None = Field(
-        None, description="to be low while the objective is high: bytes of the int8 weights, or multiply-accumulates"
+        None, description="second objective, to be low: bytes of the int8 weights, or multiply-accumulates"
     )
     epochs: int = Field(30, ge=1, description="epochs of a trial that is not stopped; the schedule is scaled to them")
     sampler: Literal["tpe", "random"] = Field("tpe", description="what proposes parameters")
     startup_trials: int = Field(10, ge=1, description="random proposals before the search learns from results")
     lookback: int = Field(4, ge=1, description="trial n learns from trials 0 .. n - lookback; bounds concurrency")
-    grace_epochs: int = Field(5, ge=1, description="no trial is stopped before")
+    grace_epochs: int = Field(5, ge=1, description="epochs before which no trial is stopped")
     reduction: int = Field(3, ge=2, description="one trial in so many passes a rung")
     finalists: int = Field(1, ge=1, description="best trials that are run again with other seeds")
-    seeds: int = Field(1, ge=1, description="of each finalist; the winner has the best mean over them")
+    seeds: int = Field(1, ge=1, description="seeds of a finalist; the winner has the best mean over them")
     validation: ObjectiveConfig = ObjectiveConfig()
-    seed: int = Field(0, ge=0, description="of the proposals")
+    seed: int = Field(0, ge=0, description="seed of the proposals")
     space: dict[str, Parameter] = Field(min_length=1, description="what is searched, by keys of `student`")
 
     @property
     def searched(self) -> int:
-        """How many trials there are before those of the finalists; of a population, one a member and generation."""
+        """Return the number of trials before the finalists'; a population has one a member and generation."""
         generations = -(-self.epochs // self.population.every) if self.scheduler == "pbt" else 1
         return self.trials * generations
 
     @property
     def most(self) -> int:
-        """How many trials there can be, with the finalists' other seeds."""
+        """Return the largest possible number of trials, with the finalists' other seeds."""
         return self.searched + self.finalists * (self.seeds - 1)
 
     def span(self, number: int) -> tuple[int, int]:
-        """The epochs that this trial trains: after the first, up to the second."""
+        """Return the epochs that this trial trains: after the first number, up to the second."""
         if self.scheduler != "pbt":
             return 0, self.epochs
         start = number // self.trials * self.population.every
@@ -123,7 +123,7 @@ class SweepConfig(Section):
     @field_validator("space", mode="before")
     @classmethod
     def _flat(cls, raw: Any) -> Any:
-        """Keys by dots or by mappings, as `--set sweep.space.optimizer.learning_rate={...}` makes them."""
+        """Join nested keys by dots, because `--set sweep.space.optimizer.learning_rate={...}` makes mappings."""
         if not isinstance(raw, dict):
             return raw
         flat: dict[str, Any] = {}

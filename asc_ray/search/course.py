@@ -1,4 +1,4 @@
-"""The course of one search: which trials run, what was heard of them, and how they ended. It lives in the driver."""
+"""The course of one search: which trials run, what they reported, and how they ended. It lives in the driver."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,11 +22,11 @@ from asc_ray.students.cost import Limits, student_cost
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 TRIALS = "trials"
-_OF_A_WORKER = ("parameters", "seed", "parent")  # what it needs to know of a trial beside its number
+_OF_A_WORKER = ("parameters", "seed", "parent")  # what a worker needs to know of a trial beside its number
 
 
 def ended_trials(artifact: Artifact) -> list[TrialResult]:
-    """Of a search under way, those that have ended; one whose result is not as it was written runs again."""
+    """Return a search's trials that have ended; one whose result is not as it was written runs again."""
     results = []
     for file in sorted((artifact.partial / TRIALS).glob("[0-9]*.json")):
         with suppress(ValidationError):
@@ -38,7 +38,7 @@ def ended_trials(artifact: Artifact) -> list[TrialResult]:
 
 @dataclass
 class _Running:
-    """A trial under way: what it is, and what was heard of it."""
+    """A trial under way: what it is, and what it has reported."""
 
     parameters: dict[str, Any]
     repeats: int | None
@@ -71,19 +71,19 @@ class Course:
 
     @property
     def sweep(self) -> SweepConfig:
-        """The search, as far as its budget goes."""
+        """Return the search, as far as its budget goes."""
         return within_budget(self._whole, self.ended)
 
     def left(self) -> list[int]:
-        """Trials that have not ended, as far as is known which there are."""
+        """Return the trials that have not ended, of those that are known so far."""
         return sorted(set(range(planned(self.sweep, self.ended))) - {result.number for result in self.ended})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its parts for a restore of its own, which is not used here."""
+        """Return nothing: Tune pickles its parts for a restore of its own, which is not used here."""
         return {}
 
     def start(self) -> dict[str, Any] | None:
-        """What the worker of the next trial needs; None while that has to wait for others."""
+        """Return what the worker of the next trial needs; None while no trial may start."""
         while True:
             waiting = [number for number in self.left() if number not in self._running]
             if not waiting or not may_start(self.sweep, waiting[0], self.ended):
@@ -93,7 +93,7 @@ class Course:
                 return {"number": number, **{key: getattr(self._running[number], key) for key in _OF_A_WORKER}}
 
     def _begun(self, number: int) -> bool:
-        """Propose the trial and note that it runs; False where it has failed already: such a network cannot be."""
+        """Propose the trial and note that it runs; False where it fails at once, because its network is impossible."""
         sweep = self.sweep
         parameters = proposals.propose(sweep, number, self.ended)
         repeats, seed = repeated(sweep, number, self.ended)
@@ -103,19 +103,19 @@ class Course:
         try:
             student = proposals.trial_config(self._student, sweep, parameters)
             trial.cost = proposals.cost_of(sweep, self._counted(student))
-        except ValidationError as error:  # values that are right each for itself
+        except ValidationError as error:  # each value is valid, but not all together
             trial.error = "; ".join(finding["msg"].removeprefix("Value error, ") for finding in error.errors())
         except ConfigError as error:
             trial.error = str(error)
         if trial.error:
             self.close(number, failed=True)
             return False
-        for old in range(number // sweep.trials * sweep.trials - sweep.trials):  # nobody goes on from these any more
+        for old in range(number // sweep.trials * sweep.trials - sweep.trials):  # no trial goes on from these any more
             shutil.rmtree(self._folder / checkpoints_of(old), ignore_errors=True)
         return True
 
     def _counted(self, student: StudentConfig) -> Complexity:
-        """Of most searches, once for all trials."""
+        """Return the student's cost, counted once a network: in most searches once for all trials."""
         network = student.model_dump_json(include={"model", "frontend"})
         if network not in self._costs:
             self._costs[network] = student_cost(student, self._limits, self._scenes)
@@ -127,12 +127,12 @@ class Course:
         return self._running.keys() <= {result.number for result in self.ended} | self._lost
 
     def hear(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """Note an epoch of a trial; returns whether the trial is to stop."""
+        """Note an epoch of a trial, and return whether the trial must stop."""
         trial, start = self._running[number], self.sweep.span(number)[0]
         if metrics.get("diverged"):
             trial.state, trial.error = "diverged", metrics["message"]
             return False
-        if metrics["epoch"] != start + len(trial.curve) + 1:  # heard before the trial's worker died
+        if metrics["epoch"] != start + len(trial.curve) + 1:  # was heard before, and then the trial's worker died
             return False
         trial.curve.append(metrics[METRIC])
         self._on_event(trial_name(number), {"epochs": self.sweep.epochs, **_numbers(metrics)})
@@ -142,11 +142,11 @@ class Course:
         return False
 
     def give_up(self, number: int) -> None:
-        """Of a trial whose last attempt failed, with an error of its own or with its worker."""
+        """Give up a trial whose last attempt failed, by an error of its own or because its worker died."""
         if note := read_record(self._folder / error_of(number)):
             self._running[number].error = note["error"]
             self.close(number, failed=True)
-        else:  # says nothing of its parameters: it is left for another time
+        else:  # a worker's death says nothing of the parameters: the trial is left for another time
             self._lost.add(number)
 
     def close(self, number: int, failed: bool) -> None:

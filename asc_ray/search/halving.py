@@ -16,10 +16,10 @@ def should_stop(
     ended: Sequence[TrialResult],
     cost: float | None = None,
 ) -> bool:
-    """Asynchronous successive halving (Li et al., 2020) over the trials that trial `number` may learn from.
+    """Whether trial `number` stops now, by asynchronous successive halving (Li et al., 2020).
 
-    At a rung (grace_epochs x reduction^k epochs) a trial goes on when it is among the best 1/reduction there; with
-    `cost`, of those that cost no more than its own `cost`.
+    At a rung (grace_epochs x reduction^k epochs) it goes on when it is among the best 1/reduction of the trials that it
+    may learn from; with `cost`, of those among them that cost no more.
     """
     if number >= config.searched or config.scheduler != "asha":
         return False

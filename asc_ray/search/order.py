@@ -7,7 +7,7 @@ from asc_ray.search.trials import TrialResult
 
 
 def within_budget(config: SweepConfig, ended: Sequence[TrialResult]) -> SweepConfig:
-    """The search as far as its budget of epochs goes: no trial starts when those it learns from have used it up."""
+    """Return the search as far as its budget goes: no trial starts when those it learns from have used that up."""
     if config.budget.epochs is None:
         return config
     for number in range(config.trials):
@@ -17,7 +17,7 @@ def within_budget(config: SweepConfig, ended: Sequence[TrialResult]) -> SweepCon
 
 
 def finalists(config: SweepConfig, ended: Sequence[TrialResult]) -> list[int]:
-    """The best trials that ran to their end, once all of the search have ended; the first of equals first."""
+    """Return the best trials that ran to their end, the first of equals first; none before all trials have ended."""
     searched = [r for r in ended if r.number < config.searched]
     if len(searched) < config.searched:
         return []
@@ -26,12 +26,12 @@ def finalists(config: SweepConfig, ended: Sequence[TrialResult]) -> list[int]:
 
 
 def planned(config: SweepConfig, ended: Sequence[TrialResult]) -> int:
-    """How many trials there are as far as is known: those of the search, then the finalists' other seeds."""
+    """Return how many trials are known so far: those of the search, then the finalists' other seeds."""
     return config.searched + len(finalists(config, ended)) * (config.seeds - 1)
 
 
 def repeated(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> tuple[int | None, int]:
-    """Of a trial after those of the search: which one it repeats, and with what added to its seed."""
+    """Return the trial that this one repeats, and what is added to its seed; (None, 0) before the finalists' trials."""
     if number < config.searched:
         return None, 0
     finalist, seed = divmod(number - config.searched, config.seeds - 1)
@@ -49,4 +49,5 @@ def may_start(config: SweepConfig, number: int, ended: Sequence[TrialResult]) ->
 
 
 def visible(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> list[TrialResult]:
+    """Return the trials among `ended` that trial `number` may learn from, in order."""
     return sorted((r for r in ended if r.number <= number - config.lookback), key=lambda r: r.number)

@@ -1,4 +1,4 @@
-"""Population-based training (Jaderberg et al., 2017), in generations: who wins does not depend on who ends first.
+"""Population-based training (Jaderberg et al., 2017), in generations: who ends first does not decide who wins.
 
 A population of P trains for `every` epochs; then the worst go on from the weights of the best, with their parameters
 changed a little. Member i in generation g is trial g x P + i: the trials of a generation follow from the results of the
@@ -16,20 +16,22 @@ from asc_ray.section import Section
 
 
 class PopulationConfig(Section):
-    """Of `scheduler: pbt`, where `trials` is the size of the population."""
+    """Settings of `scheduler: pbt`, where `trials` is the size of the population."""
 
     every: int = Field(5, ge=1, description="epochs of a generation")
-    replaced: float = Field(0.25, gt=0.0, le=0.5, description="share that goes on from the weights of as many best")
-    resample: float = Field(0.25, ge=0.0, le=1.0, description="chance of a parameter to be drawn anew, not changed")
+    replaced: float = Field(
+        0.25, gt=0.0, le=0.5, description="share of the worst, which take the weights of as many best ones"
+    )
+    resample: float = Field(0.25, ge=0.0, le=1.0, description="chance that a parameter is drawn anew, not changed")
 
 
 def ancestor(
     config: PopulationConfig, member: int, values: Sequence[float | None], rng: np.random.Generator
 ) -> int | None:
-    """Which member of the last generation this one goes on from: itself, or one of the best where it is of the worst.
+    """Return the member of the last generation that this one goes on from: itself, or for one of the worst a best one.
 
-    `values`: one a member, the higher the better, None for a member that has no weights to go on from. None where no
-    member has.
+    `values` has one value a member, the higher the better, None for a member without weights. The result is None where
+    no member has weights.
     """
     alive = sorted((m for m, value in enumerate(values) if value is not None), key=lambda m: (-values[m], m))  # type: ignore[operator]
     if not alive:
@@ -44,7 +46,7 @@ def ancestor(
 def explored(
     config: PopulationConfig, space: Space, parameters: Mapping[str, Any], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The parameters changed: ranges by a factor of 0.8 or 1.25, choices to a neighbor, some drawn anew."""
+    """Change the parameters: ranges by a factor of 0.8 or 1.25, choices to a neighbor; draw some anew."""
     return {name: _changed(config, space[name], value, rng) for name, value in parameters.items()}
 
 

@@ -24,19 +24,19 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for every study t
 
 
 def trial_config(student: StudentConfig, sweep: SweepConfig, parameters: Mapping[str, Any]) -> StudentConfig:
-    """The configuration of the trial with these parameters."""
+    """Return the configuration of the trial with these parameters."""
     return changed(student, values_of(sweep.space, parameters))
 
 
 def cost_of(config: SweepConfig, counted: Complexity) -> float | None:
-    """What a trial's network costs, where the search minds."""
+    """Return what a trial's network costs, or None where the search has no `cost`."""
     if config.cost is None:
         return None
     return float(counted.macs if config.cost == "macs" else counted.bytes["int8"])
 
 
 def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> dict[str, Any]:
-    """Parameters of trial `number`, from the trials among `ended` that it may learn from."""
+    """Return the parameters of trial `number`, from the trials among `ended` that it may learn from."""
     if config.scheduler == "pbt" and (origin := parent(config, number, ended)) is not None:
         own = next(r.parameters for r in ended if r.number == origin)
         if origin % config.trials == number % config.trials:
@@ -56,7 +56,7 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
         directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if config.cost else ["maximize"]
         study = optuna.create_study(directions=directions, sampler=sampler)
         for result in known:
-            if config.cost and result.cost is None:  # it failed before it was a network
+            if config.cost and result.cost is None:  # it failed before its network was counted
                 continue
             study.add_trial(
                 optuna.trial.create_trial(
@@ -64,7 +64,7 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
                     distributions=distributions(config.space, result.parameters),
                     values=[result.value, *([] if result.cost is None else [result.cost])],
                     intermediate_values=dict(enumerate(result.curve)),
-                    # Optuna knows no pruned trials of two objectives; there the last value stands.
+                    # Optuna has no pruned trials with two objectives; there the last value counts.
                     state=optuna.trial.TrialState.PRUNED
                     if result.state == "stopped" and not config.cost
                     else optuna.trial.TrialState.COMPLETE,
@@ -76,7 +76,7 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
 
 
 def parent(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> int | None:
-    """Of a population: the trial of the generation before whose weights this one goes on from."""
+    """Return the trial of a population's last generation whose weights trial `number` goes on from, if any."""
     first = (number // config.trials - 1) * config.trials
     if first < 0:
         return None

@@ -12,7 +12,7 @@ from asc_ray.section import Section
 
 
 class Suggests(Protocol):
-    """What of an optuna trial is used here."""
+    """The methods of an optuna trial that are used here."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
     def suggest_int(self, name: str, low: int, high: int) -> int: ...
@@ -20,7 +20,7 @@ class Suggests(Protocol):
 
 
 class Parameter(Section):
-    """Exactly one of the five: bounds of a uniform, log-uniform or integer range, a list of choices, or `one_of`.
+    """Exactly one of five kinds: bounds of a uniform, log-uniform or integer range, a list of choices, or `one_of`.
 
     `one_of` maps names to alternatives: a parameter, a value, or a mapping with parameters and values in it, which are
     searched only where the alternative is chosen.
@@ -30,9 +30,9 @@ class Parameter(Section):
     loguniform: tuple[float, float] | None = Field(None, description="bounds of a range, uniform in the logarithms")
     int: tuple[builtins.int, builtins.int] | None = Field(None, description="bounds of a range of whole numbers")
     choice: tuple[builtins.bool | builtins.int | float | str | None, ...] | None = Field(
-        None, description="values of which one is taken"
+        None, description="values to choose from"
     )
-    one_of: dict[str, Any] | None = Field(None, description="named alternatives of which one is taken")
+    one_of: dict[str, Any] | None = Field(None, description="named alternatives to choose from")
 
     @model_validator(mode="after")
     def _one_and_ordered(self) -> "Parameter":
@@ -61,7 +61,7 @@ class Parameter(Section):
         return raw
 
     def suggest(self, trial: Suggests, name: str) -> Any:
-        """The value that the trial takes here."""
+        """Return the value that the trial takes here."""
         if self.uniform:
             return trial.suggest_float(name, *self.uniform)
         if self.loguniform:
@@ -75,8 +75,10 @@ class Parameter(Section):
         return _suggest(self.one_of[chosen], trial, f"{name}.{chosen}")
 
     def ends(self) -> Iterator[Any]:
-        """Values that must all be valid for the key: both bounds, every choice, and of alternatives each with all
-        combinations of its own ends."""
+        """Yield values that must all be valid for the key: both bounds, every choice, and every alternative.
+
+        An alternative occurs with all combinations of its own ends.
+        """
         if self.one_of is not None:
             for alternative in self.one_of.values():
                 yield from _ends(alternative)
@@ -89,24 +91,24 @@ Space = Mapping[str, Parameter]
 
 
 def suggested(space: Space, trial: Suggests) -> dict[str, Any]:
-    """Values by key of the student's configuration."""
+    """Return the values that the trial takes, by key of the student's configuration."""
     return {key: parameter.suggest(trial, key) for key, parameter in space.items()}
 
 
 def values_of(space: Space, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by key of the student's configuration, from the parameters of a trial as optuna knows them."""
+    """Return values by key of the student's configuration, from a trial's parameters as optuna knows them."""
     return suggested(space, FixedTrial(dict(parameters)))
 
 
 def distributions(space: Space, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What each of a trial's parameters was drawn from."""
+    """Return the distribution that each of a trial's parameters was drawn from."""
     trial = FixedTrial(dict(parameters))
     suggested(space, trial)
     return trial.distributions
 
 
 def _parsed(raw: Any, path: str) -> Any:
-    """Parameters inside the alternative at `path`: mappings with the name of a kind as their only key."""
+    """Parse the parameters inside the alternative at `path`: mappings with a kind's name as their only key."""
     if not isinstance(raw, dict):
         return raw
     if len(raw) == 1 and next(iter(raw)) in KINDS:

@@ -22,7 +22,7 @@ COLUMNS = ("number", "state", "value", "cost", "repeats", "seed", "parent", "err
 
 
 class TrialResult(Section):
-    """How a trial ended: `curve` holds the metric after each epoch; a diverged or failed one has what came before."""
+    """How a trial ended: `curve` holds the metric after each epoch, up to where the trial diverged or failed."""
 
     number: int
     parameters: dict[str, Any]
@@ -30,9 +30,9 @@ class TrialResult(Section):
     state: Literal["complete", "stopped", "diverged", "failed"]
     error: str = ""
     cost: float | None = None
-    parent: int | None = Field(None, description="of a population: the trial whose weights it went on from")
-    repeats: int | None = Field(None, description="of a finalist's other seeds: the trial whose parameters it has")
-    seed: int = Field(0, description="added to the student's")
+    parent: int | None = Field(None, description="with `pbt`: the trial whose weights it went on from")
+    repeats: int | None = Field(None, description="for a finalist's other seed: the trial whose parameters it has")
+    seed: int = Field(0, description="number added to the student's seed")
 
     @property
     def has_value(self) -> bool:
@@ -44,7 +44,7 @@ class TrialResult(Section):
 
 
 def pareto(ended: Sequence[TrialResult]) -> list[TrialResult]:
-    """Trials that ran to their ends and are better than all that cost less, the cheapest first."""
+    """Return the trials that ran to their ends and are better than all that cost less, the cheapest first."""
     front: list[TrialResult] = []
     complete = [r for r in ended if r.state == "complete" and r.repeats is None and r.cost is not None]
     for result in sorted(complete, key=lambda r: (r.cost, -r.value, r.number)):
@@ -54,9 +54,9 @@ def pareto(ended: Sequence[TrialResult]) -> list[TrialResult]:
 
 
 def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
-    """The trial with the best last value among those that ran to the end, the cheapest of equals, then the first.
+    """Return the trial with the best last value of those that ran to the end, the cheapest of equals, then the first.
 
-    Of finalists with several seeds the mean counts, and trials that are no finalist's do not win.
+    Where there are finalists with several seeds, only they can win, by the mean over their seeds.
     Raises UserError when no trial ran to its end.
     """
     last = config.searched - config.trials  # the last generation of a population; otherwise the first trial
@@ -71,14 +71,14 @@ def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
 
 
 def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
-    """The last values of a trial and of its repetitions with other seeds; one that crashed says nothing."""
+    """Return the last values of a trial and of its repetitions with other seeds, except failed ones."""
     return [r.value for r in ended if number in (r.number, r.repeats) and r.state != "failed"]
 
 
 def importances(space: Space, ended: Sequence[TrialResult]) -> dict[str, float]:
-    """How far the values of each parameter in the best quarter differ from all (PED-ANOVA, Watanabe et al., 2023).
+    """Return how far each parameter's values in the best quarter of trials differ from those in all trials.
 
-    Shares of 1, over the trials that have a value; empty for fewer than eight of them.
+    PED-ANOVA (Watanabe et al., 2023), as shares of 1, over the trials that have a value; empty for fewer than eight.
     """
     tried = [result for result in ended if result.has_value and result.repeats is None]
     if len(tried) < FEWEST_FOR_IMPORTANCE:
@@ -109,7 +109,7 @@ def trial_name(number: int) -> str:
 
 
 def trials_table(ended: Sequence[TrialResult]) -> str:
-    """All trials as CSV: how each ended, its value and cost, whether it is on the Pareto front, its parameters."""
+    """Return all trials as CSV: how each ended, its value and cost, whether it is on the Pareto front, parameters."""
     names = sorted({name for result in ended for name in result.parameters})
     front = {result.number for result in pareto(ended)}
     text = io.StringIO()

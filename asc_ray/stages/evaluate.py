@@ -51,7 +51,7 @@ def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:
 
 
 def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, Path], fusion: Path) -> None:
-    """Score teachers, average and fusion on the test split; no stage before looks there.
+    """Score systems, average and fusion on the test split.
 
     Raises UserError for damaged files of logits.
     """
@@ -69,7 +69,7 @@ def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, P
 def evaluate_student(
     artifact: Artifact, source: Source, student: Path, config: StudentConfig, gpus: float = 0.0
 ) -> None:
-    """Score a finished student, or with a folder that holds one its int8 form, on the test split."""
+    """Score a finished student on the test split, or its int8 form if that is what the folder `student` holds."""
     folder = artifact.open_partial()
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
@@ -79,7 +79,7 @@ def evaluate_student(
         from asc_ray.int8.conversion import convert  # torchao takes seconds, and the driver does without
         from asc_ray.int8.onnx_form import OnnxModel
 
-        # What was trained is what computes: the same clips with fake quantization, and in onnxruntime's 8-bit kernels.
+        # Its answers are compared with those of the fake-quantized network that was trained, and of onnxruntime.
         trained = load_fake_quantized(student, config, len(store.labels))
         model = convert(trained)
         others = {"fake_quantization": trained, "onnxruntime": OnnxModel(stored_file(student, ONNX_MODEL))}

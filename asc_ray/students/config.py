@@ -14,8 +14,8 @@ from asc_ray.training.recipe import Recipe
 class StudentConfig(Recipe):
     """A recipe and its soft targets."""
 
-    checkpoint: Path | None = Field(None, description="a published checkpoint of the model, taken instead of training")
-    seeds: int = Field(1, ge=1, le=100, description="so many students are trained, with `seed` and those after it")
+    checkpoint: Path | None = Field(None, description="published checkpoint that is taken instead of a training")
+    seeds: int = Field(1, ge=1, le=100, description="number of students; they have `seed` and the seeds after it")
     distillation: DistillationConfig = DistillationConfig()
 
     @model_validator(mode="after")
@@ -26,7 +26,7 @@ class StudentConfig(Recipe):
 
 
 def changed(student: StudentConfig, values: Mapping[str, Any]) -> StudentConfig:
-    """The student's configuration with these values, by key, laid over it."""
+    """Return the student's configuration with these values, by key, laid over it."""
     raw = student.model_dump()
     apply_overrides(raw, values)
     return StudentConfig.model_validate(raw)

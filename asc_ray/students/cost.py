@@ -1,4 +1,4 @@
-"""What a network costs on a device, and the limits that it has to keep."""
+"""What a network costs on a device, and whether it keeps the device's limits."""
 
 from typing import Annotated, Any
 
@@ -40,7 +40,7 @@ class Limits(Section):
 
 
 def network_cost(recipe: Recipe, scenes: int) -> Complexity:
-    """What the recipe's network costs on its front end. Raises ConfigError where it does not work."""
+    """Return what the recipe's network costs on its front end. Raises ConfigError where the two do not fit."""
     shape = input_shape(recipe)
     try:
         return complexity(build(recipe.model, scenes), shape)
@@ -53,7 +53,7 @@ def network_cost(recipe: Recipe, scenes: int) -> Complexity:
 
 
 def student_cost(student: Recipe, limits: Limits, scenes: int) -> Complexity:
-    """`network_cost` of a student. Raises ConfigError also where it is over the device's limits."""
+    """Return `network_cost` of a student. Raises ConfigError also where it is over the device's limits."""
     cost = network_cost(student, scenes)
     if over := limits.exceeded(cost):
         raise ConfigError(
@@ -64,5 +64,5 @@ def student_cost(student: Recipe, limits: Limits, scenes: int) -> Complexity:
 
 
 def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
-    """Shape (batch, 1, mels, frames) of what the recipe's model sees."""
+    """Return the shape (batch, 1, mels, frames) of the input of the recipe's network."""
     return (batch, 1, recipe.frontend.mels, recipe.frontend.frames(CLIP_SAMPLES))

@@ -12,20 +12,20 @@ from asc_ray.training.dataset import Dataset
 
 
 def student_clips(data: Dataset) -> np.ndarray:
-    """Every training clip outside the validation part."""
+    """Return every training clip outside the validation part."""
     return np.union1d(data.parts["train"], data.parts["fusion"])
 
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """Where the soft targets of the training split are: files of a finished artifact."""
+    """The files of a finished artifact that hold the soft targets of the training split."""
 
     artifact: Path
     pattern: str
 
 
 def read_soft_targets(data: Dataset, files: TargetFiles | None) -> np.ndarray | None:
-    """Soft targets as logits (clips of the store, K) float32, joined by clip id; None for labels alone.
+    """Read the soft targets as logits (clips of the store, K) float32, joined by clip id; None without `files`.
 
     Clips that no student learns from may have NaN. Raises UserError where a student's clip has no soft target, and
     where the files are not as they were written.

@@ -27,9 +27,9 @@ def train_student(
     gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
-    """Train a student on all clips but the validation part, from the soft `targets`.
+    """Train a student on all training clips outside the validation part, with the soft `targets`.
 
-    With `config.checkpoint` it has that file's weights instead. Raises UserError where they do not fit.
+    With `config.checkpoint` it takes that file's weights instead. Raises UserError where they do not fit.
     """
     folder = artifact.open_partial()
     data = source.open()
@@ -67,7 +67,7 @@ def fit_student(
     gpus: float,
     on_epoch: OnEpoch,
 ) -> list[Metrics]:
-    """`fit` with the student's clips and what `read_soft_targets` gave; a search trial is this and no more."""
+    """Run `fit` on the student's clips with what `read_soft_targets` gave; a search trial does only this."""
     return fit(
         model,
         config,

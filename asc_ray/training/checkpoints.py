@@ -38,7 +38,7 @@ def save_checkpoint(
     history: list[dict],
     steps: Sequence[list[float]] = (),
 ) -> None:
-    """Write `folder/epoch-NNNNN/` or `epoch-NNNNN-step-NNNNNN/`; all but the last two and the best are then removed."""
+    """Write `folder/epoch-NNNNN/` or `epoch-NNNNN-step-NNNNNN/`, then remove all but the last two and the best."""
     epoch = len(history)
     name = _name(epoch) + (f"-step-{len(steps):06d}" if steps else "")
     final, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
@@ -51,7 +51,7 @@ def save_checkpoint(
     if final.exists():  # a damaged one that resuming passed over
         shutil.rmtree(final)
     os.rename(temporary, final)
-    # The best before this one stays too: were this one damaged, it would be the best again.
+    # The best of the earlier ones stays too: if this one is damaged, it is the best again.
     best = {_name(best_epoch(past)) for past in (history, history[:-1]) if past}
     there = sorted(folder.glob("epoch-*"))
     later = [path for path in there if path.name > name]  # damaged ones that resuming passed over
@@ -61,14 +61,14 @@ def save_checkpoint(
 
 
 def best_epoch(history: Sequence[Mapping[str, float]]) -> int:
-    """The epoch, counted from 1, of the highest macro accuracy on the validation part; the first of equals."""
+    """Return the epoch, counted from 1, with the highest macro accuracy on the validation part; the first of equals."""
     return 1 + max(range(len(history)), key=lambda epoch: history[epoch]["validation_macro_accuracy"])
 
 
 def load_checkpoint(folder: Path, epoch: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold; a truncated one is passed over for the one before it.
+    """Return the newest checkpoint whose checksums hold, or None; damaged ones are passed over.
 
-    With `epoch`, the checkpoint of its end, if it is there and whole.
+    With `epoch`, return the checkpoint of that epoch's end, if it is there and intact.
     """
     for candidate in sorted(folder.glob("epoch-*" if epoch is None else _name(epoch)), reverse=True):
         meta = _read_meta(candidate)
@@ -85,7 +85,7 @@ def load_checkpoint(folder: Path, epoch: int | None = None) -> Checkpoint | None
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of what `save_checkpoint` stored, into an optimizer over the same parameters."""
+    """Load the state that `save_checkpoint` stored into an optimizer over the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, field = name.split(".", 1)
@@ -116,5 +116,5 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Own, contiguous memory for every tensor, as safetensors wants it."""
+    """Copy every tensor to contiguous memory of its own on the host, because safetensors needs that."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""What a training sees of the clip store: clips by part, impulse responses, soft targets joined by clip."""
+"""What a training sees of the clip store: clips by part, and impulse responses."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,9 @@ IMPULSE_RESPONSES = "impulse_responses.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a training's clips are, how they are divided into parts, and how they reach the device.
+    """Where a training's clips are, how they are divided into parts, and how they are delivered.
 
-    `fusion_data` and `folds` are those of FusionConfig. `fold` is the fold that a teacher of a cross-fitting does not
+    `fusion_data` and `folds` are those of FusionConfig. In cross-fitting, `fold` is the fold that a teacher does not
     see. Nothing is trained on clips of the `held_out_devices`: on the validation part they stand for unseen devices.
     """
 
@@ -41,7 +41,7 @@ class Source:
         return open_clips(self._local())
 
     def open(self, test: bool = False) -> "Dataset":
-        """The clips by part; the part `test` only where it is asked for, by what reports on it."""
+        """Open the clip store and divide it into parts; only what reports on the part `test` asks for it."""
         folder = self._local()
         store = open_clips(folder)
         train = np.flatnonzero(store.split == "train")
@@ -83,8 +83,8 @@ class Dataset:
     """A clip store with its parts as index arrays: `train`, `fusion`, `validation`, and `test` where asked for.
 
     Teachers are trained on `train`, eq. 4 is learned on `fusion`. With cross-fitting, and with `fusion.data: train`,
-    both are all of the training split but `validation`; but a Source with a `fold` has that fold in `fusion` and the
-    others in `train`.
+    both are the training split without `validation`. Where the Source has a `fold`, `fusion` is that fold and `train`
+    the others.
     """
 
     store: ClipStore
@@ -92,20 +92,20 @@ class Dataset:
     bank: ImpulseBank
     delivery: DataConfig = MAPPED
     stream: Stream | None = None
-    folds: tuple[np.ndarray, ...] = ()  # of cross-fitting
-    held_out_devices: tuple[str, ...] = ()  # devices that `train` and `fusion` have no clips of
+    folds: tuple[np.ndarray, ...] = ()  # only with cross-fitting
+    held_out_devices: tuple[str, ...] = ()  # `train` and `fusion` have no clips of these
 
     def waves(self, rows: np.ndarray, device: torch.device, gpus: float = 1.0) -> Waves:
         return Waves(self.store, rows, device, self.delivery, self.stream, gpus)
 
     @property
     def mean_energy(self) -> float:
-        """Mean energy of the training split: the `auto` threshold of ADIR (eq. 3)."""
+        """Return the mean energy of the training split, the `auto` threshold of ADIR (eq. 3)."""
         return float(self.store.energy[self.store.split == "train"].mean(dtype=np.float64))
 
 
 def save_bank(bank: ImpulseBank, file: Path) -> None:
-    """Keep the impulse responses with the clips: later stages need the clip store and not the corpus."""
+    """Write the impulse responses beside the clips, so that later stages need the clip store and not the corpus."""
     save_file({"responses": bank.responses}, file, metadata={"names": json.dumps(bank.names)})
 
 

@@ -20,12 +20,12 @@ SCRATCH = ("checkpoints", PROGRESS)
 
 
 def about(recipe: Recipe, labels: Sequence[str]) -> dict[str, Any]:
-    """What a file of weights says of them, and what must agree where they are used again."""
+    """Return the metadata of a file of weights, which must agree with the recipe that uses them again."""
     return {"labels": list(labels), "frontend": recipe.frontend.model_dump(exclude={"fmax_jitter"})}
 
 
 def load_model(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
-    """The recipe's network with the weights that a finished training left in `folder`, in evaluation form."""
+    """Return the recipe's network, in evaluation form, with the weights of the finished training in `folder`."""
     model = build(recipe.model, scenes, recipe.seed)
     model.load_state_dict(load_file(stored_file(folder, WEIGHTS)))
     return model.eval()
@@ -37,7 +37,7 @@ def save_weights(model: nn.Module, file: Path, about: Mapping[str, Any]) -> None
 
 
 def noted(folder: Path, recipe: Recipe, on_epoch: OnEpoch) -> OnEpoch:
-    """`on_epoch` that also leaves a note in the folder, for `asc-ray status` from another shell."""
+    """Return an `on_epoch` that also writes its metrics to the folder, for `asc-ray status` in another shell."""
 
     def note(metrics: Metrics) -> None:
         write_record(folder / PROGRESS, {**metrics, "epochs": recipe.optimizer.epochs})

@@ -1,4 +1,4 @@
-"""What a training does on a GPU and nowhere else: its arithmetic, and steps that are recorded and replayed.
+"""What a training does only on a GPU: its arithmetic, and steps that are recorded and replayed.
 
 A step of a student is some three hundred operators of microseconds each, and starting them one by one from Python takes
 longer than computing them. So they are recorded once as a CUDA graph, which is then started as a whole.
@@ -16,7 +16,7 @@ from asc_ray.errors import UserError
 
 
 def training_device(gpus: float) -> torch.device:
-    """Where to compute with so many GPUs, or such a part of one: without any on the CPU, whatever the machine has.
+    """Return where to compute with so many `gpus`, or with a part of one: with 0 on the CPU, whatever the machine has.
 
     Raises UserError where a GPU was asked for and torch sees none.
     """
@@ -32,15 +32,17 @@ def training_device(gpus: float) -> torch.device:
 
 @cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """One for all trainings of a process: memory that one of them freed is another's only on the same stream."""
+    """Return one stream for all trainings of a process, because freed memory is reused only on the same stream."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def on_gpu(device: torch.device, tf32: bool = False, deterministic: bool = False) -> Iterator[None]:
-    """What a training or an inference runs in: a stream that is not the default one, as recording asks for; float32
-    that is rounded to TF32 only where that is asked for (cuDNN does it by itself); and where asked for, only algorithms
-    that give the same bits every time. On a CPU it is nothing."""
+    """Set up a GPU for a training or an inference; do nothing for a CPU.
+
+    The work runs in a stream that is not the default one, because recording needs that. float32 is rounded to TF32 only
+    with `tf32` (cuDNN does so by default). With `deterministic`, all algorithms give the same bits every time.
+    """
     if device.type != "cuda":
         yield
         return
@@ -48,7 +50,7 @@ def on_gpu(device: torch.device, tf32: bool = False, deterministic: bool = False
     stream.wait_stream(torch.cuda.current_stream())
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     strict = torch.are_deterministic_algorithms_enabled()
-    # cuBLAS asks for it to be deterministic, and torch looks once a process: a training before this one may not be.
+    # Deterministic cuBLAS needs this. torch reads it once a process, so the first training sets it for later ones.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -63,10 +65,10 @@ def on_gpu(device: torch.device, tf32: bool = False, deterministic: bool = False
 
 
 class Replayed:
-    """A function of tensors of unchanging shapes on a GPU: called plainly first, recorded by the second call.
+    """A function of tensors on a GPU: the first call runs it, the second records it, and later ones replay it.
 
-    The function must not read from the device, or depend on anything but its arguments that changes from call to call.
-    A call with other shapes, as that of an epoch's last batch, is a plain one. Used within `on_gpu`.
+    The function must not read values from the GPU, or depend on anything but its arguments that changes between calls.
+    A call with other shapes, such as an epoch's last batch, runs it plainly. Use it within `on_gpu`.
     """
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ class Replayed:
         self._output = torch.empty(0)
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        # The function is not kept: a method would keep its training alive, and with it what that has on the card.
+        # The function is not kept: a method would keep its training alive, and that training's GPU memory.
         if [value.shape for value in inputs] != [value.shape for value in self._inputs]:
             if self._graph is None:
                 self._inputs = inputs

@@ -32,7 +32,7 @@ SetMode = Callable[[nn.Module, int | None], object]
 
 
 def train_mode(model: nn.Module, epoch: int | None) -> None:
-    """Training form for the zero-based `epoch`, evaluation form for None."""
+    """Put `model` into training form for the zero-based `epoch`, or into evaluation form for None."""
     model.train(epoch is not None)
 
 
@@ -53,16 +53,16 @@ def fit(
     on_epoch: OnEpoch = lambda metrics: None,
     set_mode: SetMode = train_mode,
 ) -> list[Metrics]:
-    """Train `model` in place on the store's clips `train`; returns the metrics of every epoch.
+    """Train `model` in place on the store's clips `train`, and return the metrics of every epoch.
 
-    `folder` takes a checkpoint an epoch, and within an epoch one every CHECKPOINT_SECONDS; training goes on from the
-    newest intact one, and ends with the weights that an uninterrupted run has. `on_epoch` hears of restored epochs too,
-    so a listener needs no memory of its own. `soft_targets` (clips of the store, K) are the teachers' logits, needed
-    where `distillation` is given. `gpus`: what this process may compute on, a part of one GPU for less than 1.
-    `set_mode` stands in for `train_mode` where a network has another way to change its form.
+    A checkpoint goes to `folder` after every epoch, and every CHECKPOINT_SECONDS within one. Training resumes from the
+    newest intact one, and ends with the same weights as an uninterrupted run. `on_epoch` is called for restored epochs
+    too, so a listener needs no memory of its own. `soft_targets` (clips of the store, K) are the teachers' logits,
+    needed where `distillation` is given. `gpus` are those that this process may use, less than 1 for a part of one.
+    `set_mode` replaces `train_mode` for a network that changes its form in another way.
 
-    In a torch.distributed group all ranks call this alike. The first one alone has the result, and writes
-    checkpoints and is heard by `on_epoch`.
+    In a torch.distributed group all ranks call this alike. Only the first rank has the result, writes checkpoints and
+    calls `on_epoch`.
 
     Raises Diverged with epoch, step and clip ids when the loss is not finite.
     """
@@ -144,12 +144,12 @@ def fit(
 
 
 def _times(seconds: float, steps: int, of: int, epochs_left: int) -> Metrics:
-    """Of an epoch of which so many `steps` were taken in this process."""
+    """Return an epoch's seconds and the minutes left, where this process took `steps` of the epoch's `of` steps."""
     return {"seconds": seconds, "minutes_left": seconds * of / max(1, steps) * epochs_left / 60}
 
 
 def _trained(model: nn.Module, objective: Objective, settings: OptimizerConfig) -> nn.ModuleDict:
-    """What checkpoints hold."""
+    """Return the modules that checkpoints hold."""
     trained = nn.ModuleDict({"network": model, "objective": objective})
     if settings.average_epochs > 1:
         trained["average"] = copy.deepcopy(model)
@@ -159,7 +159,7 @@ def _trained(model: nn.Module, objective: Objective, settings: OptimizerConfig) 
 def _resumed(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[list[Metrics], list[list[float]]]:
-    """Metrics of the finished epochs and results of the next one's steps, from the newest intact checkpoint."""
+    """Restore the newest intact checkpoint; return the finished epochs' metrics and the next epoch's step results."""
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         return [], []
@@ -179,7 +179,7 @@ def _restore_best(folder: Path, model: nn.Module, history: Sequence[Metrics]) ->
 
 
 def _finite(results: list[Tensor], epoch: int, store: ClipStore, clips: list[np.ndarray]) -> Tensor:
-    """What the steps returned, on the host: the one synchronization of an epoch. Raises Diverged."""
+    """Copy the steps' results to the host, the one synchronization of an epoch. Raises Diverged."""
     sums = torch.stack(results).cpu()
     bad = torch.nonzero(~sums[:, 0].isfinite())
     if len(bad):

@@ -1,4 +1,4 @@
-"""The training objective, eq. 5: hard labels and soft targets, by cross-entropy both."""
+"""The training objective, eq. 5: cross-entropy with hard labels and with soft targets."""
 
 import math
 from typing import Annotated, Any, Literal, Self
@@ -14,19 +14,19 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ScheduledWeight(Section):
-    """From `start` in the first epoch to `end` in the last."""
+    """A weight that goes from `start` in the first epoch to `end` in the last."""
 
-    start: Share = Field(description="in the first epoch")
-    end: Share = Field(description="in the last epoch")
-    shape: Literal["linear", "cosine"] = Field("linear", description="of the way from one to the other")
+    start: Share = Field(description="weight in the first epoch")
+    end: Share = Field(description="weight in the last epoch")
+    shape: Literal["linear", "cosine"] = Field("linear", description="shape of the curve between them")
 
 
 class LearnedWeight(Section):
-    """Trained with the network, by the same objective, between `low` and `high`."""
+    """A weight between `low` and `high` that is trained with the network, by the same objective."""
 
-    start: Share = Field(description="before the first step")
-    low: Share = Field(0.0, description="never below")
-    high: Share = Field(1.0, description="never above")
+    start: Share = Field(description="weight before the first step")
+    low: Share = Field(0.0, description="lower bound of the weight")
+    high: Share = Field(1.0, description="upper bound of the weight")
 
     @model_validator(mode="after")
     def _inside(self) -> Self:
@@ -36,7 +36,7 @@ class LearnedWeight(Section):
 
 
 def _kind(value: Any) -> str:
-    """Which of the forms of a weight is meant."""
+    """Return the tag of the form in which a weight is given."""
     if not isinstance(value, dict | Section):
         return "(number)"
     return "(schedule)" if {"end", "shape"} & dict(value).keys() else "(learned)"
@@ -59,18 +59,18 @@ class DistillationConfig(Section):
     `{start, low, high}` to learn it.
     """
 
-    soft_target: str = Field("fused", description="whose logits are learned from")
+    soft_target: str = Field("fused", description="whose logits the student learns from")
     label_weight: LabelWeight = Field(0.17, description="share of the label loss, lambda of eq. 5")
-    temperature: float = Field(2.0, gt=0.0, le=100.0, description="that both sides' logits are divided by")
+    temperature: float = Field(2.0, gt=0.0, le=100.0, description="divisor of the student's and the teachers' logits")
 
 
 class Objective(nn.Module):
     """Eq. 5 as named losses (`total`, `label`, and `distillation` when there are soft targets), one value a clip.
 
-    Both sides of the distillation loss are divided by the temperature tau, and it is multiplied by tau^2 (Hinton et
-    al., 2015), so its gradient keeps its size as tau changes. A learned lambda is low + (high - low) sigmoid(`raw`). It
-    weighs the label loss against the divergence from the soft target, and so goes where the student is better: towards
-    `high` where labels are learned faster than soft targets are.
+    In the distillation loss both sides' logits are divided by the temperature tau. The loss is multiplied by tau^2
+    (Hinton et al., 2015), so its gradient keeps its size as tau changes. A learned lambda is
+    low + (high - low) sigmoid(`raw`). It moves towards the smaller of the label loss and the divergence from the soft
+    target: towards `high` where labels are learned faster than soft targets.
     """
 
     def __init__(self, config: DistillationConfig | None) -> None:
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         return self.config is not None and isinstance(self.config.label_weight, ScheduledWeight)
 
     def label_weight(self, progress: float) -> Tensor | float:
-        """lambda at `progress`, 0 in the first epoch and 1 in the last."""
+        """Return lambda at `progress`, 0 in the first epoch and 1 in the last."""
         weight = self.config.label_weight if self.config else 1.0
         if isinstance(weight, LearnedWeight):
             return weight.low + (weight.high - weight.low) * torch.sigmoid(self.raw)
@@ -97,7 +97,7 @@ class Objective(nn.Module):
         return weight
 
     def mixed(self, soft_targets: Tensor, lam: Tensor, partner: Tensor | None) -> Tensor:
-        """Logits (B, K) whose softened probabilities are lam (B, 1) of a clip's own and 1 - lam of its partner's."""
+        """Return logits (B, K) whose softened probabilities mix a clip's own, by lam (B, 1), with its partner's."""
         assert self.config is not None
         own = torch.softmax(soft_targets / self.config.temperature, dim=1)
         return torch.log(torch.lerp(own[partner], own, lam)) * self.config.temperature
@@ -105,8 +105,11 @@ class Objective(nn.Module):
     def forward(
         self, logits: Tensor, target: Tensor, soft_targets: Tensor | None, progress: float = 0.0
     ) -> dict[str, Tensor]:
-        """logits (B, K) of the student; target (B, K) class probabilities (one-hot, or mixed under mixup); soft_targets
-        (B, K) of the teachers, free of temperature. Each loss is (B,)."""
+        """Return the losses, each (B,), of the student's `logits` (B, K).
+
+        `target` (B, K) has the scenes' probabilities (one-hot, or mixed by mixup). `soft_targets` (B, K) are the
+        teachers' logits, not divided by the temperature.
+        """
         label = -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
         if soft_targets is None or self.config is None:
             return {"total": label, "label": label}
@@ -114,7 +117,8 @@ class Objective(nn.Module):
         soft_target = torch.softmax(soft_targets / tau, dim=1)
         distillation = -(soft_target * F.log_softmax(logits / tau, dim=1)).sum(dim=1) * tau**2
         total = weight * label + (1.0 - weight) * distillation
-        if isinstance(weight, Tensor):  # no student is below the soft target's own entropy: lambda is not to flee it
+        # The distillation loss cannot fall below the soft target's entropy, so that part must not move lambda.
+        if isinstance(weight, Tensor):
             entropy = torch.special.entr(soft_target).sum(dim=1) * tau**2
             total = total + (weight - weight.detach()) * entropy
         return {"total": total, "label": label, "distillation": distillation}

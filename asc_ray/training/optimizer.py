@@ -16,15 +16,15 @@ class ScheduleConfig(Section):
 
     warm_up: int = Field(3, ge=0, description="epochs of the warm-up")
     ramp_down_start: int = Field(15, ge=0, description="epochs before the rate begins to fall")
-    ramp_down_length: int = Field(12, ge=1, description="epochs that it falls for")
-    last_factor: float = Field(0.005, ge=0.0, le=1.0, description="share of the rate that is left then")
+    ramp_down_length: int = Field(12, ge=1, description="epochs over which it falls")
+    last_factor: float = Field(0.005, ge=0.0, le=1.0, description="share of the rate after the ramp-down")
 
 
 def learning_rate_factor(epoch: int, schedule: ScheduleConfig) -> float:
-    """Factor for the zero-based `epoch`.
+    """Return the factor of the learning rate in the zero-based `epoch`.
 
-    Warm-up exp(-5 (1 - t)^2) with t = max(epoch, 1/2) / warm_up (Laine and Aila, 2017), times a line from 1 at
-    `ramp_down_start` to `last_factor` after `ramp_down_length` epochs: the schedule of CP-JKU's DCASE23 recipes.
+    It is the warm-up exp(-5 (1 - t)^2) with t = max(epoch, 1/2) / warm_up (Laine and Aila, 2017), times a line from 1
+    at `ramp_down_start` to `last_factor` after `ramp_down_length` epochs: the schedule of CP-JKU's DCASE23 recipes.
     """
     factor = 1.0
     if epoch < schedule.warm_up:
@@ -34,21 +34,19 @@ def learning_rate_factor(epoch: int, schedule: ScheduleConfig) -> float:
 
 
 class OptimizerConfig(Section):
-    """One optimizer over the whole network, one learning-rate schedule, lengths in epochs."""
+    """One optimizer and one learning-rate schedule for the whole network."""
 
     kind: Literal["adamw", "adam"] = Field(
         "adamw", description="adam adds the weight decay to the gradient (L2), adamw takes it from the weights"
     )
     epochs: int = Field(30, ge=1, description="passes over the training clips")
-    batch_size: int = Field(64, ge=2, description="clips of a step")
-    learning_rate: float = Field(1e-3, gt=0.0, le=1.0, description="its largest value, which the schedule scales")
-    weight_decay: float = Field(1e-3, ge=0.0, le=1.0, description="as `kind` has it")
+    batch_size: int = Field(64, ge=2, description="clips a step")
+    learning_rate: float = Field(1e-3, gt=0.0, le=1.0, description="largest learning rate; the schedule scales it")
+    weight_decay: float = Field(1e-3, ge=0.0, le=1.0, description="weight decay, applied as `kind` says")
     schedule: ScheduleConfig = ScheduleConfig()
     clip_norm: float = Field(5.0, gt=0.0, description="largest norm of the gradient over all weights")
     accumulate: int = Field(1, ge=1, description="parts in which a batch goes through the network, for less memory")
-    average_epochs: int = Field(
-        1, ge=1, description="the result is the mean of the weights after so many of the last epochs"
-    )
+    average_epochs: int = Field(1, ge=1, description="number of last epochs whose weights are averaged; 1: no average")
 
     @model_validator(mode="after")
     def _no_more_than_there_are(self) -> "OptimizerConfig":
@@ -57,7 +55,7 @@ class OptimizerConfig(Section):
         return self
 
     def scaled_to(self, epochs: int) -> "OptimizerConfig":
-        """The same recipe compressed or stretched to `epochs`, its schedule with it."""
+        """Return this configuration for `epochs` epochs, with its schedule compressed or stretched to them."""
         ratio = epochs / self.epochs
         schedule = ScheduleConfig(
             warm_up=round(self.schedule.warm_up * ratio),
@@ -83,8 +81,10 @@ def optimizer_of(
 
 @torch.no_grad()
 def average_weights(trained: nn.ModuleDict, settings: OptimizerConfig, epoch: int) -> None:
-    """After each of the last epochs take the weights, and the batch norms' statistics, into the mean; in the last one
-    the mean becomes the network."""
+    """Add the network's weights and batch-norm statistics to their mean over the last epochs.
+
+    After the last epoch the network takes this mean.
+    """
     number = epoch + 1 - (settings.epochs - settings.average_epochs)
     if settings.average_epochs == 1 or number < 1:
         return

@@ -1,8 +1,8 @@
-"""Data-parallel training: the processes of a torch.distributed group take together the steps of one process.
+"""Data-parallel training: the processes of a torch.distributed group together take the steps of one process.
 
-Every rank reads its own clips, has the whole batch from the others for augmentation (mixup and Freq-MixStyle take a
-partner from anywhere in it), and runs the network on its own part; gradients and batch norms are of the whole batch.
-Without a group there is one rank, and nothing here does anything.
+Every rank reads its own clips, gathers the whole batch for augmentation (mixup and Freq-MixStyle take a partner from
+anywhere in it), and runs the network on its own share. Gradients and batch-norm statistics are those of the whole
+batch. Without a group there is one rank, and the functions here change nothing.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def world() -> int:
 
 
 def gathered(piece: Tensor, count: int) -> Tensor:
-    """The batch of `count` clips of which rank r holds, as `piece`, every world-th from the r-th; on every rank."""
+    """Return on every rank the batch of `count` clips; the `piece` of rank r has the clips r, r + world, ..."""
     ranks = world()
     if ranks == 1:
         return piece
@@ -29,20 +29,20 @@ def gathered(piece: Tensor, count: int) -> Tensor:
     padded = piece.new_zeros(size, *piece.shape[1:])
     padded[: len(piece)] = piece
     pieces = [torch.empty_like(padded) for _ in range(ranks)]
-    # As bytes, for no backend knows int16.
+    # As bytes, because no backend knows int16.
     dist.all_gather([one.view(torch.uint8) for one in pieces], padded.view(torch.uint8))
     return torch.stack(pieces, dim=1).flatten(0, 1)[:count]
 
 
 def summed(values: Tensor) -> Tensor:
-    """`values`, changed in place to their sum over all ranks, without a gradient; on every rank."""
+    """Replace `values` on every rank by their sum over all ranks, without a gradient, and return them."""
     if world() > 1:
         dist.all_reduce(values)
     return values
 
 
 def agreed(value: Any) -> Any:
-    """The first rank's value, on every rank; of any type that can be pickled."""
+    """Return the first rank's value on every rank; it must be picklable."""
     if world() == 1:
         return value
     box = [value]
@@ -51,7 +51,7 @@ def agreed(value: Any) -> Any:
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel, its batch norms over the whole batch; the model itself for one rank."""
+    """Return the model in DistributedDataParallel, its batch norms over the whole batch; for one rank, the model."""
     if world() == 1:
         return model
     if next(model.parameters()).device.type == "cuda":
@@ -59,7 +59,7 @@ def distributed(model: nn.Module) -> nn.Module:
     else:
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
-                module.__class__ = GlobalBatchNorm2d  # weights, statistics and names stay what and where they are
+                module.__class__ = GlobalBatchNorm2d  # this keeps weights, statistics and names
     return nn.parallel.DistributedDataParallel(model)
 
 
@@ -76,7 +76,7 @@ class _Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """torch's SyncBatchNorm, which has no form for the CPU: in training the statistics are those of all ranks."""
+    """SyncBatchNorm for the CPU, where torch has none: in training the statistics are those of all ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

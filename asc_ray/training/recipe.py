@@ -1,4 +1,4 @@
-"""A recipe: all that defines one training but its data."""
+"""A recipe: all that defines one training, except its data."""
 
 from typing import Literal
 
@@ -17,7 +17,7 @@ Precision = Literal["bf16", "tf32", "fp32"]
 
 
 class Recipe(Section):
-    """All that defines one training but its data."""
+    """All that defines one training, except its data."""
 
     later = frozenset({"precision", "deterministic"})
     model: ModelConfig = Field(discriminator="name", description="the network, and its settings")
@@ -25,15 +25,17 @@ class Recipe(Section):
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     balance: float = Field(
-        0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: as many clips of every device"
+        0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: it has equally many clips of every device"
     )
-    compile: bool = Field(False, description="torch.compile the network; where that fails, it trains without")
-    precision: Precision = Field("bf16", description="of the network's training on a GPU; on a CPU it is fp32")
-    deterministic: bool = Field(False, description="the same bits in every run on a GPU, slower; on a CPU they are")
+    compile: bool = Field(False, description="torch.compile the network; where that fails, train without it")
+    precision: Precision = Field("bf16", description="arithmetic of the training on a GPU; on a CPU it is fp32")
+    deterministic: bool = Field(
+        False, description="a GPU gives the same bits in every run, but is slower; a CPU always gives the same bits"
+    )
     select: Literal["last", "best"] = Field(
-        "last", description="which weights are the result: the last epoch's, or those best on the validation part"
+        "last", description="weights that are the result: the last epoch's, or those best on the validation part"
     )
-    seed: int = Field(0, ge=0, description="of the first weights and of all that is drawn")
+    seed: int = Field(0, ge=0, description="seed of the first weights and of all that is drawn")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

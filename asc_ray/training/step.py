@@ -23,7 +23,7 @@ from asc_ray.training.validation import Metrics
 
 
 class Trainer:
-    """The update of one step. Its parts carry the names that bench/train.py reports."""
+    """The update of one step. Its profiled parts have the names that bench/train.py reports."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class Trainer:
         self._replayed: Replayed | None = None
 
     def compile(self, batch_size: int) -> None:
-        """torch.compile the network, tried on a batch of zeros; what does not compile trains as it is, and says so."""
+        """Compile the network and try it on a batch of zeros; where that fails, warn and train without it."""
         state = copy.deepcopy(self.model.state_dict())
         forward = torch.compile(self._forward, dynamic=False)  # dynamic shapes would depend on which batch came first
         mel = self.front_end(torch.zeros(batch_size, 1, CLIP_SAMPLES, device=self._device))
         choices = [moved(value, self._device) for value in self._choices(torch.Generator())]
         try:
             self._logits(forward, mel, choices).sum().backward()
-        except Exception as error:  # compilers fail in their own ways, for lack of a C++ compiler to begin with
+        except Exception as error:  # a compiler can fail in any way, e.g. without a C++ compiler
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.compiled = False
             warnings.warn(f"torch.compile failed, training goes on without it: {reason}", stacklevel=2)
@@ -69,7 +69,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def begin_epoch(self, progress: float, learning_rate: float, changes: bool) -> None:
-        """`progress`: 0 in the first epoch and 1 in the last; `changes`: whether the network computes otherwise now."""
+        """Set the learning rate, and discard the recorded step where it no longer holds.
+
+        `progress` is 0 in the first epoch and 1 in the last. `changes`: the network now computes something else.
+        """
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(learning_rate)
@@ -82,22 +85,22 @@ class Trainer:
 
     @torch.no_grad()
     def notes(self) -> Metrics:
-        """What an epoch's metrics say of the training itself."""
+        """Return an epoch's metrics of the training itself: whether it is compiled, and lambda."""
         notes = {} if self.compiled is None else {"compiled": float(self.compiled)}
         if self.soft is not None:
             notes["label_weight"] = float(self.objective.label_weight(self.progress))
         return notes
 
     def step(self, pcm: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
-        """One update on the store's `clips`; (summed loss, clips, right answers), without waiting for the device.
+        """Make one update on the store's `clips`; return (summed loss, clips, right answers), not waiting for the GPU.
 
-        The clips and their samples (B, 32000) int16 are of the whole batch. It goes through the network in parts: first
-        by rank, and then by `accumulate`; the gradient is that of its mean loss.
+        The clips and their samples (B, 32000) int16 are the whole batch. It goes through the network in pieces, first
+        by rank and then by `accumulate`. The gradient is that of the batch's mean loss.
         """
         with record_function("augmentation"):
             energies, devices = torch.from_numpy(self.store.energy[clips]), self.store.device[clips].tolist()
             draw = self.augment.draw(energies, devices, generator)
-            # What a column means follows from the configuration alone: a recorded step relies on it.
+            # A recorded step relies on this: the configuration alone determines what a column means.
             assert self._draw is None or self._draw.width == draw.width
             self._draw = draw
             columns = [draw.packed(), torch.from_numpy(self.store.scene[clips])[:, None].double()]
@@ -109,8 +112,11 @@ class Trainer:
         return self._replayed(self._compute, pcm, *inputs) if self._replayed else self._compute(pcm, *inputs)
 
     def _compute(self, pcm: Tensor, plan: Tensor, *choices: Tensor) -> Tensor:
-        """What a step does on the device, without a look at any value there. `plan` (B, ...) is what `step` put there:
-        the draw, scene and soft logits of each clip; `choices` are the network's own for each part."""
+        """Compute a step without reading any value back to the host.
+
+        `plan` (B, ...) has each clip's draw, scene and soft target; `choices` are the network's own draws, piece by
+        piece.
+        """
         assert self._draw is not None
         with record_function("augmentation"):
             drawn, scene, soft = plan.split([self._draw.width, 1, plan.shape[1] - self._draw.width - 1], dim=1)
@@ -139,12 +145,12 @@ class Trainer:
                         logits, target[own], None if teacher is None else teacher[own], self.progress
                     )["total"]
                 with record_function("backward"):
-                    # DistributedDataParallel averages over the ranks what is a sum.
+                    # DistributedDataParallel averages over the ranks; times `world` that is the sum.
                     (loss.sum() * (self.world / len(pcm))).backward()
             right = (logits.detach().argmax(1) == scene[own]).float()
             result += torch.stack([loss.detach().sum(), torch.ones_like(right).sum(), right.sum()])
         with record_function("optimizer"):
-            for parameter in self.objective.parameters():  # a learned lambda, in no DistributedDataParallel
+            for parameter in self.objective.parameters():  # a learned lambda is not in DistributedDataParallel
                 if parameter.grad is not None:
                     parallel.summed(parameter.grad).div_(self.world)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -155,7 +161,7 @@ class Trainer:
         return min(self.accumulate, clips // self.world)
 
     def _choices(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """What the network draws for itself in training, on the host."""
+        """Return what the network draws for itself in training, on the host."""
         draw = getattr(self.model, "choices", None)
         return draw(self.front_end.config.frames(CLIP_SAMPLES), generator) if draw else ()
 

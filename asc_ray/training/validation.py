@@ -22,9 +22,10 @@ class NotFinite(UserError):
 
 
 def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device) -> Metrics:
-    """Accuracy, macro accuracy (mean over scenes) and log loss on the validation part.
+    """Return accuracy, macro accuracy (mean over scenes) and log loss on the validation part.
 
-    Where devices are left out of the training, also the macro accuracy on theirs (`unseen`) and the others' (`seen`).
+    With held-out devices, also the macro accuracy on their clips (`validation_unseen`) and on the others
+    (`validation_seen`).
     """
     clips = data.parts["validation"]
     log_p = torch.log_softmax(predict(model, front_end, data.store, clips, device), dim=1)
@@ -48,9 +49,9 @@ def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.d
 def predict(
     model: nn.Module, front_end: LogMel, store: ClipStore, clips: np.ndarray, device: torch.device, batch_size: int = 64
 ) -> Tensor:
-    """Logits (N, K) float32 on the host of the store's `clips`, not augmented; `model` is in evaluation form.
+    """Return logits (N, K) float32 on the host for the store's `clips`, not augmented.
 
-    Raises NotFinite where a logit is infinite or not a number.
+    `model` must be in evaluation form. Raises NotFinite where a logit is infinite or not a number.
     """
     logits = predict_all([model], front_end, store, clips, device, batch_size)[0]
     refuse_not_finite(logits, store.ids[clips])
@@ -58,7 +59,7 @@ def predict(
 
 
 def refuse_not_finite(logits: Tensor, ids: np.ndarray) -> None:
-    """Raises NotFinite with the clips `ids` (N,) whose logits (N, K) hold something else than numbers."""
+    """Raise NotFinite with the clips, by their `ids` (N,), whose logits (N, K) are not finite."""
     broken = ~logits.isfinite().all(dim=1).numpy()
     if broken.any():
         names = ", ".join(map(str, ids[broken][:3])) + (", ..." if broken.sum() > 3 else "")
@@ -75,7 +76,10 @@ def predict_all(
     batch_size: int = 64,
     bf16: bool = False,
 ) -> Tensor:
-    """`predict` of several networks behind one front end: (S, N, K). `bf16` runs the networks in mixed precision."""
+    """Return the logits (S, N, K) of several networks behind one front end, finite or not.
+
+    `bf16` runs the networks in mixed precision.
+    """
     outputs = []
     with on_gpu(device):
         for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
