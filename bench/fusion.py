@@ -1,6 +1,6 @@
 """Compare the fusion (eq. 4) with scipy's L-BFGS-B on the same objective; measure its memory with logits from files.
 
-    python bench/fusion.py [--clips 139620] [--systems 12] [--classes 10] [--ridge 1e-4] [--runs 5] [--storage STORAGE]
+    python bench/fusion.py [--clips 139620] [--systems 12] [--scenes 10] [--ridge 1e-4] [--runs 5] [--storage STORAGE]
     python bench/fusion.py --write FOLDER [--clips 10000000]
     python bench/fusion.py --stream FOLDER
 
@@ -37,16 +37,16 @@ SHARD = 65_536
 Loss = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[float, np.ndarray]]
 
 
-def made_up(rng: np.random.Generator, clips: int, systems: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def made_up(rng: np.random.Generator, clips: int, systems: int, scenes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return made-up logits (S, N, K) float32 and scenes (N,)."""
-    labels = rng.integers(0, classes, clips)
+    labels = rng.integers(0, scenes, clips)
     difficulty = rng.lognormal(0, 0.7, (clips, 1))
-    logits = np.empty((systems, clips, classes), np.float32)
+    logits = np.empty((systems, clips, scenes), np.float32)
     for family in range(2):
-        means = (2.5 + family) * np.eye(classes) + rng.standard_normal((classes, classes)) * 0.7
-        shared = means[labels] + difficulty * rng.standard_normal((clips, classes))
+        means = (2.5 + family) * np.eye(scenes) + rng.standard_normal((scenes, scenes)) * 0.7
+        shared = means[labels] + difficulty * rng.standard_normal((clips, scenes))
         for system in range(family, systems, 2):
-            logits[system] = (0.6 + 0.05 * system) * shared + 0.6 * rng.standard_normal((clips, classes))
+            logits[system] = (0.6 + 0.05 * system) * shared + 0.6 * rng.standard_normal((clips, scenes))
     return logits, labels
 
 
@@ -132,12 +132,12 @@ def compare(logits: np.ndarray, labels: np.ndarray, ridge: float, runs: int) -> 
         )
 
 
-def write(folder: Path, clips: int, systems: int, classes: int) -> None:
-    names = [f"class {k}" for k in range(classes)]
+def write(folder: Path, clips: int, systems: int, scenes: int) -> None:
+    names = [f"scene {k}" for k in range(scenes)]
     labels = []
     for part, start in enumerate(range(0, clips, SHARD)):
         count = min(SHARD, clips - start)
-        logits, y = made_up(np.random.default_rng(part), count, systems, classes)
+        logits, y = made_up(np.random.default_rng(part), count, systems, scenes)
         labels.append(y)
         ids = pa.array([f"clip-{n}.wav" for n in range(start, start + count)])
         for system, values in enumerate(logits):
@@ -183,13 +183,13 @@ def main() -> None:
     options = parser.parse_args()
     rng, clips = np.random.default_rng(0), options.clips or 139_620
     if options.write:
-        write(options.write, options.clips or 10_000_000, options.systems, options.classes)
+        write(options.write, options.clips or 10_000_000, options.systems, options.scenes)
     elif options.stream:
         stream(options.stream)
     elif options.storage:
         compare(*drawn(rng, clips, options.storage), options.ridge, options.runs)
     else:
-        compare(*made_up(rng, clips, options.systems, options.classes), options.ridge, options.runs)
+        compare(*made_up(rng, clips, options.systems, options.scenes), options.ridge, options.runs)
 
 
 if __name__ == "__main__":

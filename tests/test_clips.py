@@ -77,7 +77,7 @@ def test_the_store_returns_what_the_corpus_has(corpus, folder):
     assert store.ids.tolist() == [clip.clip_id for clip in good(corpus)]
     assert store.scene.dtype == np.int64
     assert [store.labels[i] for i in store.scene] == [clip.scene for clip in good(corpus)]
-    for column in ("device", "location", "split"):
+    for column in ("device", "place", "split"):
         assert getattr(store, column).tolist() == [getattr(clip, column) for clip in good(corpus)]
 
 

@@ -26,6 +26,7 @@ def cluster():
     nodes.shutdown()
 
 
+@pytest.mark.campaign
 def test_whatever_dies_teachers_end_with_the_weights_of_an_unbroken_run(finished, cluster, tmp_path):
     """Workers, then the trainers' controllers, then a node; beside them one system that fails whatever is done."""
     nodes, workers = cluster

@@ -346,7 +346,7 @@ def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_i
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     ours = Plan(load_config(TINY, overrides))
-    source = Source(ours.clips.path, ours.config.partition, fusion=ours.config.fusion)
+    source = Source(ours.clips.path, ours.config.partition, fusion_data="crossfit", folds=ours.config.fusion.folds)
     store = source.store()
     folds = [replace(source, fold=fold).open().parts for fold in range(2)]
     whole = source.open().parts

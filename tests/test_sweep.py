@@ -89,6 +89,7 @@ def test_a_population_killed_half_way_ends_as_an_unbroken_one(storage, tmp_path)
     assert results(Plan(load_config(TINY, given))) == trials
 
 
+@pytest.mark.campaign
 def test_a_search_killed_among_its_finalists_goes_on_from_checkpoints(storage, tmp_path):
     """With devices left out. Of the test split it knows nothing: in one of the two storages its labels are wrong."""
     overrides = [
