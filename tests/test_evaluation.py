@@ -38,6 +38,8 @@ def test_closed_forms():
     }  # fmt: skip
     assert e.groups == pytest.approx({"seen": 4 / 5, "unseen": 1 / 2, "real": 1.0})
     assert e.per_scene == {"airport": 0.75, "bus": 0.5, "park": 1.0}
+    older = e.model_dump_json().replace("per_scene", "per_class")  # as earlier versions wrote it
+    assert Evaluation.model_validate_json(older) == e
     assert e.confusion == ((3, 1, 0), (0, 1, 1), (0, 0, 1))
 
 

@@ -276,6 +276,9 @@ def test_save_and_load_are_exact(tmp_path):
     fused = fit(logits, labels, systems=["a", "b", "ü"], labels=list("wxyz"), ridge=1e-3)
     fused.save(tmp_path / "fusion.json")
     again = Fusion.load(tmp_path / "fusion.json")
+    text = (tmp_path / "fusion.json").read_text()
+    (tmp_path / "older.json").write_text(text.replace("scene_prior", "class_prior"))
+    assert Fusion.load(tmp_path / "older.json").scene_prior == again.scene_prior
     for name in Fusion.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(again, name), getattr(fused, name))
 

@@ -357,6 +357,24 @@ def test_weights_from_elsewhere_count_by_their_contents_and_with_the_front_end(t
     assert differing(tmp_path, taken["one"], taken["other"]) == following("student")
 
 
+def test_fields_that_went_or_have_another_name_are_still_read_and_stand_in_keys():
+    old = load_config("demo", ["fusion.class_prior=uniform", "fusion.tasks=1", "sweep.budget.minutes=null"])
+    new = load_config("demo", ["fusion.scene_prior=uniform"])
+    assert old.fusion == new.fusion
+    assert old.sweep == new.sweep
+    assert Plan(old).key == Plan(new).key != Plan(load_config("demo")).key
+    assert new.fusion.for_key() == {
+        "data": "holdout", "folds": 4, "ridge": "auto", "class_prior": "uniform", "nonnegative": False, "tasks": 1,
+    }  # fmt: skip
+    assert new.sweep.for_key()["budget"] == {"epochs": None, "minutes": None}
+    for gone in ("fusion.tasks=8", "sweep.budget.minutes=5"):
+        key = gone.partition("=")[0]
+        with pytest.raises(UserError, match=f"{key}: unknown key"):
+            load_config("demo", [gone])
+    with pytest.raises(UserError, match=r"fusion\.class_prior: unknown key"):  # which of the two is meant?
+        load_config("demo", ["fusion.class_prior=uniform", "fusion.scene_prior=empirical"])
+
+
 def test_fields_that_came_later_are_in_no_key_while_they_have_their_default():
     """What was made before they were there is recognized: recipes are nested, and a search has one, too."""
     config = load_config(TINY)

@@ -11,7 +11,7 @@ from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SPLITS
 from asc_ray.data.logits import read_logits
 from asc_ray.data.pieces import finished_pieces, missing_pieces, piece_file
-from asc_ray.ensemble.inference import Inference, Precision, infer
+from asc_ray.ensemble.inference import Inference, LogitsPrecision, infer
 from asc_ray.errors import UserError
 from asc_ray.resources import Resources
 from asc_ray.training.dataset import Source
@@ -23,7 +23,7 @@ def store_logits(
     source: Source,
     part_clips: int,
     batch_size: int,
-    precision: Precision,
+    precision: LogitsPrecision,
     resources: Resources,
     retries: int,
     on_event: OnEvent,

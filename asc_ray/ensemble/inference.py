@@ -26,14 +26,14 @@ from asc_ray.training.gpu import training_device
 from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import NotFinite, predict_all, refuse_not_finite
 
-Precision = Literal["fp32", "bf16"]
+LogitsPrecision = Literal["fp32", "bf16"]
 
 
 class LogitsConfig(Section):
     """How the teachers' logits are computed."""
 
     batch_size: int = Field(64, ge=1, description="clips that go through a network together")
-    precision: Precision = Field(
+    precision: LogitsPrecision = Field(
         "fp32", description="arithmetic of the networks; with bf16 the largest difference to fp32 is recorded"
     )
     resources: Resources = Resources()
@@ -54,7 +54,12 @@ class Inference:
 
 
 def infer(
-    systems: Sequence[Inference], source: Source, rows: np.ndarray, batch: int, precision: Precision, gpus: float = 0.0
+    systems: Sequence[Inference],
+    source: Source,
+    rows: np.ndarray,
+    batch: int,
+    precision: LogitsPrecision,
+    gpus: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Write the logits of finished teachers for the store's clips `rows`, of any split.
 
