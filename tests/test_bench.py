@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from conftest import ROOT, Run
 
@@ -82,6 +83,16 @@ def test_fusion(tmp_path):
     run("fusion", "--write", tmp_path / "logits", "--clips", 100_000, "--systems", 3)
     output = run("fusion", "--stream", tmp_path / "logits")
     assert 0.05 < float(re.search(r"peak memory ([\d.]+) GB", output).group(1)) < 1.0
+
+
+def test_fusion_small(tmp_path):
+    """No rule is better than eq. 4 fitted to the clips that judge them, and copies of systems harm the average."""
+    run("fusion_small", "--repeats", 1, "--sizes", "50/10", "--csv", tmp_path / "regrets.csv")
+    table = pd.read_csv(tmp_path / "regrets.csv")
+    assert len(table) == 5 * 4
+    assert (table["nats"] > 0).all()
+    copies = table[table["kind"] == "copies"].set_index("rule")["nats"]
+    assert copies["greedy selection"] < copies["average"] < copies["best single system"]
 
 
 @pytest.mark.campaign
