@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fusion_beyond import log_loss
 
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.ensemble.fusion import fit
-from asc_ray.evaluation.scores import log_posteriors
 from asc_ray.training.dataset import Source
 
 # Clips and their places to learn from.
@@ -78,11 +78,6 @@ class MadeUp:
                 logits[s] = logits[other] + 0.05 * rng.standard_normal((count, self.scenes))
         logits *= self.scale[:, None, None]
         return np.stack([z[:, order] for z, order in zip(logits, self.order, strict=True)]), scene, place
-
-
-def log_loss(logits: np.ndarray, scene: np.ndarray) -> float:
-    """Return the mean log loss in nats."""
-    return float(-log_posteriors(logits)[np.arange(len(scene)), scene].mean())
 
 
 def average(learn: Clips) -> Applied:

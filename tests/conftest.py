@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +24,8 @@ from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.clips import SHARD
 from asc_ray.data.corpus import Corpus
-from asc_ray.data.pieces import missing_pieces, piece_file
-from asc_ray.data.shards import write_shard
+from asc_ray.data.shards import write_store
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.tracking.config import default_uri
@@ -185,9 +183,7 @@ def clip_store(storage: Path, corpus: Corpus, shard_clips: int = 64, responses: 
     """A finished clip store of the corpus, as `ingest` leaves it, without a cluster."""
     artifact = Artifact(storage, "clips", "clips", "0123456789abcdef", {}, {})
     folder = artifact.open_partial()
-    for some in missing_pieces(len(corpus.clips), [], shard_clips):
-        file = piece_file(folder, SHARD, some.start)
-        write_shard(corpus.root, corpus.clips[some], corpus.labels, corpus.devices, file, fingerprint="f00d")
+    write_store(replace(corpus, fingerprint="f00d"), folder, shard_clips)
     save_bank(ImpulseBank.load(responses), folder / IMPULSE_RESPONSES)
     artifact.finish({})
     return artifact.path

@@ -1,4 +1,4 @@
-"""The scores of the ensemble and of all students on the test split, which no stage before has read."""
+"""The scores of the ensemble and of all students on the test split, on which no earlier stage learns or scores."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
