@@ -16,6 +16,7 @@ from asc_ray.data.corpus import Corpus, read_corpus
 from asc_ray.data.demo import SCENES
 from asc_ray.data.division import partition
 from asc_ray.ensemble.checks import check_prior
+from asc_ray.ensemble.fusion import FUSION_FORM
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.evaluation.seeds import OverSeeds, over_seeds
@@ -109,7 +110,7 @@ class Plan:
         fused = {name: logits.key for name, logits in self.logits.items()}
         learned = config.fusion.for_key()
         del learned["tasks"], learned["folds"]  # `_division` has the folds
-        fusion = {"fusion": learned, "partition": self._division()}
+        fusion = {"fusion": learned, "partition": self._division(), "form": FUSION_FORM}
         self.fusion = self._artifact("fusion", "fusion", fusion, {**base, **fused})
         self._add_students(base)
         self.evaluation = self._artifact("evaluation", "ensemble", {}, {**fused, "fusion": self.fusion.key})

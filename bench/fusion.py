@@ -29,8 +29,8 @@ from memory import peak_memory
 
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
-from asc_ray.ensemble.fusion import fit, fit_shards
-from asc_ray.ensemble.newton import Shard
+from asc_ray.ensemble.fusion import Fusion, fit, fit_shards
+from asc_ray.ensemble.newton import BIAS_PULL, Shard
 
 SHARD = 65_536
 
@@ -86,26 +86,27 @@ def for_speed(z_s: np.ndarray, labels: np.ndarray, w: np.ndarray, b: np.ndarray)
     return value, np.concatenate([flat @ p.reshape(-1), p.sum(axis=0)])
 
 
-def lbfgs(loss: Loss, logits: np.ndarray, labels: np.ndarray, ridge: float, target: float) -> tuple[float, int]:
-    """Return the seconds and evaluations until the objective is within 1e-8 of `target`."""
+def lbfgs(loss: Loss, logits: np.ndarray, labels: np.ndarray, ours: Fusion) -> tuple[float, int]:
+    """Return the seconds and evaluations until the objective is within 1e-8 of that of `ours`."""
     start = time.perf_counter()
     count_s, z_s = len(logits), logits.astype(np.float64)
-    x0 = np.concatenate([np.full(count_s, 1 / count_s), np.zeros(logits.shape[2])])
+    x0 = np.concatenate([ours.center, np.zeros(logits.shape[2])])
+    strength = ours.ridge * np.concatenate([ours.noise**2, np.full(logits.shape[2], BIAS_PULL)])
     reached: list[float] = []
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = loss(z_s, labels, theta[:count_s], theta[count_s:])
         pull = theta - x0
-        value += ridge / 2 * pull @ pull
+        value += strength @ pull**2 / 2
         reached.append(value)
-        if value <= target + 1e-8:
+        if value <= ours.objective_after + 1e-8:
             raise StopIteration
-        return value, gradient + ridge * pull
+        return value, gradient + strength * pull
 
     try:
         options = {"ftol": 0.0, "gtol": 0.0, "maxiter": 10_000, "maxfun": 10_000}
         scipy.optimize.minimize(objective, x0, jac=True, method="L-BFGS-B", options=options)
-        sys.exit(f"L-BFGS-B ended {min(reached) - target:.1e} above our objective")
+        sys.exit(f"L-BFGS-B ended {min(reached) - ours.objective_after:.1e} above our objective")
     except StopIteration:
         return time.perf_counter() - start, len(reached)
 
@@ -117,7 +118,7 @@ def compare(logits: np.ndarray, labels: np.ndarray, ridge: float, runs: int) -> 
         fusion = fit(logits, labels, ridge=ridge)
         times["ours"].append(time.perf_counter() - start)
         for name, loss in (("L-BFGS-B", written_down), ("L-BFGS-B, for speed", for_speed)):
-            seconds, evaluations = lbfgs(loss, logits, labels, ridge, fusion.objective_after)
+            seconds, evaluations = lbfgs(loss, logits, labels, fusion)
             times[name].append(seconds)
         start = time.perf_counter()
         fit(logits, labels)

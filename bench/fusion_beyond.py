@@ -26,7 +26,7 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.ensemble.fusion import fit
-from asc_ray.ensemble.newton import Shard, sums
+from asc_ray.ensemble.newton import BIAS_PULL, Shard, sums
 from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.scores import log_posteriors
 from asc_ray.training.dataset import Source
@@ -62,10 +62,11 @@ def convex(features: Features) -> Callable[..., np.ndarray]:
     def learn_and_apply(learn, apply, ridge: float, own: float) -> np.ndarray:
         (values, labels, device), (others, _, other_device) = learn, apply
         both, count = np.concatenate([values, features(values, device)]), len(values)
+        base = fit(values, labels, ridge=ridge)
         theta = np.zeros(len(both) + values.shape[2])
-        theta[:count] = 1 / count
-        center, pull = theta.copy(), np.concatenate([np.full(count, ridge), np.full(len(both) - count, own)])
-        pull = np.concatenate([pull, np.full(values.shape[2], ridge)])
+        theta[:count] = base.center
+        center, pull = theta.copy(), np.concatenate([ridge * base.noise**2, np.full(len(both) - count, own)])
+        pull = np.concatenate([pull, np.full(values.shape[2], ridge * BIAS_PULL)])
         weights = np.full(values.shape[2], 1 / len(labels))
         for _ in range(30):
             found = sums(Shard(lambda: both, labels), theta, weights)

@@ -89,7 +89,7 @@ def test_fusion_small(tmp_path):
     """No rule is better than eq. 4 fitted to the clips that judge them, and copies of systems harm the average."""
     run("fusion_small", "--repeats", 1, "--sizes", "50/10", "--csv", tmp_path / "regrets.csv")
     table = pd.read_csv(tmp_path / "regrets.csv")
-    assert len(table) == 5 * 4
+    assert len(table) == 5 * 5
     assert (table["nats"] > 0).all()
     copies = table[table["kind"] == "copies"].set_index("rule")["nats"]
     assert copies["greedy selection"] < copies["average"] < copies["best single system"]

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.ensemble import fusion, newton
+from asc_ray.ensemble import choice, fusion, newton
+from asc_ray.ensemble.center import center
 from asc_ray.ensemble.fusion import Fusion, fit, fit_shards
 from asc_ray.ensemble.newton import Shard
 from asc_ray.errors import UserError
@@ -39,8 +40,8 @@ def prior_of(kind: str, classes: int):
     return {f"scene {k}": float(p) for k, p in enumerate(_prior(classes)[::-1])} if kind == "given" else kind
 
 
-def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, ridge: float, prior: str) -> torch.Tensor:
-    """J as the module's docstring has it, in torch."""
+def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, fused: Fusion, prior: str) -> torch.Tensor:
+    """J as the module's docstring has it, in torch, with the ridge, the centre and the noise of `fused`."""
     z_s, y = torch.tensor(logits), torch.tensor(labels)
     w, b = theta[: len(logits)], theta[len(logits) :]
     z = (w[:, None, None] * z_s).sum(0) + b
@@ -48,7 +49,8 @@ def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, ridge
     each = torch.stack([losses[y == k].mean() for k in range(z.shape[1])])
     given = torch.tensor(_prior(z.shape[1])[::-1].copy())
     data = {"uniform": each.mean(), "given": each @ given, "empirical": losses.mean()}[prior]
-    return data + ridge / 2 * (((w - 1 / len(logits)) ** 2).sum() + (b**2).sum())
+    away = torch.tensor(fused.noise) * (w - torch.tensor(fused.center))
+    return data + fused.ridge / 2 * ((away**2).sum() + 0.3 * (b**2).sum())
 
 
 @settings(max_examples=25)
@@ -65,19 +67,23 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     fused = fit(logits, labels, ridge=ridge, scene_prior=prior_of(prior, classes))
 
     def value(theta):
-        return objective(torch.tensor(theta), logits, labels, ridge, prior).item()
+        return objective(torch.tensor(theta), logits, labels, fused, prior).item()
+
+    def penalty(theta):
+        away = np.concatenate([fused.noise * (theta[:systems] - fused.center), np.sqrt(0.3) * theta[systems:]])
+        return ridge / 2 * away @ away
 
     def gradient(theta):
         theta = torch.tensor(theta, requires_grad=True)
-        objective(theta, logits, labels, ridge, prior).backward()
+        objective(theta, logits, labels, fused, prior).backward()
         return theta.grad.numpy()
 
     def hessian(theta):
         return torch.autograd.functional.hessian(
-            lambda t: objective(t, logits, labels, ridge, prior), torch.tensor(theta)
+            lambda t: objective(t, logits, labels, fused, prior), torch.tensor(theta)
         ).numpy()
 
-    start = np.concatenate([np.full(systems, 1 / systems), np.zeros(classes)])
+    start = np.concatenate([fused.center, np.zeros(classes)])
     reference = scipy.optimize.minimize(
         value, start, jac=gradient, hess=hessian, method="trust-exact", options={"gtol": 1e-11, "maxiter": 500}
     )
@@ -85,9 +91,10 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     assert fused.objective_after == pytest.approx(value(ours), rel=1e-12)
     assert fused.objective_after <= reference.fun + 1e-12
     np.testing.assert_allclose(ours, reference.x, atol=1e-7 * max(1.0, np.abs(reference.x).max()))
-    assert np.abs(gradient(ours)).max() <= 1e-9 * max(1.0, np.abs(gradient(start)).max())
-    assert fused.objective_before == pytest.approx(value(start), rel=1e-12)
-    assert fused.objective_after <= fused.objective_before + 1e-14
+    assert np.abs(gradient(ours) / np.concatenate([fused.noise, np.ones(classes)])).max() <= 1e-9
+    average = np.concatenate([np.full(systems, 1 / systems), np.zeros(classes)])
+    assert fused.objective_before == pytest.approx(value(average) - penalty(average), rel=1e-12)
+    assert fused.objective_after <= value(start) + 1e-14
     assert abs(fused.biases.sum()) < 1e-12
     assert fused.iterations <= 20
     each = np.eye(systems, systems + classes)
@@ -95,8 +102,7 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
         [Shard(partial(np.asarray, logits), labels)],
         systems=fused.systems, labels=fused.labels, scene_prior=fused.scene_prior,
     )  # fmt: skip
-    pull = ridge / 2 * ((each - start) ** 2).sum(axis=1)
-    np.testing.assert_allclose([*alone.values()], [value(t) for t in each] - pull, rtol=1e-9)
+    np.testing.assert_allclose([*alone.values()], [value(t) - penalty(t) for t in each], rtol=1e-9)
 
 
 @settings(max_examples=25)
@@ -118,7 +124,7 @@ def test_weights_that_may_not_be_negative(seed, systems, ridge, own):
     assert (fused.weights >= 0).all()
     assert fused.iterations <= 20
     theta = torch.tensor(np.concatenate([fused.weights, fused.biases]), requires_grad=True)
-    objective(theta, logits, labels, ridge, "empirical").backward()
+    objective(theta, logits, labels, fused, "empirical").backward()
     gradient = theta.grad.numpy()
     free = np.concatenate([fused.weights > 0, np.ones(4, dtype=bool)])
     assert np.abs(gradient[free]).max() < 1e-8
@@ -127,7 +133,7 @@ def test_weights_that_may_not_be_negative(seed, systems, ridge, own):
 
     def both(x):
         t = torch.tensor(x, requires_grad=True)
-        j = objective(t, logits, labels, ridge, "empirical")
+        j = objective(t, logits, labels, fused, "empirical")
         j.backward()
         return j.item(), t.grad.numpy()
 
@@ -156,21 +162,25 @@ def test_any_sharding_gives_the_same_fusion(seed, cuts):
 
 
 def test_many_clips_start_from_a_sample_of_them(monkeypatch):
+    """Without a ridge the minimum does not depend on where the search starts, nor on the sample's centre."""
     logits, labels = problem(10, clips=2_000)
-    plain = fit(logits, labels, ridge=1e-4)
-    monkeypatch.setattr(fusion, "SAMPLE", 200)
-    sampled = fit(logits, labels, ridge=1e-4)
+    plain = fit(logits, labels, ridge=0.0)
+    monkeypatch.setattr(choice, "SAMPLE", 200)
+    sampled = fit(logits, labels, ridge=0.0)
     assert sampled.iterations != plain.iterations
-    np.testing.assert_allclose(sampled.weights, plain.weights, rtol=1e-8)
+    np.testing.assert_allclose(sampled.weights, plain.weights, rtol=1e-7)
     assert sampled.objective_before == plain.objective_before
 
 
-def test_the_ridge_of_many_clips_is_chosen_on_some_and_counts_for_all(monkeypatch):
-    """The penalty's strength beside the sum over clips is that of the sample, so beside the mean it is a fifth."""
+def test_the_ridge_goes_by_all_places_and_the_choice_by_a_sample_of_them(monkeypatch):
     logits, labels = problem(11, systems=6, clips=3_000)
-    monkeypatch.setattr(fusion, "CROSS_VALIDATED", 600)
-    chosen = fit(logits, labels, places=np.arange(3_000) // 10).ridge
-    assert any(chosen == pytest.approx(0.2 * ridge) for ridge in fusion.RIDGES)  # and none of them itself
+    places = np.arange(3_000) // 10
+    monkeypatch.setattr(choice, "SAMPLE", 600)
+    fused = fit(logits, labels, places=places)
+    assert fused.ridge == pytest.approx(choice.chosen(fused.choice) * choice.KNOWN_PLACES / 300)
+    few, place_of_few = choice.sample([Shard(partial(np.asarray, logits), labels)], places)
+    assert len(few.scene) == 600
+    assert np.unique(place_of_few).size == 60
 
 
 def test_planted_weights_and_biases_are_recovered():
@@ -214,10 +224,11 @@ def test_a_clips_offset_changes_nothing():
         np.testing.assert_allclose(fit(same, labels).weights, fit(logits, labels).weights, rtol=1e-9)
 
 
-def test_a_strong_ridge_gives_the_average():
+def test_a_strong_ridge_gives_the_centre():
     logits, labels = problem(3)
     fused = fit(logits, labels, ridge=1e9)
-    np.testing.assert_allclose(fused.apply(logits), logits.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(fused.weights, fused.center, atol=1e-8)
+    np.testing.assert_allclose(fused.biases, 0, atol=1e-8)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-4])
@@ -240,7 +251,7 @@ def test_systems_that_say_nothing_or_the_same_are_named():
         "a and a again: the same logits; they share one weight evenly",
     )
     assert fused.weights[0] == pytest.approx(fused.weights[3])
-    assert fused.weights[1] == pytest.approx(0.25)
+    assert fused.weights[1] == pytest.approx(0.0)
     assert fit(logits * np.array([1e6, 0.1])[:, None, None], labels, ridge=1e-4).notes == ()  # quiet is not constant
 
 
@@ -393,3 +404,100 @@ def test_uneven_classes_are_no_knowledge():
     logits = 0.1 * np.random.default_rng(0).standard_normal((3, 600, 2)) + np.array([3.0, 0.0])
     with pytest.warns(UserWarning, match=r"than chance has it \(90 % at most\)"):
         fit(logits, labels)
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1), scales=st.lists(st.sampled_from([1e-4, 0.1, 3.0, 1e5]), min_size=3, max_size=3))
+def test_another_scale_or_order_of_the_systems_gives_the_same_answers(seed, scales):
+    logits, labels = problem(seed, clips=90)
+    places = np.arange(90) // 5
+    plain = fit(logits, labels, places=places)
+    order = np.random.default_rng(seed).permutation(3)
+    changed = logits[order] * np.array(scales)[:, None, None]
+    other = fit(changed, labels, places=places)
+    assert other.ridge == plain.ridge
+    np.testing.assert_allclose(other.apply(changed), plain.apply(logits), rtol=1e-4, atol=1e-4)
+
+
+def independent(merit, noise, clips=40_000, classes=5, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(clips) % classes
+    drawn = rng.standard_normal((len(merit), clips, classes)) * np.array(noise)[:, None, None]
+    return drawn + np.array(merit)[:, None, None] * np.eye(classes)[labels], labels
+
+
+def centre(logits, labels) -> newton.Pull:
+    classes = logits.shape[2]
+    return center([Shard(partial(np.asarray, logits), labels)], np.full(classes, 1 / len(labels)), ridge=1e-6)
+
+
+def test_the_centre_of_independent_systems_of_normal_noise_is_bayes():
+    """The log-posterior of independent systems is the sum of mu_s / sigma_s^2 times their logits."""
+    merit, noise = np.array([2.0, 1.0, 0.2]), np.array([1.0, 2.0, 1.0])
+    pull = centre(*independent(merit, noise))
+    np.testing.assert_allclose(pull.unit, noise, rtol=0.02)
+    np.testing.assert_allclose(pull.center, merit / noise**2, rtol=0.04)
+
+
+def test_in_the_centre_copies_share_a_weight_and_what_is_wrong_has_none():
+    logits, labels = independent([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+    copies = np.stack([logits[0], logits[0], logits[1], 4 * logits[2][:, [1, 2, 3, 4, 0]]])
+    pull = centre(copies, labels)
+    assert pull.center[0] == pytest.approx(pull.center[1])
+    assert pull.center[0] + pull.center[1] == pytest.approx(pull.center[2], rel=0.02)
+    assert pull.center[3] == 0
+
+
+def test_a_half_that_knows_little_does_not_spoil_the_fusion_of_few_places():
+    """The ridge must not pull to the average: so it was, and the fusion was eight points worse than half of it."""
+    rng = np.random.default_rng(0)
+
+    def sample(places, each):
+        place = np.arange(places * each) // each
+        labels = place % 6
+        of_place = rng.standard_normal((2, places, 6))[:, place]
+        own = rng.standard_normal((12, len(place), 6))
+        merit = np.array([3.0] * 6 + [0.3] * 6)[:, None, None]
+        return merit * np.eye(6)[labels] + of_place[np.arange(12) // 6] + own, labels, place
+
+    def log_loss(z, labels):
+        return float(-scipy.special.log_softmax(z, axis=1)[np.arange(len(labels)), labels].mean())
+
+    logits, labels, place = sample(18, 7)
+    fresh, answers, _ = sample(600, 2)
+    with pytest.warns(UserWarning, match="eq. 4 is learned on 18 places"):
+        fused = fit(logits, labels, places=place)
+    ours = log_loss(fused.apply(fresh), answers)
+    assert ours < log_loss(fresh.mean(axis=0), answers) - 0.1
+    assert ours < log_loss(fresh[:6].mean(axis=0), answers) + 0.02
+    assert fused.weights[:6].sum() > 5 * abs(fused.weights[6:].sum())
+
+
+def test_another_ridge_than_that_of_the_places_is_taken_when_it_is_better_by_a_standard_error():
+    by_places = choice.Candidate(1.0, 0.50, 0.0)
+    weaker, stronger = choice.Candidate(0.1, 0.47, 0.02), choice.Candidate(10.0, 0.49, 0.02)
+    assert choice.chosen((stronger, by_places)) == 1.0
+    assert choice.chosen((stronger, by_places, weaker)) == 0.1
+    assert choice.chosen((by_places, choice.Candidate(0.01, np.inf, np.inf))) == 1.0
+    assert choice.chosen(()) == 1.0
+
+
+def test_the_standard_error_is_that_of_the_mean_over_places():
+    """Places of equal size: the deviation of the places' mean differences, over the root of their number."""
+    rng = np.random.default_rng(0)
+    place, losses = np.arange(60) % 12, rng.random((len(choice.MULTIPLES), 60))
+    found = choice._compared(losses, np.full(60, 1 / 60), place)
+    for one, own in zip(found, losses, strict=True):
+        apart = own - losses[choice.MULTIPLES.index(1.0)]
+        means = [apart[place == name].mean() for name in range(12)]
+        assert one.standard_error == pytest.approx(np.std(means, ddof=1) / np.sqrt(12), abs=1e-12)
+        assert one.log_loss == pytest.approx(own.mean())
+
+
+def test_the_edge_of_the_choice_is_said():
+    rng = np.random.default_rng(1)
+    labels = np.arange(200) % 4
+    alike = 2 * np.eye(4)[labels] + rng.standard_normal((200, 4))
+    strongest = fit(np.stack([alike] * 6), labels, places=labels * 10 + np.arange(200) // 40)
+    edge = choice.chosen(strongest.choice) == choice.MULTIPLES[0]
+    assert edge == any("nothing beside the centre" in note for note in strongest.notes)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from asc_ray.ensemble.fuse import disagreement
 from asc_ray.ensemble.fusion import fit
 from asc_ray.evaluation.artifact import Scores
 from asc_ray.evaluation.gains import gain
@@ -84,6 +85,9 @@ def example(seed: int = 0) -> ReportData:
             held_out=scores.model_copy(update={"systems": {s.name: s.evaluation for s in systems[:14]}}),
             test=scores,
             without=dict.fromkeys(TEACHERS, 0.9),
+            without_half={", ".join(TEACHERS[:6]): gain(fusion.apply(singles), singles.mean(0), scene, place)},
+            disagreement=disagreement(singles),
+            far_below=("passt_fms_1 is far below the others: it is underfitted",),
         ),
         energies=np.append(rng.lognormal(4.6, 1.5, 8_000), [0.0, 0.0]),
         energy_threshold=323.0,
@@ -199,8 +203,8 @@ def test_everything_is_there(html, data):
         shares = [e.accuracy, e.macro_accuracy, *(e.groups[group] for group in ("seen", "unseen", "real"))]
         assert cells == [f"{100 * x:.2f}" for x in shares] + [f"{x:.3f}" for x in (e.log_loss, e.calibration_error)]
     assert [a["class"] for tag, a in page.tags if tag == "svg"] == [
-        "device_accuracy", "confusion", "fusion_weights", "reliability", "sweep", "importance", "parallel_coordinates",
-        "pareto_front", "training_curves", "energy_histogram",
+        "device_accuracy", "confusion", "fusion_weights", "disagreement", "reliability", "sweep", "importance",
+        "parallel_coordinates", "pareto_front", "training_curves", "energy_histogram",
     ]  # fmt: skip
     assert "from 0.5: norm1 0.432, norm2 -0.050." in page.text
     for expected in ("13.76 K", "3.88 M", "139,620", "2 digitally silent clips", *data.lineage.values(), "ds_flexinet"):
@@ -303,4 +307,4 @@ def test_extreme_data_can_be_drawn():
         assert "<path" in search_figures.parallel_coordinates(trials)
         assert "<path" in search_figures.pareto_front(trials, [], "bytes")
     assert "<path" in figures.training_curves({"student": {"s": [{"epoch": 1, "loss": 2.0}]}})
-    assert "<path" in figures.fusion_weights({"only": 1.0}, {"x": 0.5, "y": -0.5})
+    assert "<path" in figures.fusion_weights({"only": 1.0}, [0.9], {"x": 0.5, "y": -0.5})

@@ -1,7 +1,8 @@
 """From stored logits to an artifact with a fusion, soft targets and scores."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from asc_ray.ensemble.checks import Ridge
 from asc_ray.ensemble.fusion import Fusion, FusionConfig, fit_shards, objectives
 from asc_ray.ensemble.newton import Shard
 from asc_ray.evaluation.artifact import EVALUATION, headline, score, score_ensemble
+from asc_ray.evaluation.gains import gain
 from asc_ray.training.dataset import Source
 
 FUSION = "fusion.json"
 SHARD_CLIPS = 65_536
+FEWEST_LEFT = 2  # systems, without the weakest half
 
 
 def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path], config: FusionConfig) -> None:
@@ -25,6 +28,9 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
     `targets/fused` and `targets/average` hold logits, not divided by a temperature. The scores are those on the part
     `validation`, which neither the teachers nor the fusion have seen. Nothing of the test split is read, neither its
     logits nor its clips' scenes.
+
+    The record says what the fusion loses or gains without each system, and without the weakest half of them: the half
+    that is right on fewer clips of the part `fusion`.
 
     Raises UserError for damaged files of logits, and for what `fit` and `Ensemble` refuse.
     """
@@ -56,6 +62,17 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
         others = learned({other: value for other, value in systems.items() if other != name}, fusion.ridge)
         rest = score(store, held_out, others.apply(np.delete(values, position, axis=0)))
         without[name] = headline(rest) | {"objective": others.objective_after}
+    half = None
+    if len(systems) >= 2 * FEWEST_LEFT:
+        right = _right(shards(systems, store, learn))
+        better = np.sort(np.argsort(-right, kind="stable")[: -(len(systems) // 2)])
+        kept = {name: own for position, (name, own) in enumerate(systems.items()) if position in better}
+        fused = learned(kept, config.ridge).apply(values[better])
+        over_all = gain(fusion.apply(values), fused, store.scene[held_out], store.place[held_out])
+        half = headline(score(store, held_out, fused)) | {
+            "left_out": [name for name in systems if name not in kept],
+            "gain": over_all.model_dump(),
+        }
     artifact.finish(
         {
             "data": config.data,
@@ -64,6 +81,7 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
             "objective_before": fusion.objective_before,
             "objective_after": fusion.objective_after,
             "iterations": fusion.iterations,
+            "choice": [asdict(candidate) for candidate in fusion.choice],
             "notes": fusion.notes,
             "weights": dict(zip(systems, fusion.weights.tolist(), strict=True)),
             "biases": dict(zip(store.labels, fusion.biases.tolist(), strict=True)),
@@ -76,8 +94,21 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
             "validation": {name: headline(e) for name, e in scores.systems.items()},
             "validation_gain": scores.gain.model_dump(),
             "validation_without": without,
+            "validation_without_half": half,
+            "validation_disagreement": disagreement(values),
         }
     )
+
+
+def _right(some: Sequence[Shard]) -> np.ndarray:
+    """Return the number of clips (S,) that each system is right on."""
+    return sum((shard.read().argmax(axis=2) == shard.scene).sum(axis=1) for shard in some)
+
+
+def disagreement(logits: np.ndarray) -> list[list[float]]:
+    """Return the share of clips on which each two systems, by logits (S, N, K), answer with different scenes."""
+    answers = logits.argmax(axis=2)
+    return [[float((one != other).mean()) for other in answers] for one in answers]
 
 
 def shards(systems: Mapping[str, Logits], store: ClipStore, rows: np.ndarray) -> list[Shard]:

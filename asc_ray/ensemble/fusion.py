@@ -1,14 +1,16 @@
 """Fusion of systems by multi-class linear logistic regression, eq. 4: z(k, x) = sum_s w_s z_s(k, x) + b_k.
 
-    J(w, b) = sum_n a_n CE(softmax z(., x_n), y_n) + ridge / 2 (|w - 1/S|^2 + |b|^2),    sum_n a_n = 1
+    J(w, b) = sum_n a_n CE(softmax z(., x_n), y_n) + ridge / 2 (sum_s sigma_s^2 (w_s - c_s)^2 + 0.3 |b|^2),
+    sum_n a_n = 1
 
 is convex and has S + K unknowns, so Newton's method with the exact Hessian finds its minimum in a few passes over the
-clips. The ridge pulls towards the plain average of the systems, which is also where the search starts.
+clips. The ridge pulls towards the centre c (`ensemble/center.py`), which is also where the search starts; sigma_s is
+the deviation of a system's noise. So the fusion is the same for a system whose logits all are twice as large.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +21,15 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from asc_ray.data.division import FusionData
+from asc_ray.ensemble.center import center
 from asc_ray.ensemble.checks import Ridge, ScenePrior, check_inputs, check_prior, notes_on, refuse_broken, scene_counts
-from asc_ray.ensemble.newton import BLOCK, SAMPLE, TOLERANCE, NoMinimum, Problem, Shard, average, minimize
+from asc_ray.ensemble.choice import KNOWN_PLACES, Candidate, Choice, chosen, cross_validate, sample
+from asc_ray.ensemble.newton import BLOCK, TOLERANCE, Problem, Shard, minimize, no_pull
 from asc_ray.errors import UserError
 from asc_ray.section import Section
 
-RIDGES = tuple(float(10**e) for e in np.arange(-4.0, 1.1, 0.5))
-FOLDS = 5
-CROSS_VALIDATED = 16_384  # clips that a ridge is chosen on
+FUSION_FORM = 2  # part of the artifact's key: raise it when the same logits give another fusion
+FEW_PLACES = 30
 CLIPS_A_SHARD = 65_536  # for logits that are in memory anyway
 
 
@@ -37,7 +40,8 @@ class FusionConfig(Section):
     the training split but the validation part; every system is trained `folds` times, and a clip's logits are those of
     the teacher that did not see it. train: the clips that the teachers were trained on.
 
-    `ridge: auto` takes the one with the least log loss in cross-validation over places. `scene_prior`: every clip
+    `ridge: auto` goes by the number of places, unless repeated cross-validation over places shows that another
+    strength has less log loss, by more than a standard error. `scene_prior`: every clip
     weighs the same (empirical), or every scene does (uniform), or scenes weigh as given.
     """
 
@@ -45,20 +49,27 @@ class FusionConfig(Section):
     renamed: ClassVar[Mapping[str, str]] = {"scene_prior": "class_prior"}
     data: FusionData = Field("holdout", description="clips that the fusion is learned on")
     folds: int = Field(4, ge=2, description="folds of crossfit")
-    ridge: Ridge = Field("auto", description="strength of the pull towards the average of the systems")
+    ridge: Ridge = Field("auto", description="strength of the pull towards what the systems deserve by their noise")
     scene_prior: ScenePrior = Field("empirical", description="how much each scene weighs")
     nonnegative: bool = Field(False, description="no system has a negative weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """A fitted fusion; `objective_before` is J of the average, `objective_after` is J of these weights and biases."""
+    """A fitted fusion.
+
+    `objective_before` is the mean cross-entropy of the systems' average, without a penalty; `objective_after` is J of
+    these weights and biases.
+    """
 
     weights: np.ndarray  # (S,) float64, in the order of `systems`
     biases: np.ndarray  # (K,) float64 of sum 0, in the order of `labels`
     systems: tuple[str, ...]
     labels: tuple[str, ...]
+    center: np.ndarray  # (S,) c, and
+    noise: np.ndarray  # (S,) sigma, of the ridge
     ridge: float
+    choice: Choice  # empty where the ridge was given
     scene_prior: ScenePrior
     nonnegative: bool
     clips: int
@@ -84,10 +95,9 @@ class Fusion:
 
     def save(self, path: Path) -> None:
         """Write JSON from which `load` restores every number exactly."""
-        document = asdict(self) | {
-            "weights": dict(zip(self.systems, self.weights.tolist(), strict=True)),
-            "biases": dict(zip(self.labels, self.biases.tolist(), strict=True)),
-        }
+        by_system = {name: getattr(self, name).tolist() for name in ("weights", "center", "noise")}
+        document = asdict(self) | {key: dict(zip(self.systems, own, strict=True)) for key, own in by_system.items()}
+        document["biases"] = dict(zip(self.labels, self.biases.tolist(), strict=True))
         del document["systems"], document["labels"]
         path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -104,6 +114,9 @@ class Fusion:
                 biases=np.array(list(biases.values()), dtype=np.float64),
                 systems=tuple(weights),
                 labels=tuple(biases),
+                center=np.array(list(document.pop("center").values()), dtype=np.float64),
+                noise=np.array(list(document.pop("noise").values()), dtype=np.float64),
+                choice=tuple(Candidate(**one) for one in document.pop("choice")),
                 notes=tuple(document.pop("notes")),
                 **document,
             )
@@ -194,41 +207,43 @@ def fit_shards(
     if len(place) != count:
         raise UserError(f"fusion: {len(place)} places for {count} clips; expected one for each")
 
-    def problem(some: Sequence[Shard], ridge: float) -> Problem:
-        return Problem(some, _clip_weights(some, scene_prior, labels), ridge, nonnegative)
-
-    start = average(len(systems), len(labels))
+    weights_of = partial(_clip_weights, scene_prior=scene_prior, labels=labels)
+    average = np.concatenate([np.full(len(systems), 1 / len(systems)), np.zeros(len(labels))])
     with np.errstate(invalid="ignore", over="ignore"):
-        at_average = problem(shards, 0.0).evaluate(start, hessian=False)
+        at_average = Problem(shards, weights_of(shards), no_pull(len(systems))).evaluate(average, hessian=False)
     if not (np.isfinite(at_average.value) and np.isfinite(at_average.gradient).all()):
         refuse_broken(shards, systems)
-    if at_average.value > np.log(len(labels)):  # the average is worse than no system: start from none
-        start = np.zeros(len(start))
-    scale = max(1.0, float(np.abs(at_average.gradient).max()))
-    if ridge == "auto":
-        ridge = _choose_ridge(shards, place, start, scale, problem)
-    iterations, few = 0, shards
-    if count > 4 * SAMPLE:  # most of the way on a sample, the rest on all clips
-        rng = np.random.default_rng(0)
-        few = [_loaded(shards, [rng.random(len(shard.scene)) < SAMPLE / count for shard in shards])]
-        near = minimize(problem(few, max(ridge, 1e-6)), start, 1e-3 * scale)
-        start, iterations = near.theta, near.iterations
-    curvature = problem(few, ridge).evaluate(start).hessian
-    found = minimize(problem(shards, ridge), start, TOLERANCE * max(scale, ridge), curvature)
+    few, place_of_few = sample(shards, place)
+    places = int(place.max()) + 1
+    by_places = KNOWN_PLACES / places
+    choice = cross_validate(few, place_of_few, weights_of, nonnegative) if ridge == "auto" else ()
+    multiple = chosen(choice)
+    ridge = multiple * by_places if ridge == "auto" else float(ridge)
+    pull = replace(center([few], weights_of([few]), by_places), ridge=ridge)
+    problem = Problem(shards, weights_of(shards), pull, nonnegative)
+    iterations, start, curvature = 0, problem.start, None
+    if len(few.scene) < count:  # most of the way on the sample, the rest on all clips
+        of_few = Problem([few], weights_of([few]), replace(pull, ridge=max(ridge, 1e-6)), nonnegative)
+        near = minimize(of_few, start, 1e-3)
+        start, iterations, curvature = near.theta, near.iterations, near.sums.hessian
+    found = minimize(problem, start, TOLERANCE * max(1.0, ridge), curvature)
     weights, biases = np.split(found.theta, [len(systems)])
     return Fusion(
         weights=weights,
         biases=biases - biases.mean(),
         systems=tuple(systems),
         labels=tuple(labels),
+        center=pull.center,
+        noise=pull.unit,
         ridge=ridge,
+        choice=choice,
         scene_prior=scene_prior,
         nonnegative=nonnegative,
         clips=count,
-        objective_before=at_average.value,  # at the average the ridge adds nothing
+        objective_before=at_average.value,
         objective_after=found.sums.value,
         iterations=iterations + found.iterations,
-        notes=notes_on(few, systems),
+        notes=notes_on([few], systems) + _notes_on_places(places, choice, multiple),
     )
 
 
@@ -240,53 +255,23 @@ def objectives(
     scene_prior: ScenePrior = "empirical",
 ) -> dict[str, float]:
     """Return J of each system by itself, with weight 1 and no bias; without a ridge."""
-    problem = Problem(shards, _clip_weights(shards, scene_prior, labels), ridge=0.0)
+    problem = Problem(shards, _clip_weights(shards, scene_prior, labels), no_pull(len(systems)))
     alone = np.eye(len(systems), len(systems) + len(labels))
     return {name: problem.evaluate(theta, hessian=False).value for name, theta in zip(systems, alone, strict=True)}
 
 
-def _choose_ridge(
-    shards: Sequence[Shard],
-    place: np.ndarray,
-    start: np.ndarray,
-    scale: float,
-    problem: Callable[[Sequence[Shard], float], Problem],
-) -> float:
-    """Return the ridge with the least log loss on the places left out, over FOLDS folds of whole places.
-
-    The candidates are RIDGES. With many clips, only as many places are taken as hold CROSS_VALIDATED of them. J weighs
-    the ridge against the mean over clips. To keep its strength against the sum over all clips, the ridge is multiplied
-    by the share of clips that was taken.
-    """
-    count = int(place.max()) + 1
-    if count == 1:  # nothing can be left out
-        return RIDGES[-1]
-    order = np.random.default_rng(0).permutation(count)
-    enough = np.searchsorted(np.cumsum(np.bincount(place)[order]), CROSS_VALIDATED) + 1
-    taken = order[: max(enough, FOLDS)]
-    fold_of = np.full(count, -1, dtype=np.int8)
-    fold_of[taken] = np.arange(len(taken)) % FOLDS
-    of_shard = np.split(fold_of[place], np.cumsum([len(shard.scene) for shard in shards])[:-1])
-    losses = np.zeros(len(RIDGES))
-    folds = [_loaded(shards, [own == fold for own in of_shard]) for fold in range(min(FOLDS, len(taken)))]
-    for left_out in folds:
-        theta = start
-        for index in reversed(range(len(RIDGES))):  # each starts from the minimum of the next stronger one
-            training = problem([fold for fold in folds if fold is not left_out], RIDGES[index])
-            try:
-                theta = minimize(training, theta, 1e-4 * max(scale, RIDGES[index])).theta
-                losses[index] += replace(training, shards=[left_out], ridge=0.0).evaluate(theta, hessian=False).value
-            except NoMinimum:  # this ridge is too weak for these logits
-                losses[index] = np.inf
-    share = sum(len(fold.scene) for fold in folds) / len(place)
-    return RIDGES[int(losses.argmin())] * share
-
-
-def _loaded(shards: Sequence[Shard], chosen: Sequence[np.ndarray]) -> Shard:
-    """Read the chosen clips, a mask for each shard, into memory."""
-    logits = [shard.read()[:, mask] for shard, mask in zip(shards, chosen, strict=True) if mask.any()]
-    scene = [shard.scene[mask] for shard, mask in zip(shards, chosen, strict=True)]
-    return Shard(partial(np.asarray, np.concatenate(logits, axis=1)), np.concatenate(scene))
+def _notes_on_places(places: int, choice: Choice, multiple: float) -> tuple[str, ...]:
+    notes = []
+    if places < FEW_PLACES:
+        notes.append(
+            f"eq. 4 is learned on {places} places: so few tell a weak system from a good one, but not good ones from "
+            "each other; hold out more (partition.fusion), or take fusion.data: crossfit"
+        )
+    if choice and multiple == choice[0].multiple:
+        notes.append("the strongest ridge was chosen: the clips support nothing beside the centre")
+    if choice and multiple == choice[-1].multiple:
+        notes.append("the weakest ridge offered was chosen; a weaker one may be better, give fusion.ridge as a number")
+    return tuple(notes)
 
 
 def _view(logits: np.ndarray, rows: slice) -> np.ndarray:

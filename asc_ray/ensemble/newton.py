@@ -9,9 +9,11 @@ import numpy as np
 from asc_ray.errors import UserError
 
 BLOCK = 1024  # clips held in float64 at a time
-TOLERANCE = 1e-9  # for the gradient's largest entry, relative to that at the average (or to the ridge, or 1)
+TOLERANCE = (
+    1e-9  # for the gradient's largest entry, in units of the systems' noise; times the ridge where it is above 1
+)
 MAX_PASSES = 200  # over the clips; 5 to 20 are needed
-SAMPLE = 8192  # clips of the sample whose minimum is the start where there are more than four times as many
+BIAS_PULL = 0.3  # the biases are pulled less than the weights, found on the made-up ensembles of bench/fusion_small.py
 
 
 class NoMinimum(UserError):
@@ -39,19 +41,44 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Where the ridge pulls to: ridge / 2 (sum_s unit_s^2 (w_s - center_s)^2 + BIAS_PULL |b|^2)."""
+
+    center: np.ndarray  # (S,)
+    unit: np.ndarray  # (S,) of each system's logits
+    ridge: float
+
+
+def no_pull(systems: int) -> Pull:
+    return Pull(np.zeros(systems), np.ones(systems), 0.0)
+
+
+@dataclass(frozen=True)
 class Problem:
-    """J(theta) = sum_n a_n CE_n + ridge / 2 (|w - 1/S|^2 + |b|^2); a_n is `clip_weights` of the clip's scene."""
+    """J(theta) = sum_n a_n CE_n + the penalty of `pull`; a_n is `clip_weights` of the clip's scene."""
 
     shards: Sequence[Shard]
     clip_weights: np.ndarray  # (K,)
-    ridge: float
+    pull: Pull
     nonnegative: bool = False  # w >= 0
+
+    @property
+    def units(self) -> np.ndarray:
+        """Return the unit of each entry of theta's gradient."""
+        return np.concatenate([self.pull.unit, np.ones(len(self.clip_weights))])
+
+    @property
+    def start(self) -> np.ndarray:
+        """Return theta of the centre, without biases."""
+        return np.concatenate([self.pull.center, np.zeros(len(self.clip_weights))])
 
     def evaluate(self, theta: np.ndarray, hessian: bool = True) -> Sums:
         """Return J at theta, with its derivatives; the shards are read one after the other."""
         each = (sums(shard, theta=theta, clip_weights=self.clip_weights, hessian=hessian) for shard in self.shards)
-        pull = theta - average(len(theta) - len(self.clip_weights), len(self.clip_weights))
-        penalty = Sums(0.5 * self.ridge * float(pull @ pull), self.ridge * pull, self.ridge * np.eye(len(theta)))
+        strength = self.pull.ridge * self.units**2
+        strength[len(self.pull.unit) :] *= BIAS_PULL
+        away = theta - self.start
+        penalty = Sums(0.5 * float(strength @ away**2), strength * away, np.diag(strength))
         return reduce(Sums.__add__, each, penalty)
 
 
@@ -60,11 +87,6 @@ class Minimum:
     theta: np.ndarray
     sums: Sums  # at theta
     iterations: int
-
-
-def average(systems: int, scenes: int) -> np.ndarray:
-    """Return theta = (w, b) of the systems' plain average."""
-    return np.concatenate([np.full(systems, 1.0 / systems), np.zeros(scenes)])
 
 
 def sums(shard: Shard, theta: np.ndarray, clip_weights: np.ndarray, hessian: bool = True) -> Sums:
@@ -114,8 +136,8 @@ def minimize(
     """Minimize J by Newton's method with a line search; with `nonnegative` weights, each step keeps that bound.
 
     `curvature` is a Hessian for the first step, such as that of a sample of the clips. The search ends when no entry of
-    the gradient is above `tolerance`, except those held at a bound. Raises NoMinimum where it does not end: without a
-    ridge, when the systems separate the scenes and no finite minimum exists.
+    the gradient, in its unit, is above `tolerance`, except those held at a bound. Raises NoMinimum where it does not
+    end: without a ridge, when the systems separate the scenes and no finite minimum exists.
     """
     count_s = len(start) - len(problem.clip_weights)
     bounded = (np.arange(len(start)) < count_s) & problem.nonnegative
@@ -126,7 +148,7 @@ def minimize(
     while True:
         # A weight of 0 stays there where J would grow with it.
         held = bounded & (theta <= 0) & (found.gradient >= 0)
-        before, steepest = steepest, float(np.abs(found.gradient[~held]).max(initial=0.0))
+        before, steepest = steepest, float(np.abs(found.gradient / problem.units)[~held].max(initial=0.0))
         if steepest <= tolerance:
             return Minimum(theta, found, iterations)
         if last:  # this was expected to be the minimum, so the Hessian was left out
@@ -140,8 +162,8 @@ def minimize(
             if passes == MAX_PASSES:
                 raise NoMinimum(
                     f"fusion: no minimum after {passes} passes over the clips (largest gradient entry {steepest:.1e}) "
-                    f"with fusion.ridge {problem.ridge:g}; set fusion.ridge higher, e.g. "
-                    f"{max(1e-4, 10 * problem.ridge):g}"
+                    f"with fusion.ridge {problem.pull.ridge:g}; set fusion.ridge higher, e.g. "
+                    f"{max(1e-4, 10 * problem.pull.ridge):g}"
                 )
             new = theta + scale * step
             new[bounded] = np.maximum(new[bounded], 0.0)  # rounding may leave it below 0

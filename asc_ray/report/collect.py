@@ -14,14 +14,17 @@ from asc_ray.artifacts import Artifact, stored_file
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
-from asc_ray.evaluation.artifact import read_scores
+from asc_ray.ensemble.weak import Standing, far_below
+from asc_ray.evaluation.artifact import Scores, read_scores
+from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult, importances
 from asc_ray.students.config import StudentConfig
-from asc_ray.training.dataset import Source
+from asc_ray.training.dataset import Dataset, Source
+from asc_ray.training.recipe import Recipe
 
 LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")
 
@@ -34,6 +37,7 @@ def write_report(
     student_config: StudentConfig,
     config: Mapping[str, object],
     clips: Artifact,
+    systems: Mapping[str, Recipe],
     teachers: Mapping[str, Artifact],
     fusion: Artifact,
     sweep: Artifact | None,
@@ -55,6 +59,8 @@ def write_report(
     trials = [] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]]
     model = student_config.model
     size = getattr(model, "size", None)
+    fused = fusion.facts()
+    half = fused["validation_without_half"]
     lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, evaluation)}
     lineage |= {f"{a.stage}/{name}": a.key for name, a in {**students, **int8}.items()}
     forms = {name: artifact.facts()["history"] for name, artifact in {**students, **int8}.items()}
@@ -93,11 +99,14 @@ def write_report(
             lambda_start=model.normalization.lambda_start if isinstance(model, DSFlexiNetConfig) else 0.0,
             fusion=FusionSection(
                 fusion=Fusion.load(stored_file(fusion.path, FUSION)),
-                data=fusion.facts()["data"],
-                objectives=fusion.facts()["objectives"],
+                data=fused["data"],
+                objectives=fused["objectives"],
                 held_out=read_scores(fusion.path),
                 test=tested,
-                without={name: figures["log_loss"] for name, figures in fusion.facts()["validation_without"].items()},
+                without={name: figures["log_loss"] for name, figures in fused["validation_without"].items()},
+                without_half={", ".join(half["left_out"]): Gain.model_validate(half["gain"])} if half else {},
+                disagreement=fused["validation_disagreement"],
+                far_below=_far_below(data, systems, teachers, read_scores(fusion.path)),
             ),
             energies=np.asarray(store.energy[train]),
             energy_threshold=data.mean_energy if threshold == "auto" else threshold,
@@ -112,6 +121,22 @@ def write_report(
         ),
         out,
     )
+
+
+def _far_below(
+    data: Dataset, systems: Mapping[str, Recipe], teachers: Mapping[str, Artifact], held_out: Scores
+) -> tuple[str, ...]:
+    """Return a sentence for each system far below the others.
+
+    With cross-fitting, the training of its first fold says what it learned.
+    """
+    histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
+    standing = {}
+    for name, recipe in systems.items():
+        own = next((histories[one] for one in (name, f"{name}-fold0") if histories.get(one)), None)
+        learned = own[-1]["train_accuracy"] if own else None
+        standing[name] = Standing(recipe, held_out.systems[name].macro_accuracy, learned)
+    return tuple(far_below(standing, len(np.unique(data.store.place[data.parts["validation"]]))).values())
 
 
 def _kind(name: str) -> Literal["fusion", "teacher"]:

@@ -113,40 +113,57 @@ def device_accuracy(systems: Mapping[str, Evaluation], colors: Mapping[str, str]
 def confusion(systems: Mapping[str, Evaluation], colors: Mapping[str, str]) -> Figure:
     """Draw one confusion matrix a system: the share of a scene's clips (row) that got each answer (column)."""
     labels = next(iter(systems.values())).labels
-    count, columns = len(labels), max(2, len(systems))
+    columns = max(2, len(systems))
     names = 0.075 * max(map(len, labels))  # inches for the longest name
     side = WIDTH / columns - 0.55 - names
     figure = Figure(figsize=(WIDTH, side + 0.7 * names + 0.75))
     for axes, (system, e) in zip(figure.subplots(1, columns), systems.items(), strict=False):
         counts = np.array(e.confusion)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        for row in range(count):
-            for column in range(count):
-                share = shares[row, column]
-                alpha = share**0.75  # keeps rare confusions visible
-                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colors[system], alpha=alpha, lw=0))
-                if share >= 0.005:
-                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
-        axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), title=f"{system}: {100 * e.accuracy:.2f} %")
-        axes.set_xticks(range(count), labels, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(count), labels)
-        axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-        axes.grid(which="minor", lw=0.5)
-        axes.tick_params(which="both", length=0)
-        axes.set(xlabel="answer", ylabel="scene", aspect="equal")
+        _matrix(axes, shares, labels, colors[system])
+        axes.set(title=f"{system}: {100 * e.accuracy:.2f} %", xlabel="answer", ylabel="scene")
     for axes in figure.axes[len(systems) :]:
         axes.set_axis_off()
     return figure
 
 
 @as_svg
-def fusion_weights(weights: Mapping[str, float], biases: Mapping[str, float]) -> Figure:
-    """Draw the fusion's weight of every system, beside the plain average's, and its bias of every scene."""
+def disagreement(names: Sequence[str], shares: Sequence[Sequence[float]]) -> Figure:
+    """Draw the shares (S, S) of clips that each two systems answer differently."""
+    longest = 0.075 * max(map(len, names))  # inches
+    side = min(WIDTH - longest - 0.4, 0.42 * len(names) + 0.6)
+    figure = Figure(figsize=(WIDTH, side + longest + 0.5))
+    axes = figure.subplots()
+    _matrix(axes, np.array(shares), names, ACCENT)
+    axes.set_title("answers that differ", loc="left")
+    return figure
+
+
+def _matrix(axes: Axes, shares: np.ndarray, names: Sequence[str], color: str) -> None:
+    count = len(names)
+    for row in range(count):
+        for column in range(count):
+            share = shares[row, column]
+            alpha = share**0.75  # keeps rare ones visible
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=color, alpha=alpha, lw=0))
+            if share >= 0.005:
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
+    axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
+    axes.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), names)
+    axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.grid(which="minor", lw=0.5)
+    axes.tick_params(which="both", length=0)
+
+
+@as_svg
+def fusion_weights(weights: Mapping[str, float], center: Sequence[float], biases: Mapping[str, float]) -> Figure:
+    """Draw the fusion's weight of every system, with the centre it is pulled to, and its bias of every scene."""
     figure = Figure(figsize=(WIDTH, 1.1 + 0.25 * max(len(weights), len(biases))))
     left, right = figure.subplots(1, 2)
     _bars(left, weights, ACCENT)
-    left.axvline(1 / len(weights), color=PALETTE[1], ls="--", lw=1.2, label=f"average: {1 / len(weights):.3f}")
+    left.plot(center, range(len(center)), "|", color=PALETTE[1], ms=13, mew=2, label="centre")
     left.set_title("weight of each system", loc="left")
     left.set_xlabel("weight w")
     left.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)

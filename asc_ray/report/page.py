@@ -9,8 +9,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from asc_ray.ensemble.choice import chosen
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.evaluation.artifact import Scores
+from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.evaluation.seeds import Deviation
 from asc_ray.report import figures, search_figures
@@ -65,6 +67,9 @@ class FusionSection:
     held_out: Scores  # on clips unknown to the systems and the fusion
     test: Scores
     without: Mapping[str, float]  # log loss on the held-out clips of the fusion learned without this system
+    without_half: Mapping[str, Gain]  # gain on those clips without the weakest half, by the names of that half; or none
+    disagreement: Sequence[Sequence[float]]  # (S, S) share of the held-out clips that two systems answer differently
+    far_below: tuple[str, ...] = ()  # a sentence for each system far below the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,7 @@ def render(data: ReportData, out: Path) -> None:
             devices=devices,
             trials=_best_trials(data.trials),
             front=pareto(data.trials),
+            chosen_multiple=chosen(data.fusion.fusion.choice) if data.fusion else 1.0,
             parameters=sorted({name for trial in data.trials for name in trial.parameters}),
             figures={name: Markup(svg) for name, svg in _figures(data, best_teacher).items()},
         )
@@ -170,8 +176,11 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
         fusion = data.fusion.fusion
         drawn["fusion_weights"] = figures.fusion_weights(
             dict(zip(fusion.systems, fusion.weights.tolist(), strict=True)),
+            fusion.center.tolist(),
             dict(zip(fusion.labels, fusion.biases.tolist(), strict=True)),
         )
+        if len(fusion.systems) > 1:
+            drawn["disagreement"] = figures.disagreement(fusion.systems, data.fusion.disagreement)
         drawn["reliability"] = figures.reliability(
             {"held-out clips": data.fusion.held_out.systems, "test split": data.fusion.test.systems}
         )

@@ -55,11 +55,17 @@ def fusion_summary(facts: Mapping[str, Any]) -> list[str]:
         if name in without:
             line += f"  {without[name]['log_loss'] - figures['fusion']['log_loss']:+.4f}"
         lines.append(line)
-    gain = Gain.model_validate(facts["validation_gain"])
+    lines.append(_gained("fusion over the average", facts["validation_gain"]))
+    if half := facts["validation_without_half"]:
+        lines.append(_gained(f"without the weakest half ({', '.join(half['left_out'])}) over the fusion", half["gain"]))
+    return [*lines, *facts["notes"]]
+
+
+def _gained(what: str, facts: Mapping[str, Any]) -> str:
+    gain = Gain.model_validate(facts)
     loss, accuracy = gain.log_loss, gain.accuracy
-    lines.append(
-        f"fusion over the average: log loss {-loss.value:+.3f} ({-loss.high:+.3f} to {-loss.low:+.3f}), accuracy "
+    return (
+        f"{what}: log loss {-loss.value:+.3f} ({-loss.high:+.3f} to {-loss.low:+.3f}), accuracy "
         f"{100 * accuracy.value:+.1f} points ({100 * accuracy.low:+.1f} to {100 * accuracy.high:+.1f}); 95 % by "
         f"resampling {gain.places} places"
     )
-    return [*lines, *facts["notes"]]

@@ -18,6 +18,7 @@ def make(work: Work) -> None:
         student_config=next(iter(plan.student_configs().values())),
         config=dump(plan.config),
         clips=plan.clips,
+        systems={name: plan.config.teachers.recipes[name] for name in plan.trainings},
         teachers=plan.teachers,
         fusion=plan.fusion,
         sweep=plan.sweep,

@@ -1,12 +1,16 @@
 """The systems of the ensemble: trained here, or taken from published checkpoints."""
 
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from asc_ray.artifacts import write_record
-from asc_ray.cluster.tasks import Task, run_tasks
+from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.teachers import import_teacher
+from asc_ray.ensemble.weak import far_below, standing_of
 from asc_ray.errors import UserError
 from asc_ray.plan import FAILED, Plan
 from asc_ray.stages.work import Work
@@ -31,7 +35,7 @@ def make(work: Work) -> None:
     for artifact in todo.values():
         (artifact.partial / FAILED).unlink(missing_ok=True)
     with work.tracked(todo) as on_event:
-        errors = train_teachers(waiting, config.cluster.retries, on_event)
+        errors = train_teachers(waiting, config.cluster.retries, _watched(work, on_event))
     for name, error in errors.items():
         write_record(todo[name].open_partial() / FAILED, {"error": error})
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
@@ -50,6 +54,32 @@ def make(work: Work) -> None:
         work.progress.left_out(name, error)
     if errors:
         work.plan = Plan(config)
+
+
+def _watched(work: Work, on_event: OnEvent) -> OnEvent:
+    """Return a listener that passes events on, and names a finished system that is far below the others so far."""
+    recipes = {
+        name: work.plan.config.teachers.recipes[own] for own, some in work.plan.trainings.items() for name in some
+    }
+    histories = {name: a.facts()["history"] for name, a in work.plan.teachers.items() if a.complete}
+    last = {name: history[-1] for name, history in histories.items() if history}  # imported systems have none
+    finished, named = set(last), set[str]()
+    data = work.source.open()
+    places = len(np.unique(data.store.place[data.parts["validation"]]))
+
+    def listen(name: str, event: dict[str, Any]) -> None:
+        on_event(name, event)
+        if "epoch" in event:
+            last[name] = event
+        if event.get("finished") and name in last:
+            finished.add(name)
+            standing = {one: standing_of(recipes[one], last[one]) for one in sorted(finished)}
+            for one, sentence in far_below(standing, places).items():
+                if one not in named:
+                    work.progress.note(f"warning: {sentence}")
+                named.add(one)
+
+    return listen
 
 
 def _import_teachers(work: Work) -> None:

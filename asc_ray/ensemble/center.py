@@ -1,0 +1,66 @@
+"""Where the ridge of eq. 4 pulls to: weights that honest clips support before each system's own weight is fitted.
+
+A system's logits, centred over the scenes, are its signal mu_s at the clip's scene and noise of deviation sigma_s. If
+the noise were normal and the systems independent, the best weights would be mu_s / sigma_s^2: a weak system counts for
+little, one that is sure and wrong for nothing, and a badly scaled one for what it knows. Systems are not independent,
+but with few clips the inverse of their noise's covariance costs more than it gains. So only systems that are nearly
+the same share a weight: each is divided by the sum over t of max(0, r_st)^ALIKE, where r is the noise's correlation.
+The scale of all weights is eq. 4's weight for the one system that they make.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from asc_ray.ensemble.newton import BLOCK, Problem, Pull, Shard, minimize
+
+ALIKE = 8  # two systems of correlation 0.7 each keep 95 % of their weight, copies half
+LARGEST_SIGNAL = 5.0  # in deviations of the noise; few clips show no more, and right answers alone set no scale
+SCALE_TOLERANCE = 1e-6  # for the gradient by the common scale
+
+
+def center(shards: Sequence[Shard], clip_weights: np.ndarray, ridge: float) -> Pull:
+    """Return the pull to the centre that these clips support; `clip_weights` (K,) are a_n of the clips of each scene.
+
+    The pull's units are the deviations of the systems' noise. `ridge` is that of the scale that all weights share.
+    """
+    signal, covariance = _moments(shards, clip_weights)
+    noise = _floored(np.sqrt(np.maximum(covariance.diagonal(), 0.0)), signal)
+    correlation = covariance / np.outer(noise, noise)
+    alike = np.maximum((np.maximum(correlation, 0.0) ** ALIKE).sum(axis=1), 1.0)
+    weights = np.maximum(signal, 0.0) / (noise**2 * alike)
+    if weights.any():
+        own = weights @ signal
+        deviation = _floored(np.sqrt(np.maximum(weights @ covariance @ weights, 0.0)), own)
+        each = [np.tensordot(weights, shard.read(), axes=1)[None] for shard in shards]
+        pooled = [Shard(partial(np.asarray, z), shard.scene) for z, shard in zip(each, shards, strict=True)]
+        pull = Pull(np.atleast_1d(own / deviation**2), np.atleast_1d(deviation), ridge)
+        of_one = Problem(pooled, clip_weights, pull, nonnegative=True)
+        weights = weights * minimize(of_one, of_one.start, SCALE_TOLERANCE).theta[0]
+    return Pull(weights, noise, ridge)
+
+
+def _floored(noise: np.ndarray, signal: np.ndarray) -> np.ndarray:
+    noise = np.maximum(noise, np.abs(signal) / LARGEST_SIGNAL)
+    return np.where(noise > 0, noise, 1.0)  # logits that do not differ between the scenes have no unit
+
+
+def _moments(shards: Sequence[Shard], clip_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the systems' signal (S,) and the covariance (S, S) of their noise."""
+    at_scene = products = total = np.zeros(())
+    for shard in shards:
+        logits = shard.read()
+        for start in range(0, len(shard.scene), BLOCK):
+            y = shard.scene[start : start + BLOCK]
+            a = clip_weights[y]
+            u = logits[:, start : start + BLOCK].astype(np.float64)
+            u -= u.mean(axis=2, keepdims=True)
+            at_scene = at_scene + u[:, np.arange(len(y)), y] @ a
+            flat = (u * np.sqrt(a)[:, None]).reshape(len(u), -1)
+            products = products + flat @ flat.T
+            total = total + a.sum()
+    scenes = len(clip_weights)
+    squares = total * (1 - 1 / scenes)  # of [k = y] - 1/K, the centred unit vector at the scene
+    signal = at_scene / squares
+    return signal, (products - squares * np.outer(signal, signal)) / (total * (scenes - 1))
