@@ -30,7 +30,7 @@ from memory import peak_memory
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
 from asc_ray.ensemble.fusion import Fusion, fit, fit_shards
-from asc_ray.ensemble.newton import BIAS_PULL, Shard
+from asc_ray.ensemble.newton import Shard
 
 SHARD = 65_536
 
@@ -91,7 +91,7 @@ def lbfgs(loss: Loss, logits: np.ndarray, labels: np.ndarray, ours: Fusion) -> t
     start = time.perf_counter()
     count_s, z_s = len(logits), logits.astype(np.float64)
     x0 = np.concatenate([ours.center, np.zeros(logits.shape[2])])
-    strength = ours.ridge * np.concatenate([ours.noise**2, np.full(logits.shape[2], BIAS_PULL)])
+    strength = ours.ridge * np.concatenate([ours.noise**2, np.ones(logits.shape[2])])
     reached: list[float] = []
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:

@@ -26,7 +26,7 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.ensemble.fusion import fit
-from asc_ray.ensemble.newton import BIAS_PULL, Shard, sums
+from asc_ray.ensemble.newton import Shard, sums
 from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.scores import log_posteriors
 from asc_ray.training.dataset import Source
@@ -66,7 +66,7 @@ def convex(features: Features) -> Callable[..., np.ndarray]:
         theta = np.zeros(len(both) + values.shape[2])
         theta[:count] = base.center
         center, pull = theta.copy(), np.concatenate([ridge * base.noise**2, np.full(len(both) - count, own)])
-        pull = np.concatenate([pull, np.full(values.shape[2], ridge * BIAS_PULL)])
+        pull = np.concatenate([pull, np.full(values.shape[2], ridge)])
         weights = np.full(values.shape[2], 1 / len(labels))
         for _ in range(30):
             found = sums(Shard(lambda: both, labels), theta, weights)

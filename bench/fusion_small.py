@@ -24,7 +24,7 @@ from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.ensemble.choice import FOLDS
 from asc_ray.ensemble.fusion import fit
-from asc_ray.ensemble.newton import BIAS_PULL, Problem, Pull, Shard, minimize
+from asc_ray.ensemble.newton import Problem, Pull, Shard, minimize
 from asc_ray.training.dataset import Source
 
 # Clips and their places to learn from.
@@ -118,11 +118,11 @@ def towards_the_average(learn: Clips) -> Applied:
     """Eq. 4 as it was until 2026-11-26: ridge / 2 (|w - 1/S|^2 + |b|^2), the ridge by one 5-fold cross-validation."""
     logits, scene, place = learn
     systems, _, scenes = logits.shape
-    center, unit = np.full(systems, 1 / systems), np.full(systems, np.sqrt(BIAS_PULL))  # weights as biases
+    center, unit = np.full(systems, 1 / systems), np.ones(systems)
 
     def learned(some: np.ndarray, ridge: float) -> np.ndarray:
         shards, weights = [Shard(lambda: logits[:, some], scene[some])], np.full(scenes, 1 / len(some))
-        problem = Problem(shards, weights, Pull(center, unit, ridge / BIAS_PULL))
+        problem = Problem(shards, weights, Pull(center, unit, ridge))
         return minimize(problem, problem.start, 1e-6 * max(1.0, ridge)).theta
 
     def applied(theta: np.ndarray, values: np.ndarray) -> np.ndarray:

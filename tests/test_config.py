@@ -211,7 +211,9 @@ def test_a_student_s_recipe_takes_the_place_of_another_and_keeps_the_soft_target
     file.write_text(f"base: {PRESETS / 'small.yaml'}\nstudent: {{recipe: ours, optimizer: {{batch_size: 4}}}}\n")
     student = load_config(file).student
     assert (student.optimizer.epochs, student.optimizer.batch_size, student.augment.roll) == (9, 4, 0)
-    with pytest.raises(ConfigError, match=r"papr: no such recipe; did you mean paper\? known: cpjku, cpjku_short, paper, short"):
+    with pytest.raises(
+        ConfigError, match=r"papr: no such recipe; did you mean paper\? known: cpjku, cpjku_short, paper, short"
+    ):
         load_config("demo", ["student.recipe=papr"])
 
 

@@ -50,7 +50,7 @@ def objective(theta: torch.Tensor, logits: np.ndarray, labels: np.ndarray, fused
     given = torch.tensor(_prior(z.shape[1])[::-1].copy())
     data = {"uniform": each.mean(), "given": each @ given, "empirical": losses.mean()}[prior]
     away = torch.tensor(fused.noise) * (w - torch.tensor(fused.center))
-    return data + fused.ridge / 2 * ((away**2).sum() + 0.3 * (b**2).sum())
+    return data + fused.ridge / 2 * ((away**2).sum() + (b**2).sum())
 
 
 @settings(max_examples=25)
@@ -70,7 +70,7 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
         return objective(torch.tensor(theta), logits, labels, fused, prior).item()
 
     def penalty(theta):
-        away = np.concatenate([fused.noise * (theta[:systems] - fused.center), np.sqrt(0.3) * theta[systems:]])
+        away = np.concatenate([fused.noise * (theta[:systems] - fused.center), theta[systems:]])
         return ridge / 2 * away @ away
 
     def gradient(theta):
@@ -428,7 +428,7 @@ def independent(merit, noise, clips=40_000, classes=5, seed=0):
 
 def centre(logits, labels) -> newton.Pull:
     classes = logits.shape[2]
-    return center([Shard(partial(np.asarray, logits), labels)], np.full(classes, 1 / len(labels)), ridge=1e-6)
+    return center([Shard(partial(np.asarray, logits), labels)], np.full(classes, 1 / len(labels)))
 
 
 def test_the_centre_of_independent_systems_of_normal_noise_is_bayes():

@@ -17,13 +17,15 @@ from asc_ray.ensemble.newton import BLOCK, Problem, Pull, Shard, minimize
 
 ALIKE = 8  # two systems of correlation 0.7 each keep 95 % of their weight, copies half
 LARGEST_SIGNAL = 5.0  # in deviations of the noise; few clips show no more, and right answers alone set no scale
-SCALE_TOLERANCE = 1e-6  # for the gradient by the common scale
+SCALE_RIDGE = 0.01  # for the common scale, which is fitted without biases
+NO_BIAS = 1e4
+SCALE_TOLERANCE = 1e-6  # for the gradient by that scale
 
 
-def center(shards: Sequence[Shard], clip_weights: np.ndarray, ridge: float) -> Pull:
-    """Return the pull to the centre that these clips support; `clip_weights` (K,) are a_n of the clips of each scene.
+def center(shards: Sequence[Shard], clip_weights: np.ndarray) -> Pull:
+    """Return a pull of no strength to the centre that these clips support; its units are sigma_s.
 
-    The pull's units are the deviations of the systems' noise. `ridge` is that of the scale that all weights share.
+    `clip_weights` (K,) are a_n of the clips of each scene.
     """
     signal, covariance = _moments(shards, clip_weights)
     noise = _floored(np.sqrt(np.maximum(covariance.diagonal(), 0.0)), signal)
@@ -35,10 +37,10 @@ def center(shards: Sequence[Shard], clip_weights: np.ndarray, ridge: float) -> P
         deviation = _floored(np.sqrt(np.maximum(weights @ covariance @ weights, 0.0)), own)
         each = [np.tensordot(weights, shard.read(), axes=1)[None] for shard in shards]
         pooled = [Shard(partial(np.asarray, z), shard.scene) for z, shard in zip(each, shards, strict=True)]
-        pull = Pull(np.atleast_1d(own / deviation**2), np.atleast_1d(deviation), ridge)
+        pull = Pull(np.atleast_1d(own / deviation**2), np.atleast_1d(deviation), SCALE_RIDGE, NO_BIAS)
         of_one = Problem(pooled, clip_weights, pull, nonnegative=True)
         weights = weights * minimize(of_one, of_one.start, SCALE_TOLERANCE).theta[0]
-    return Pull(weights, noise, ridge)
+    return Pull(weights, noise, 0.0)
 
 
 def _floored(noise: np.ndarray, signal: np.ndarray) -> np.ndarray:

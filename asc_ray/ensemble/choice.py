@@ -58,7 +58,7 @@ def cross_validate(
             rest = [Shard(partial(np.asarray, logits[:, ~left_out]), clips.scene[~left_out])]
             ridge = KNOWN_PLACES / (places - len(np.unique(place[left_out])))
             weights = clip_weights(rest)
-            pull = center(rest, weights, ridge)
+            pull = center(rest, weights)
             own, right = logits[:, left_out].astype(np.float64), clips.scene[left_out]
             theta = None
             for index, multiple in enumerate(MULTIPLES):  # each starts from the minimum of the next stronger one

@@ -1,6 +1,6 @@
 """Fusion of systems by multi-class linear logistic regression, eq. 4: z(k, x) = sum_s w_s z_s(k, x) + b_k.
 
-    J(w, b) = sum_n a_n CE(softmax z(., x_n), y_n) + ridge / 2 (sum_s sigma_s^2 (w_s - c_s)^2 + 0.3 |b|^2),
+    J(w, b) = sum_n a_n CE(softmax z(., x_n), y_n) + ridge / 2 (sum_s sigma_s^2 (w_s - c_s)^2 + |b|^2),
     sum_n a_n = 1
 
 is convex and has S + K unknowns, so Newton's method with the exact Hessian finds its minimum in a few passes over the
@@ -219,7 +219,7 @@ def fit_shards(
     choice = cross_validate(few, place_of_few, weights_of, nonnegative) if ridge == "auto" else ()
     multiple = chosen(choice)
     ridge = multiple * by_places if ridge == "auto" else float(ridge)
-    pull = replace(center([few], weights_of([few]), by_places), ridge=ridge)
+    pull = replace(center([few], weights_of([few])), ridge=ridge)
     problem = Problem(shards, weights_of(shards), pull, nonnegative)
     iterations, start, curvature = 0, problem.start, None
     if len(few.scene) < count:  # most of the way on the sample, the rest on all clips

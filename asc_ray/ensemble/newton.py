@@ -13,7 +13,6 @@ TOLERANCE = (
     1e-9  # for the gradient's largest entry, in units of the systems' noise; times the ridge where it is above 1
 )
 MAX_PASSES = 200  # over the clips; 5 to 20 are needed
-BIAS_PULL = 0.3  # the biases are pulled less than the weights, found on the made-up ensembles of bench/fusion_small.py
 
 
 class NoMinimum(UserError):
@@ -42,11 +41,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Pull:
-    """Where the ridge pulls to: ridge / 2 (sum_s unit_s^2 (w_s - center_s)^2 + BIAS_PULL |b|^2)."""
+    """Where the ridge pulls to: ridge / 2 (sum_s unit_s^2 (w_s - center_s)^2 + bias_unit^2 |b|^2)."""
 
     center: np.ndarray  # (S,)
     unit: np.ndarray  # (S,) of each system's logits
     ridge: float
+    bias_unit: float = 1.0
 
 
 def no_pull(systems: int) -> Pull:
@@ -75,8 +75,8 @@ class Problem:
     def evaluate(self, theta: np.ndarray, hessian: bool = True) -> Sums:
         """Return J at theta, with its derivatives; the shards are read one after the other."""
         each = (sums(shard, theta=theta, clip_weights=self.clip_weights, hessian=hessian) for shard in self.shards)
-        strength = self.pull.ridge * self.units**2
-        strength[len(self.pull.unit) :] *= BIAS_PULL
+        biases = np.full(len(self.clip_weights), self.pull.bias_unit)
+        strength = self.pull.ridge * np.concatenate([self.pull.unit, biases]) ** 2
         away = theta - self.start
         penalty = Sums(0.5 * float(strength @ away**2), strength * away, np.diag(strength))
         return reduce(Sums.__add__, each, penalty)
