@@ -1,11 +1,14 @@
 """Where the ridge of eq. 4 pulls to: weights that honest clips support before each system's own weight is fitted.
 
 A system's logits, centred over the scenes, are its signal mu_s at the clip's scene and noise of deviation sigma_s. If
-the noise were normal and the systems independent, the best weights would be mu_s / sigma_s^2: a weak system counts for
-little, one that is sure and wrong for nothing, and a badly scaled one for what it knows. Systems are not independent,
-but with few clips the inverse of their noise's covariance costs more than it gains. So only systems that are nearly
-the same share a weight: each is divided by the sum over t of max(0, r_st)^ALIKE, where r is the noise's correlation.
-The scale of all weights is eq. 4's weight for the one system that they make.
+the noise were normal and the systems independent, the best weights would be (mu_s / sigma_s) / sigma_s: one that is
+sure and wrong counts for nothing, a badly scaled one for what it knows. Systems are not independent, but with few clips
+the inverse of their noise's covariance costs more than it gains. Of it two things are kept. What all systems have in
+common a weak one does not add: COMMON of the mean ratio mu / sigma is subtracted from each, and what is then below 0
+counts for nothing. And systems that are nearly the same share a weight: each is divided by the sum over t of
+max(0, r_st)^ALIKE, where r is the noise's correlation. The scale of all weights is eq. 4's weight for the one system
+that they make. COMMON and ALIKE were chosen on made-up ensembles (bench/fusion_small.py) and one real one
+(docs/journal.md).
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ import numpy as np
 from asc_ray.ensemble.newton import BLOCK, Problem, Pull, Shard, minimize
 
 ALIKE = 8  # two systems of correlation 0.7 each keep 95 % of their weight, copies half
+COMMON = 0.5  # of the mean signal-to-noise ratio
 LARGEST_SIGNAL = 5.0  # in deviations of the noise; few clips show no more, and right answers alone set no scale
 SCALE_RIDGE = 0.01  # for the common scale, which is fitted without biases
 NO_BIAS = 1e4
@@ -31,7 +35,8 @@ def center(shards: Sequence[Shard], clip_weights: np.ndarray) -> Pull:
     noise = _floored(np.sqrt(np.maximum(covariance.diagonal(), 0.0)), signal)
     correlation = covariance / np.outer(noise, noise)
     alike = np.maximum((np.maximum(correlation, 0.0) ** ALIKE).sum(axis=1), 1.0)
-    weights = np.maximum(signal, 0.0) / (noise**2 * alike)
+    ratio = signal / noise
+    weights = np.maximum(ratio - COMMON * max(float(ratio.mean()), 0.0), 0.0) / (noise * alike)
     if weights.any():
         own = weights @ signal
         deviation = _floored(np.sqrt(np.maximum(weights @ covariance @ weights, 0.0)), own)

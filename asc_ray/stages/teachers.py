@@ -35,7 +35,7 @@ def make(work: Work) -> None:
     for artifact in todo.values():
         (artifact.partial / FAILED).unlink(missing_ok=True)
     with work.tracked(todo) as on_event:
-        errors = train_teachers(waiting, config.cluster.retries, _watched(work, on_event))
+        errors = train_teachers(waiting, config.cluster.retries, watched(work, on_event))
     for name, error in errors.items():
         write_record(todo[name].open_partial() / FAILED, {"error": error})
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
@@ -56,7 +56,7 @@ def make(work: Work) -> None:
         work.plan = Plan(config)
 
 
-def _watched(work: Work, on_event: OnEvent) -> OnEvent:
+def watched(work: Work, on_event: OnEvent) -> OnEvent:
     """Return a listener that passes events on, and names a finished system that is far below the others so far."""
     recipes = {
         name: work.plan.config.teachers.recipes[own] for own, some in work.plan.trainings.items() for name in some
