@@ -1,15 +1,20 @@
 """Short runs of the benchmarks: each measures something and says it."""
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, Run
 
+from asc_ray.data.corpus import read_corpus
+
 BENCH = ROOT / "bench"
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def run(name: str, *arguments: object) -> str:
@@ -93,6 +98,34 @@ def test_fusion_small(tmp_path):
     assert (table["nats"] > 0).all()
     copies = table[table["kind"] == "copies"].set_index("rule")["nats"]
     assert copies["greedy selection"] < copies["average"] < copies["best single system"]
+
+
+def test_recipes_are_compared_and_none_is_trained_twice(clips, tmp_path):
+    arguments = (tmp_path, clips, "--model", "sm1", "--epochs", 1, "--recipes", "short", "cpjku_short")
+    first = run("recipes", *arguments)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    again = run("recipes", *arguments)
+    assert first.endswith(again)
+    assert re.search(r"short +[\d.]+ +[\d.]+ +[\d.]+", again)
+
+
+def test_the_design_meets_every_setting_with_each_other_equally_often(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    rows = np.array(list(importlib.import_module("recipes").design().values())) * 2 - 1
+    np.testing.assert_array_equal(rows.T @ rows, 8 * np.eye(5))
+    assert [-1] * 5 in rows.tolist()  # short
+    assert [1, 1, -1, 1, -1] in rows.tolist()  # CP-JKU's loop
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(not SHARED.exists(), reason="the real recordings are not there")
+def test_a_corpus_of_four_scenes_is_made(tmp_path):
+    run("corpora", tmp_path, "--only", "dev5")
+    corpus = read_corpus(tmp_path / "dev5")
+    assert len(corpus.labels) == 4
+    train = [clip for clip in corpus.clips if clip.split == "train"]
+    share = np.mean([clip.device == "a" for clip in train])
+    assert 0.65 < share < 0.8
 
 
 @pytest.mark.campaign

@@ -91,7 +91,7 @@ def test_the_minimum_is_scipys(seed, systems, classes, scale, ridge, prior):
     assert fused.objective_after == pytest.approx(value(ours), rel=1e-12)
     assert fused.objective_after <= reference.fun + 1e-12
     # J curves by at least `ridge` in the units of the noise, so a gradient of 1e-9 is as near as this:
-    near = 1e-9 * np.sqrt(len(ours)) / ridge
+    near = 1e-9 * np.sqrt(len(ours)) / ridge / min(1.0, fused.noise.min())
     np.testing.assert_allclose(ours, reference.x, atol=near + 1e-7 * max(1.0, np.abs(reference.x).max()))
     assert np.abs(gradient(ours) / np.concatenate([fused.noise, np.ones(classes)])).max() <= 1e-9
     average = np.concatenate([np.full(systems, 1 / systems), np.zeros(classes)])
