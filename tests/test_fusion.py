@@ -328,6 +328,8 @@ def test_what_is_refused():
     for ridge in ("none", -1.0, np.nan):
         with pytest.raises(UserError, match=r"fusion\.ridge: found .* expected auto, or a number from 0"):
             fit(logits, labels, ridge=ridge)
+    with pytest.raises(UserError, match=r"one scene alone \(scene 0\)"):
+        fit(logits[:, :, :1], np.zeros(60, int))
     with pytest.raises(UserError, match="3 places for 60 clips"):
         fit(logits, labels, places=[0, 1, 2])
 

@@ -77,12 +77,14 @@ def scene_counts(shards: Sequence[Shard], labels: Sequence[str]) -> np.ndarray:
 
 
 def check_inputs(shards: Sequence[Shard], systems: Sequence[str], labels: Sequence[str], ridge: Ridge) -> None:
-    """Raise UserError for an invalid ridge, equal names, scenes that are no indices, and scenes without a clip."""
+    """Raise UserError for an invalid ridge, equal names, one scene, and scenes that are no indices or have no clip."""
     if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < np.inf):
         raise UserError(f"fusion.ridge: found {ridge!r}; expected auto, or a number from 0")
     for kind, names in (("system", systems), ("label", labels)):
         if len(set(names)) != len(names):
             raise UserError(f"fusion: {kind} names {', '.join(names)}; expected {len(names)} different ones")
+    if len(labels) < 2:
+        raise UserError(f"fusion: one scene alone ({', '.join(labels)}); there is nothing to learn")
     for scene in (shard.scene for shard in shards):
         if scene.dtype.kind not in "iu" or scene.min() < 0 or scene.max() >= len(labels):
             raise UserError(f"fusion: scenes of type {scene.dtype}, expected indices 0 to {len(labels) - 1}")

@@ -41,8 +41,8 @@ class FusionConfig(Section):
     the teacher that did not see it. train: the clips that the teachers were trained on.
 
     `ridge: auto` goes by the number of places, unless repeated cross-validation over places shows that another
-    strength has less log loss, by more than a standard error. `scene_prior`: every clip
-    weighs the same (empirical), or every scene does (uniform), or scenes weigh as given.
+    strength has less log loss, by more than a standard error. `scene_prior`: every clip weighs the same (empirical), or
+    every scene does (uniform), or scenes weigh as given.
     """
 
     gone: ClassVar[Mapping[str, Any]] = {"tasks": 1}
