@@ -16,7 +16,6 @@ core, and prints the plans' scores on the stores' test splits, the best first.
 import argparse
 import itertools
 import os
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,18 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from recipes import trained
 
-from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import PRESETS, preset
 from asc_ray.data.division import PartitionConfig
-from asc_ray.evaluation.artifact import score
 from asc_ray.models.complexity import complexity
 from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNet, DSFlexiNetConfig, Stage
-from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
-from asc_ray.students.train import fit_student
+from asc_ray.students.targets import student_clips
 from asc_ray.training.dataset import Source
-from asc_ray.training.validation import predict
 
 TABLE_II = {"sm1": (13_760, 3.88e6), "sm2": (30_690, 8.27e6), "sm3": (54_980, 14.34e6), "sm4": (126_120, 23.03e6)}
 CLASSES, MELS, FRAMES = 10, 256, 64
@@ -118,11 +114,7 @@ def worth(clips: Path, plan: ChannelPlan, epochs: int, seed: int) -> tuple[float
     )
     recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.scaled_to(epochs)})
     data = Source(clips, PartitionConfig(fusion=0.08, validation=0.04)).open(test=True)
-    store, test = data.store, data.parts["test"]
-    model = build(recipe.model, len(store.labels), seed)
-    with tempfile.TemporaryDirectory() as folder:
-        fit_student(model, recipe, data, None, Path(folder), 0.0, lambda metrics: None)
-    scores = score(store, test, predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy())
+    scores, _ = trained(data, recipe, student_clips(data))
     return scores.log_loss, 100 * scores.accuracy, 100 * scores.accuracies()["unseen"]
 
 

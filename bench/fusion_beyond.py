@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from asc_ray.data.clips import ClipStore
+from asc_ray.artifacts import MANIFEST, read_manifest
 from asc_ray.data.division import PartitionConfig
-from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.data.logits import Ensemble, Logits, read_logits
 from asc_ray.ensemble.fusion import fit
 from asc_ray.ensemble.newton import Shard, sums
 from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.scores import log_posteriors
-from asc_ray.training.dataset import Source
+from asc_ray.training.dataset import Dataset, Source
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
@@ -110,13 +110,22 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-log_posteriors(logits)[np.arange(len(labels)), labels].mean())
 
 
+def finished(storage: Path) -> tuple[Dataset, list[Logits]]:
+    """Open a finished pipeline's clips, divided as for its newest fusion, and the logits of that fusion's systems."""
+    newest = max((storage / "fusion").glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime)
+    manifest = read_manifest(newest.parent)
+    parts = PartitionConfig.model_validate(manifest["config"]["partition"])
+    data = Source(next((storage / "clips").iterdir()), parts).open(test=True)
+    names = manifest["facts"]["weights"]
+    return data, [read_logits(storage / "logits" / f"{name}-{manifest['inputs'][name]}") for name in names]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("storages", type=Path, nargs="+")
     for storage in parser.parse_args().storages:
-        clips = next((storage / "clips").iterdir())
-        data, store = Source(clips, PartitionConfig()).open(test=True), ClipStore(clips)
-        systems = [read_logits(folder) for folder in sorted((storage / "logits").iterdir())]
+        data, systems = finished(storage)
+        store = data.store
         DEVICES[:] = sorted(set(store.device[store.split == "train"]))
 
         def part(rows: np.ndarray, systems=systems, store=store):

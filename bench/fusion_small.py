@@ -17,15 +17,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from fusion_beyond import log_loss
+from fusion_beyond import finished, log_loss
 
-from asc_ray.data.clips import ClipStore
-from asc_ray.data.division import PartitionConfig
-from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.data.logits import Ensemble
 from asc_ray.ensemble.choice import FOLDS
 from asc_ray.ensemble.fusion import fit
 from asc_ray.ensemble.newton import Problem, Pull, Shard, minimize
-from asc_ray.training.dataset import Source
 
 # Clips and their places to learn from.
 SIZES = {"50/10": (50, 10), "128/18": (128, 18), "500/50": (500, 50), "5000/200": (5_000, 200)}
@@ -167,9 +164,8 @@ def regrets(learn: Clips, test: Clips) -> list[dict[str, Any]]:
 
 def stored(storage: Path) -> tuple[Clips, Clips]:
     """Read the systems' logits of a finished pipeline: of the part `fusion`, and of the test split."""
-    folder = next((storage / "clips").iterdir())
-    data, store = Source(folder, PartitionConfig()).open(test=True), ClipStore(folder)
-    systems = [read_logits(path) for path in sorted((storage / "logits").iterdir())]
+    data, systems = finished(storage)
+    store = data.store
 
     def clips(part: str) -> Clips:
         rows = data.parts[part]
@@ -201,9 +197,8 @@ def main() -> None:
     if options.csv:
         table.to_csv(options.csv, index=False)
     for by in (["size", "rule"], ["size", "kind", "rule"]):
-        print(
-            table.groupby(by, sort=False)[["nats", "points", "behind"]].agg(["mean", "max"]).round(3).to_string(), "\n"
-        )
+        figures = table.groupby(by, sort=False)[["nats", "points", "behind"]].agg(["mean", "max"])
+        print(figures.round(3).to_string(), "\n")
 
 
 if __name__ == "__main__":

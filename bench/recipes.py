@@ -28,11 +28,12 @@ from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import merged, network_preset, preset
 from asc_ray.data.division import PartitionConfig
 from asc_ray.evaluation.artifact import score
+from asc_ray.evaluation.scores import Evaluation
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
-from asc_ray.training.dataset import Source
+from asc_ray.training.dataset import Dataset, Source
 from asc_ray.training.loop import fit
-from asc_ray.training.validation import predict
+from asc_ray.training.validation import Metrics, predict
 
 # The first value of each is that of `short`.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -67,15 +68,21 @@ def recipe_of(name: str, model: str, seed: int, epochs: int) -> StudentConfig:
     return recipe.model_copy(update={"optimizer": recipe.optimizer.scaled_to(epochs)})
 
 
-def worth(clips: Path, recipe: StudentConfig, threads: int = 1) -> dict[str, float]:
-    """Train without teachers on all training clips; return scores of the test split."""
-    torch.set_num_threads(threads)
-    data = Source(clips, PartitionConfig()).open(test=True)
+def trained(data: Dataset, recipe: StudentConfig, train: np.ndarray) -> tuple[Evaluation, list[Metrics]]:
+    """Train a student on the store's clips `train`, without teachers; return its test scores and its epochs."""
     store, test = data.store, data.parts["test"]
     model = build(recipe.model, len(store.labels), recipe.seed)
     with tempfile.TemporaryDirectory() as folder:
-        history = fit(model, recipe, data, np.flatnonzero(store.split == "train"), Path(folder))
-    scores = score(store, test, predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy())
+        history = fit(model, recipe, data, train, Path(folder))
+    logits = predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy()
+    return score(store, test, logits), history
+
+
+def worth(clips: Path, recipe: StudentConfig, threads: int = 1) -> dict[str, float]:
+    """Return the scores of the test split after a training on all training clips."""
+    torch.set_num_threads(threads)
+    data = Source(clips, PartitionConfig()).open(test=True)
+    scores, history = trained(data, recipe, np.flatnonzero(data.store.split == "train"))
     return {
         "log_loss": scores.log_loss,
         "all": 100 * scores.accuracy,

@@ -73,9 +73,8 @@ def test_a_system_is_named_while_the_others_are_trained(finished):
     systems = ["cpr_128k_fms_2", "cpr_128k_fms_3", "cpr_128k_dirfms_1", "passt_fms_3"]
     plan = plan_of(finished, f"teachers.systems=[{', '.join(systems)}]")
     heard: list[str] = []
-    listen = watched(
-        Work(plan, None, Progress(Console(file=shown, width=1000))), lambda name, event: heard.append(name)
-    )
+    work = Work(plan, None, Progress(Console(file=shown, width=1000)))
+    listen = watched(work, work.source.open(), lambda name, event: heard.append(name))
 
     def train(name: str, validation: float) -> None:
         listen(name, {"epoch": 3, "validation_macro_accuracy": validation, "train_accuracy": 0.2})

@@ -60,10 +60,9 @@ def cross_validate(
             weights = clip_weights(rest)
             pull = center(rest, weights)
             own, right = logits[:, left_out].astype(np.float64), clips.scene[left_out]
-            theta = None
+            theta = Problem(rest, weights, pull).start
             for index, multiple in enumerate(MULTIPLES):  # each starts from the minimum of the next stronger one
                 problem = Problem(rest, weights, replace(pull, ridge=multiple * ridge), nonnegative)
-                theta = problem.start if theta is None else theta
                 try:
                     theta = minimize(problem, theta, TOLERANCE * max(1.0, multiple * ridge)).theta
                 except NoMinimum:  # this ridge is too weak for these logits

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,6 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
             "objective_before": fusion.objective_before,
             "objective_after": fusion.objective_after,
             "iterations": fusion.iterations,
-            "choice": [asdict(candidate) for candidate in fusion.choice],
             "notes": fusion.notes,
             "weights": dict(zip(systems, fusion.weights.tolist(), strict=True)),
             "biases": dict(zip(store.labels, fusion.biases.tolist(), strict=True)),

@@ -9,9 +9,7 @@ import numpy as np
 from asc_ray.errors import UserError
 
 BLOCK = 1024  # clips held in float64 at a time
-TOLERANCE = (
-    1e-9  # for the gradient's largest entry, in units of the systems' noise; times the ridge where it is above 1
-)
+TOLERANCE = 1e-9  # for the gradient's largest entry in its unit, times the ridge where that is above 1
 MAX_PASSES = 200  # over the clips; 5 to 20 are needed
 
 
@@ -65,7 +63,7 @@ class Problem:
     @property
     def units(self) -> np.ndarray:
         """Return the unit of each entry of theta's gradient."""
-        return np.concatenate([self.pull.unit, np.ones(len(self.clip_weights))])
+        return np.concatenate([self.pull.unit, np.full(len(self.clip_weights), self.pull.bias_unit)])
 
     @property
     def start(self) -> np.ndarray:
@@ -75,8 +73,7 @@ class Problem:
     def evaluate(self, theta: np.ndarray, hessian: bool = True) -> Sums:
         """Return J at theta, with its derivatives; the shards are read one after the other."""
         each = (sums(shard, theta=theta, clip_weights=self.clip_weights, hessian=hessian) for shard in self.shards)
-        biases = np.full(len(self.clip_weights), self.pull.bias_unit)
-        strength = self.pull.ridge * np.concatenate([self.pull.unit, biases]) ** 2
+        strength = self.pull.ridge * self.units**2
         away = theta - self.start
         penalty = Sums(0.5 * float(strength @ away**2), strength * away, np.diag(strength))
         return reduce(Sums.__add__, each, penalty)

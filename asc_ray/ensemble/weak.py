@@ -21,11 +21,6 @@ class Standing:
     train: float | None  # None for a system that was not trained here
 
 
-def standing_of(recipe: Recipe, metrics: Mapping[str, float]) -> Standing:
-    """Return the standing that the metrics of a training's last epoch say."""
-    return Standing(recipe, metrics["validation_macro_accuracy"], metrics["train_accuracy"])
-
-
 def far_below(systems: Mapping[str, Standing], places: int) -> dict[str, str]:
     """Return a sentence for each system that is far below the better half of the systems.
 

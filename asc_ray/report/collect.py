@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -23,8 +23,9 @@ from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, Rep
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult, importances
 from asc_ray.students.config import StudentConfig
-from asc_ray.training.dataset import Dataset, Source
+from asc_ray.training.dataset import Source
 from asc_ray.training.recipe import Recipe
+from asc_ray.training.validation import Metrics
 
 LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")
 
@@ -61,6 +62,7 @@ def write_report(
     size = getattr(model, "size", None)
     fused = fusion.facts()
     half = fused["validation_without_half"]
+    held_out = read_scores(fusion.path)
     lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, evaluation)}
     lineage |= {f"{a.stage}/{name}": a.key for name, a in {**students, **int8}.items()}
     forms = {name: artifact.facts()["history"] for name, artifact in {**students, **int8}.items()}
@@ -101,12 +103,12 @@ def write_report(
                 fusion=Fusion.load(stored_file(fusion.path, FUSION)),
                 data=fused["data"],
                 objectives=fused["objectives"],
-                held_out=read_scores(fusion.path),
+                held_out=held_out,
                 test=tested,
                 without={name: figures["log_loss"] for name, figures in fused["validation_without"].items()},
                 without_half={", ".join(half["left_out"]): Gain.model_validate(half["gain"])} if half else {},
                 disagreement=fused["validation_disagreement"],
-                far_below=_far_below(data, systems, teachers, read_scores(fusion.path)),
+                far_below=_far_below(systems, histories, held_out),
             ),
             energies=np.asarray(store.energy[train]),
             energy_threshold=data.mean_energy if threshold == "auto" else threshold,
@@ -124,19 +126,18 @@ def write_report(
 
 
 def _far_below(
-    data: Dataset, systems: Mapping[str, Recipe], teachers: Mapping[str, Artifact], held_out: Scores
+    systems: Mapping[str, Recipe], histories: Mapping[str, Sequence[Metrics]], held_out: Scores
 ) -> tuple[str, ...]:
     """Return a sentence for each system far below the others.
 
     With cross-fitting, the training of its first fold says what it learned.
     """
-    histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
     standing = {}
     for name, recipe in systems.items():
         own = next((histories[one] for one in (name, f"{name}-fold0") if histories.get(one)), None)
         learned = own[-1]["train_accuracy"] if own else None
         standing[name] = Standing(recipe, held_out.systems[name].macro_accuracy, learned)
-    return tuple(far_below(standing, len(np.unique(data.store.place[data.parts["validation"]]))).values())
+    return tuple(far_below(standing, held_out.gain.places).values())
 
 
 def _kind(name: str) -> Literal["fusion", "teacher"]:

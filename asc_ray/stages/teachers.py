@@ -10,10 +10,11 @@ from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.teachers import import_teacher
-from asc_ray.ensemble.weak import far_below, standing_of
+from asc_ray.ensemble.weak import Standing, far_below
 from asc_ray.errors import UserError
 from asc_ray.plan import FAILED, Plan
 from asc_ray.stages.work import Work
+from asc_ray.training.dataset import Dataset
 
 
 def make(work: Work) -> None:
@@ -23,7 +24,8 @@ def make(work: Work) -> None:
     if not todo:
         return
     # Check this here, once, and not in every teacher.
-    check_prior(config.fusion.scene_prior, work.source.open().store.labels)
+    data = work.source.open()
+    check_prior(config.fusion.scene_prior, data.store.labels)
     waiting = {}
     for system, own in plan.trainings.items():
         recipe = config.teachers.recipes[system]
@@ -35,7 +37,7 @@ def make(work: Work) -> None:
     for artifact in todo.values():
         (artifact.partial / FAILED).unlink(missing_ok=True)
     with work.tracked(todo) as on_event:
-        errors = train_teachers(waiting, config.cluster.retries, watched(work, on_event))
+        errors = train_teachers(waiting, config.cluster.retries, watched(work, data, on_event))
     for name, error in errors.items():
         write_record(todo[name].open_partial() / FAILED, {"error": error})
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
@@ -56,7 +58,7 @@ def make(work: Work) -> None:
         work.plan = Plan(config)
 
 
-def watched(work: Work, on_event: OnEvent) -> OnEvent:
+def watched(work: Work, data: Dataset, on_event: OnEvent) -> OnEvent:
     """Return a listener that passes events on, and names a finished system that is far below the others so far."""
     recipes = {
         name: work.plan.config.teachers.recipes[own] for own, some in work.plan.trainings.items() for name in some
@@ -64,7 +66,6 @@ def watched(work: Work, on_event: OnEvent) -> OnEvent:
     histories = {name: a.facts()["history"] for name, a in work.plan.teachers.items() if a.complete}
     last = {name: history[-1] for name, history in histories.items() if history}  # imported systems have none
     finished, named = set(last), set[str]()
-    data = work.source.open()
     places = len(np.unique(data.store.place[data.parts["validation"]]))
 
     def listen(name: str, event: dict[str, Any]) -> None:
@@ -73,7 +74,10 @@ def watched(work: Work, on_event: OnEvent) -> OnEvent:
             last[name] = event
         if event.get("finished") and name in last:
             finished.add(name)
-            standing = {one: standing_of(recipes[one], last[one]) for one in sorted(finished)}
+            standing = {
+                one: Standing(recipes[one], last[one]["validation_macro_accuracy"], last[one]["train_accuracy"])
+                for one in sorted(finished)
+            }
             for one, sentence in far_below(standing, places).items():
                 if one not in named:
                     work.progress.note(f"warning: {sentence}")
