@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.plan import STAGES, Plan, dump
 from asc_ray.progress import Progress
-from asc_ray.report import figures, table
+from asc_ray.report import figures as drawings
+from asc_ray.report import table
 from asc_ray.report.table import ComparedRow, Comparison
 from asc_ray.run import at_work, run
 from asc_ray.section import Section
 from asc_ray.stages.evaluate import evaluation_jobs
 from asc_ray.stages.qat import int8_jobs
 from asc_ray.stages.student import student_jobs
+from asc_ray.stages.tracked import pipeline_thing, student_thing
 from asc_ray.stages.work import Job, Work, source_of
+from asc_ray.tracking.things import curves, figures
 
 FIGURE = "figure.svg"
 TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # the paper gives figures for these
@@ -99,9 +103,9 @@ def run_table(
     lead = next(iter(plans.values()))
     title = f"{lead.config.name} {kind.removesuffix('s')} {name}"
     complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
-    with at_work(
-        lead, title, artifact.key, {"table": dump(spec), "overrides": list(overrides)}, complete, progress
-    ) as work:
+    parent = pipeline_thing(lead, title, artifact.key, kind.removesuffix("s"))
+    about = {"table": dump(spec), "overrides": list(overrides)}
+    with at_work(lead, parent, about, complete, progress) as work:
         _compare(work, kind, spec, plans, artifact)
     return artifact, _comparison(spec, plans)
 
@@ -137,7 +141,7 @@ def draw_energies(config: Config, progress: Progress) -> Artifact:
         data = source_of(plan).open()
         energies = data.store.energy[data.store.split == "train"]
         line = data.mean_energy if threshold == "auto" else threshold
-        drawn = figures.standalone(figures.energy_histogram(energies, line))
+        drawn = drawings.standalone(drawings.energy_histogram(energies, line))
         write_atomically(artifact.open_partial() / FIGURE, drawn)
         artifact.finish({"threshold": line, "mean_energy": data.mean_energy})
     return artifact
@@ -194,53 +198,49 @@ def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan]
         f"{spec.title}: {len(plans)} rows, {sum(len(plan.students) for plan in plans.values())} students"
     )
     with work.progress.stage("students"):
-        work.together(_jobs(plans, student_jobs))
+        work.together(_jobs(plans, student_jobs, work.tracker.top.key))
     if spec.int8:
         with work.progress.stage("int8"):
-            work.together(_jobs(plans, int8_jobs))
+            work.together(_jobs(plans, int8_jobs, work.tracker.top.key))
     with work.progress.stage("evaluate"):
-        work.together(_jobs(plans, lambda plan: evaluation_jobs(plan, _compared(plan, spec.int8))), tracked=False)
+        work.together(_jobs(plans, lambda plan: evaluation_jobs(plan, _compared(plan, spec.int8))))
     comparison = _comparison(spec, plans)
     folder = artifact.open_partial()
     table.write(comparison, folder)
     if kind == "figures":
         shown = {row.name: row.scores[0] for row in comparison.rows}
-        drawn = figures.confusion(shown, dict(zip(shown, itertools.cycle(figures.PALETTE), strict=False)))
-        write_atomically(folder / FIGURE, figures.standalone(drawn))
+        drawn = drawings.confusion(shown, dict(zip(shown, itertools.cycle(drawings.PALETTE), strict=False)))
+        write_atomically(folder / FIGURE, drawings.standalone(drawn))
     _track(work, spec, plans, comparison)
-    for file in sorted(folder.iterdir()):
-        work.tracker.log_file("", file)
-    # This comes last, because a finished table is not tracked again.
     artifact.finish({row.name: {"accuracy": row.scores[0].accuracy} for row in comparison.rows})
+    for name in artifact.manifest()["files"]:
+        work.tracker.log_file(work.tracker.top, artifact.path / name)
 
 
-def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]]) -> dict[str, Job]:
-    """Return the jobs of all rows; rows with the same student share one training."""
+def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]], table: str = "") -> dict[str, Job]:
+    """Return the jobs of all rows, with runs below the table's; rows with the same student share one training."""
     jobs: dict[str, Job] = {}
     for row, plan in plans.items():
         known = {job.artifact.key for job in jobs.values()}
-        own = {f"{row}: {name}": job for name, job in of(plan).items() if job.artifact.key not in known}
-        jobs |= own
+        for name, job in of(plan).items():
+            if job.artifact.key not in known:
+                thing = job.thing and replace(job.thing, name=f"{row}: {name}", below=table)
+                jobs[f"{row}: {name}"] = replace(job, thing=thing)
     return jobs
 
 
 def _track(work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison: Comparison) -> None:
-    """Track every student of the table below one parent run, with its test figures, whichever command trained it."""
+    """Tell of every student of the table below one parent run, with its test figures, whichever command trained it."""
     for row, plan in plans.items():
-        models = plan.students | plan.int8
         for name in _compared(plan, spec.int8):
-            scores = read_evaluation(plan.evaluations[name].path)
-            logged = {f"test/accuracy/{key}": value for key, value in scores.accuracies().items()}
-            logged["test/log_loss"] = scores.log_loss
-            model = models[name]
-            work.tracker.record(f"{row}: {name}", model.key, model.config, model.facts()["history"], logged)
-    summary = {}
+            model = (plan.students | plan.int8)[name]
+            thing = student_thing(plan, name, f"{row}: {name}", work.tracker.top.key)
+            work.tracker.whole(thing, curves(model.facts()["history"]))
+            work.tracker.log(thing, figures(read_evaluation(plan.evaluations[name].path)))
     for compared in comparison.rows:
         mean, deviation = compared.scores
-        summary[f"{compared.name}/accuracy"] = mean.accuracy
-        if deviation:
-            summary[f"{compared.name}/accuracy_deviation"] = deviation.accuracy
-    work.tracker.log_summary(summary)
+        spread = {f"{compared.name}/deviation": deviation.accuracy} if deviation else {}
+        work.tracker.log(work.tracker.top, {f"{compared.name}/accuracy": mean.accuracy, **spread})
 
 
 def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:

@@ -1,18 +1,26 @@
 """Running the stages of a plan: complete artifacts are skipped, unfinished ones are resumed."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from asc_ray.config.configuration import Config
 from asc_ray.errors import UserError
 from asc_ray.lock import exclusive
-from asc_ray.plan import REPORT, Plan, dump, scores_over_seeds
+from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.shown import masked
+from asc_ray.stages.tracked import pipeline_thing, tell_made
 from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.runs import Tracker
+from asc_ray.tracking.things import Thing
+
+if TYPE_CHECKING:
+    from asc_ray.stages.work import Work
 
 
 def where_things_are(plan: Plan) -> list[str]:
@@ -33,7 +41,7 @@ def where_things_are(plan: Plan) -> list[str]:
         lines.append(f"model   {best.path}   (asc-ray export makes a bundle of it{seeds})")
     uri = plan.config.tracking.uri or default_uri(plan.config.storage)
     shown = masked(uri)
-    lines.append(f"runs    {shown}   (mlflow ui --backend-store-uri {shown})")
+    lines.append(f"runs    {shown}   (mlflow ui --backend-store-uri {shlex.quote(shown)})")
     return lines
 
 
@@ -64,37 +72,34 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
     if "ingest" in todo and plan.source:
         for note in plan.source.notes:
             progress.note(note)
-    with at_work(plan, config.name, plan.key, dump(config), plan.complete_keys(), progress) as work:
+    parent = pipeline_thing(plan, config.name, plan.key)
+    with at_work(plan, parent, dump(config), plan.complete_keys(), progress) as work:
+        tell_made(plan, work.tracker, STAGES)
         for stage in todo:
             if not work.plan.missing(stage):  # an earlier run made it without the systems that failed again now
                 continue
             with progress.stage(stage):
                 import_module(f"asc_ray.stages.{stage}").make(work)
+            tell_made(work.plan, work.tracker, [stage])
     return work.plan
 
 
 @contextmanager
 def at_work(
-    plan: Plan, name: str, key: str, parameters: Mapping[str, Any], complete: Container[str], progress: Progress
-) -> Iterator[Any]:
+    plan: Plan, parent: Thing, configuration: Mapping[str, Any], complete: Iterable[str], progress: Progress
+) -> Iterator["Work"]:
     """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
     # Import these only when there is work, so that `asc-ray status` and a finished configuration answer at once.
     from asc_ray.cluster import tasks
     from asc_ray.stages.work import Work
 
     config = plan.config
-
-    def connected_tracker() -> Any:
-        from asc_ray.tracking.runs import Tracker
-
-        return Tracker(config.tracking.uri, config.tracking.experiment, config.storage, name, key)
-
-    with exclusive(config.storage), ThreadPoolExecutor(1) as beside:
+    with exclusive(config.storage):
         progress.note(f"storage {config.storage}")
-        # Start MLflow beside Ray: both take equally long, and Ray mostly waits.
-        made = beside.submit(connected_tracker)
-        with tasks.connected(config.cluster):
-            tracker = made.result()
+        # MLflow starts beside Ray: both take equally long, and Ray mostly waits.
+        tracker = Tracker(config.tracking, config.storage, progress.note)
+        with closing(tracker), tasks.connected(config.cluster):
+            tracker.greet()
             tasks.check_feasible(
                 {
                     **config.teachers.requests(),
@@ -102,5 +107,6 @@ def at_work(
                     "student_resources": config.student_resources,
                 }
             )
-            with tracker.parent(parameters, complete):
+            text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
+            with tracker.parent(parent, text, complete):
                 yield Work(plan, tracker, progress)

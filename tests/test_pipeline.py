@@ -450,12 +450,40 @@ def test_mlflow_has_one_parent_and_a_finished_child_for_everything_trained(finis
     assert [run.info.run_name for run in parents] == ["tiny"]
     children = {run.info.run_name: run for run in runs if run not in parents}
     trained = {*plan.teachers, "student", "int8"}
-    assert set(children) == {*trained, "fusion", "trial-000", "trial-001", "trial-002", "trial-003"}
+    assert set(children) == {*trained, "average", "fusion", "trial-000", "trial-001", "trial-002", "trial-003"}
     for name in trained:
-        history = client.get_metric_history(children[name].info.run_id, "validation_accuracy")
-        assert len(history) == (2 if name == "int8" else 3)
+        history = client.get_metric_history(children[name].info.run_id, "validation/accuracy")
+        assert [metric.step for metric in history] == list(range(1, 3 if name == "int8" else 4))
     assert {f.path for f in client.list_artifacts(parents[0].info.run_id)} >= {"report.html", "best.yaml"}
-    assert "test/student_int8/accuracy" in parents[0].data.metrics
+    # Every scored thing has its figures under the same names, and they are those of its evaluation.
+    scored = dict(read_scores(plan.evaluation.path).systems)
+    scored |= {name: read_evaluation(artifact.path) for name, artifact in plan.evaluations.items()}
+    for name, scores in scored.items():
+        metrics = children[name].data.metrics
+        assert metrics["test/accuracy"] == pytest.approx(scores.accuracy)
+        assert metrics["test/unseen"] == pytest.approx(scores.groups["unseen"])
+        assert metrics["test/device/s4"] == pytest.approx(scores.per_device["s4"].accuracy)
+        assert {key for key in metrics if key.startswith("test/scene/")} == {
+            f"test/scene/{label}" for label in scores.per_scene
+        }
+    assert parents[0].data.metrics == {
+        key: pytest.approx(value) for key, value in children["int8"].data.metrics.items() if key.startswith("test/")
+    }
+    # A run says what was trained: after a search, its best configuration.
+    best = plan.student_configs()["student"].distillation.temperature
+    assert best != plan.config.student.distillation.temperature
+    assert plan.students["student"].facts()["recipe"]["distillation"]["temperature"] == best
+    for name in ("student", "int8"):
+        assert float(children[name].data.params["distillation.temperature"]) == best
+    kinds = {name: child.data.tags["asc_ray.kind"] for name, child in children.items()}
+    assert kinds == {
+        **dict.fromkeys(plan.teachers, "teacher"),
+        **{name: "trial" for name in children if name.startswith("trial-")},
+        **{name: name for name in ("average", "fusion", "student", "int8")},
+    }
+    assert parents[0].data.params["preset"] == "demo"
+    assert len(parents[0].data.params) < 60
+    assert {run.inputs.dataset_inputs[0].dataset.digest for run in children.values()} == {plan.clips.key}
 
 
 def test_a_second_run_does_nothing_and_says_so(finished, plan):

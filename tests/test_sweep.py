@@ -127,7 +127,7 @@ def test_a_search_killed_among_its_finalists_goes_on_from_checkpoints(storage, t
     assert resumed[:last] == whole[:last]
     client = MlflowClient(f"sqlite:///{tmp_path}/broken/mlflow.db")
     for run in client.search_runs(["1"], "tags.`asc_ray.state` != ''"):
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch")]
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "objective")]
         assert steps == sorted(set(steps)), "no epoch twice"
         assert len(steps) == len(whole[int(run.info.run_name.removeprefix("trial-"))].curve)
 
@@ -158,7 +158,7 @@ def test_a_search_for_accuracy_and_size_within_a_budget(storage):
         [client.get_experiment_by_name("asc-ray").experiment_id], "tags.`asc_ray.winner` = 'true'"
     )
     assert [run.info.run_name for run in runs] == [f"trial-{winner.number:03d}"]
-    assert runs[0].data.metrics["value"] == pytest.approx(winner.value)
+    assert runs[0].data.metrics["final_objective"] == pytest.approx(winner.value)
     assert runs[0].data.metrics["cost"] == winner.cost
 
 

@@ -1,78 +1,103 @@
-"""MLflow through a real sqlite store: what every run ends as, and that a cut-off run is taken up again."""
+"""MLflow through a real sqlite store and real servers: what every run ends as, and that nothing waits for MLflow."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import yaml
 from conftest import TINY, new_storage
 from mlflow.tracking import MlflowClient
 
 from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
 from asc_ray.plan import dump
-from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.config import TrackingConfig, default_uri
 from asc_ray.tracking.runs import Tracker
+from asc_ray.tracking.things import Thing, parameters
+
+PARENT = Thing("demo", "k", "pipeline")
+TEACHER = Thing("teacher", "t1", "teacher", {"optimizer.epochs": 2}, {"asc_ray.network": "passt"})
 
 
-def tracker(storage, key="k"):
+@contextmanager
+def tracker(storage, parent=PARENT, complete=(), said=None, **settings):
     if not (storage / "mlflow.db").exists():
         new_storage(storage)
-    return Tracker(None, "asc-ray", storage, "demo", key)
+    tell = (said if said is not None else []).append
+    with (
+        closing(Tracker(TrackingConfig(**settings), storage, tell)) as made,
+        made.parent(parent, "name: demo\n", complete),
+    ):
+        yield made
+
+
+def all_runs(uri, experiment="asc-ray"):
+    client = MlflowClient(uri)
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
 
 def runs(storage):
-    client = MlflowClient(default_uri(storage))
-    experiment = client.get_experiment_by_name("asc-ray")
-    found = client.search_runs([experiment.experiment_id])
-    return {run.info.run_name: run for run in found}
+    return {run.info.run_name: run for run in all_runs(default_uri(storage))}
 
 
 def test_a_pipeline_is_a_parent_with_children_and_their_curves(tmp_path):
-    with tracker(tmp_path).parent({"a": {"b": 1, "c": [1, 2]}}) as t:
-        t.start("teacher", "t1", {"optimizer": {"epochs": 2}})
+    corpus = {"name": "esc", "digest": "0123", "source_type": "local", "source": "/esc"}
+    teacher = Thing("teacher", "t1", "teacher", {"optimizer.epochs": 2}, {"asc_ray.network": "passt"}, corpus)
+    (tmp_path / "report.html").write_text("x")
+    with tracker(tmp_path, Thing("demo", "k", "pipeline", {"preset": "small", "a.b": 1})) as t:
+        t.start(teacher)
         for epoch in (1, 2):
-            t.log("teacher", {"loss": 1.0 / epoch, "note": "text"}, epoch)
-        t.end("teacher")
-        t.log_summary({"accuracy": 0.5})
-        (tmp_path / "report.html").write_text("x")
-        t.log_file("", tmp_path / "report.html")
+            t.log(teacher, {"train/loss": 1.0 / epoch}, epoch, epoch=True)
+        t.end(teacher)
+        t.log(t.top, {"test/accuracy": 0.5})
+        t.log_file(t.top, tmp_path / "report.html")
     found = runs(tmp_path)
     assert {run.info.status for run in found.values()} == {"FINISHED"}
     parent, child = found["demo"], found["teacher"]
-    assert parent.data.params == {"a.b": "1", "a.c": "[1, 2]"}
-    assert parent.data.metrics == {"accuracy": 0.5}
+    assert parent.data.params == {"preset": "small", "a.b": "1"}
+    assert parent.data.metrics == {"test/accuracy": 0.5}
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert child.data.metrics == {"loss": 0.5}
+    assert child.data.tags["asc_ray.kind"] == "teacher"
+    assert child.data.params == {"optimizer.epochs": "2"}
+    assert child.data.metrics == {"train/loss": 0.5}
+    assert child.inputs.dataset_inputs[0].dataset.name == "esc"
     client = MlflowClient(default_uri(tmp_path))
-    assert [m.step for m in client.get_metric_history(child.info.run_id, "loss")] == [1, 2]
-    assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
+    assert [m.step for m in client.get_metric_history(child.info.run_id, "train/loss")] == [1, 2]
+    assert sorted(f.path for f in client.list_artifacts(parent.info.run_id)) == ["config.yaml", "report.html"]
+    assert client.get_experiment_by_name("asc-ray").tags["mlflow.experimentKind"] == "custom_model_development"
+    assert [path.stat().st_size for path in (tmp_path / "tracking").iterdir()] == [0], "all of it was sent"
 
 
 def test_names_that_mlflow_does_not_take_as_they_are(tmp_path):
     storage = tmp_path / "it's here"
     storage.mkdir()
-    with tracker(storage).parent({}) as t:
-        t.log_summary({"test/accuracy/iPhone (2)": 0.5})
-        t.start("a's table", "k1", {})
-        t.end("a's table")
-        t.tag("a's table", "k1", "asc_ray.winner", "true")
+    table = Thing("a's table", "k1", "table", {"rows (2)": 1})
+    with tracker(storage) as t:
+        t.log(t.top, {"test/device/iPhone (2)": 0.5})
+        t.start(table)
+        t.end(table)
+        t.tag(table, {"asc_ray.winner": "true"})
     found = runs(storage)
-    assert found["demo"].data.metrics == {"test/accuracy/iPhone _2_": 0.5}
+    assert found["demo"].data.metrics == {"test/device/iPhone _2_": 0.5}
     assert found["a's table"].data.tags["asc_ray.winner"] == "true"
+    assert found["a's table"].data.params == {"rows _2_": "1"}
 
 
 @pytest.mark.parametrize(
     ("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
 )
-def test_what_is_open_when_a_run_breaks_off_is_closed(tmp_path, raised, status):
+def test_a_parent_that_breaks_off_says_how(tmp_path, raised, status):
     def broken():
-        with tracker(tmp_path).parent({}) as t:
-            t.start("teacher", "t1", {})
+        with tracker(tmp_path):
             raise raised("no room")
 
     with pytest.raises(raised):
@@ -80,55 +105,50 @@ def test_what_is_open_when_a_run_breaks_off_is_closed(tmp_path, raised, status):
     assert {run.info.status for run in runs(tmp_path).values()} == {status}
     error = runs(tmp_path)["demo"].data.tags.get("asc_ray.error")
     assert error == ("no room" if status == "FAILED" else None)
-    with tracker(tmp_path).parent({}):
+    with tracker(tmp_path):
         pass
     assert "asc_ray.error" not in runs(tmp_path)["demo"].data.tags
+    assert len(all_runs(default_uri(tmp_path))) == 1
+
+
+DONE, HALF = (Thing(name, f"{name}-artifact", "teacher") for name in ("done", "half"))
 
 
 def abandon(storage):
     """A driver that was killed: its runs stay RUNNING."""
-    parent = tracker(storage).parent({})
-    t = parent.__enter__()
-    t.start("done", "finished-artifact", {})
-    t.start("half", "half-artifact", {})
-    t.log("half", {"loss": 1.0}, 1)
-    return {name: run.info.run_id for name, run in runs(storage).items()}, parent
+    new_storage(storage)
+    dead = Tracker(TrackingConfig(), storage, print)
+    parent = dead.parent(PARENT, "")
+    parent.__enter__()
+    for thing in (DONE, HALF):
+        dead.start(thing)
+    dead.log(HALF, {"train/loss": 1.0}, 1, epoch=True)
+    dead.close()
+    found = runs(storage)
+    assert {run.info.status for run in found.values()} == {"RUNNING"}
+    return {name: run.info.run_id for name, run in found.items()}, parent
 
 
 def test_the_same_configuration_takes_its_runs_up_again(tmp_path):
+    """And an epoch that a resumed training reports again is not logged again."""
     before, _killed = abandon(tmp_path)
-    with tracker(tmp_path).parent({}, complete={"finished-artifact"}) as t:
-        t.start("half", "half-artifact", {})
-        t.log("half", {"loss": 0.5}, 2)
-        t.end("half")
+    with tracker(tmp_path, complete={DONE.key}) as t:
+        t.start(HALF)
+        t.log(HALF, {"train/loss": 1.0}, 1, epoch=True)
+        t.log(HALF, {"train/loss": 0.5}, 2, epoch=True)
+        t.end(HALF)
     found = runs(tmp_path)
     assert {name: run.info.run_id for name, run in found.items()} == before
     assert {run.info.status for run in found.values()} == {"FINISHED"}
-
-
-def test_what_an_interrupt_overtook_is_finished_when_its_artifact_is(tmp_path):
-    """The artifact was renamed into place, and before its run could end as FINISHED came the Ctrl-C."""
-
-    def interrupted():
-        with tracker(tmp_path).parent({}) as t:
-            t.start("done", "finished-artifact", {})
-            t.start("half", "half-artifact", {})
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    with tracker(tmp_path, key="another configuration").parent({}, complete={"finished-artifact"}):
-        assert {name: run.info.status for name, run in runs(tmp_path).items()}["done"] == "FINISHED"
-        assert {name: run.info.status for name, run in runs(tmp_path).items()}["half"] == "KILLED"
+    history = MlflowClient(default_uri(tmp_path)).get_metric_history(before["half"], "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
 
 
 def test_runs_that_nobody_takes_up_again_end_as_killed(tmp_path):
     _before, _killed = abandon(tmp_path)
-    with tracker(tmp_path, key="another configuration").parent({}, complete={"finished-artifact"}):
+    with tracker(tmp_path, Thing("demo", "another configuration", "pipeline"), complete={DONE.key}):
         pass
-    client = MlflowClient(default_uri(tmp_path))
-    experiment = client.get_experiment_by_name("asc-ray")
-    found = client.search_runs([experiment.experiment_id])
+    found = all_runs(default_uri(tmp_path))
     assert sorted((run.info.run_name, run.info.status) for run in found) == [
         ("demo", "FINISHED"),
         ("demo", "KILLED"),
@@ -137,24 +157,140 @@ def test_runs_that_nobody_takes_up_again_end_as_killed(tmp_path):
     ]
 
 
-def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(UserError, match=r"tracking\.uri http://127\.0\.0\.1:9"):
-        Tracker("http://127.0.0.1:9", "asc-ray", tmp_path, "demo", "k")
+def test_a_deleted_artifact_that_is_made_again_is_another_run(tmp_path):
+    for _ in range(2):
+        with tracker(tmp_path) as t:
+            t.start(TEACHER)
+            t.end(TEACHER)
+            time.sleep(0.01)  # MLflow's clock has milliseconds
+    assert sorted(run.info.run_name for run in all_runs(default_uri(tmp_path))) == ["demo", "teacher", "teacher"]
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A real tracking server on a port of its own."""
+def test_what_is_sent_twice_is_there_once(tmp_path):
+    """A driver dies after the server took the records and before it noted that."""
+    kept = []
+    with tracker(tmp_path) as t:
+        append = t._spool.append
+        t._spool.append = lambda record, durable: (kept.append(record), append(record, durable))
+        t.start(TEACHER)
+        t.log(TEACHER, {"train/loss": 0.5}, 1, epoch=True)
+        t.log(TEACHER, {"test/accuracy": 0.5})
+        t.end(TEACHER)
+    for record in kept:
+        append(record, durable=False)
+    with tracker(tmp_path):
+        pass
+    assert sorted(run.info.run_name for run in all_runs(default_uri(tmp_path))) == ["demo", "teacher"]
+    found = runs(tmp_path)["teacher"]
+    assert found.info.status == "FINISHED"
+    client = MlflowClient(default_uri(tmp_path))
+    for name in ("train/loss", "test/accuracy"):
+        assert [metric.value for metric in client.get_metric_history(found.info.run_id, name)] == [0.5]
+
+
+def test_runs_that_somebody_deletes_are_made_anew_and_the_experiment_is_restored(tmp_path):
+    said = []
+    client = MlflowClient(default_uri(new_storage(tmp_path)))
+    with tracker(tmp_path, said=said) as t:
+        t.start(TEACHER)
+        while (experiment := client.get_experiment_by_name("asc-ray")) is None or len(runs(tmp_path)) < 2:
+            time.sleep(0.05)
+        client.delete_run(runs(tmp_path)["teacher"].info.run_id)
+        t.log(TEACHER, {"train/loss": 0.5}, 1, epoch=True)
+        while "teacher" not in runs(tmp_path):
+            time.sleep(0.05)
+        t.end(TEACHER)
+    assert runs(tmp_path)["teacher"].data.metrics == {"train/loss": 0.5}
+    assert len([line for line in said if "its run in MLflow was deleted; it is made anew" in line]) == 1
+    client.delete_experiment(experiment.experiment_id)
+    with tracker(tmp_path, said=said):
+        pass
+    assert len([line for line in said if "MLflow's experiment asc-ray was deleted; it is restored" in line]) == 1
+    assert runs(tmp_path)["demo"].info.status == "FINISHED"
+
+
+def test_another_server_gets_what_was_made_before(tmp_path):
+    """Once: a run that it has is left as it is."""
+    curve = [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5})]
+    for _ in range(2):
+        with tracker(tmp_path) as t:
+            t.whole(TEACHER, curve)
+            t.log(TEACHER, {"test/accuracy": 0.25})
+    found = runs(tmp_path)
+    assert found["teacher"].info.status == "FINISHED"
+    client = MlflowClient(default_uri(tmp_path))
+    history = client.get_metric_history(found["teacher"].info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
+    assert len(all_runs(default_uri(tmp_path))) == 2
+
+
+def test_a_copied_storage_has_its_files_in_itself(tmp_path):
+    (tmp_path / "report.html").write_text("x")
+    one, two = tmp_path / "one", tmp_path / "two"
+    with tracker(one) as t:
+        t.whole(TEACHER, [(1, {"train/loss": 1.0})])
+    shutil.copytree(one, two)
+    with tracker(two) as t:
+        t.whole(TEACHER, [(1, {"train/loss": 1.0})])
+        t.log_file(t.top, tmp_path / "report.html")
+    assert not list(one.rglob("report.html"))
+    assert list((two / "mlartifacts").rglob("report.html"))
+    assert set(runs(two)) == {"demo", "teacher"}
+    assert len(all_runs(default_uri(two), f"asc-ray of {(one / 'mlartifacts').as_uri()}")) == 2
+
+
+def test_a_server_that_is_not_there_stops_nobody_and_gets_it_all_later(tmp_path):
+    said = []
+    with tracker(tmp_path, said=said, wait_seconds=0.5, uri="http://127.0.0.1:9") as t:
+        t.start(TEACHER)
+        t.greet()
+        t.log(TEACHER, {"train/loss": 0.5}, 1, epoch=True)
+    assert len(said) == 2, "once when it happens, and once at the end"
+    assert "MLflow at http://127.0.0.1:9, which does not answer" in said[0]
+    assert "records were not sent" in said[1]
+    with closing(Tracker(TrackingConfig(uri="http://127.0.0.1:9", required=True), tmp_path, print)) as t:
+        t._config = t._config.model_copy(update={"wait_seconds": 0.0})
+        with pytest.raises(UserError, match=r"tracking\.uri MLflow at http://127\.0\.0\.1:9.*required"):
+            t.greet()
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A proxy that answers 503 until it is mended, and then passes requests on."""
+
+    behind = ""
+    mended = False
+
+    def _answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self.mended:
+            self.send_error(503)
+            return
+        request = urllib.request.Request(self.behind + self.path, body or None, method=self.command)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request) as answer:
+                status, text = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST = do_PUT = do_PATCH = _answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real tracking server on a port of its own, and its folder."""
+    folder = new_storage(tmp_path_factory.mktemp("server"))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        f"{tmp_path}/files",
-    ]
+    arguments = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
     node = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *arguments],
         stdout=subprocess.DEVNULL,
@@ -163,59 +299,69 @@ def server(tmp_path):
     )
     uri = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(480):
             try:
                 urllib.request.urlopen(f"{uri}/health").close()
                 break
             except OSError:
                 time.sleep(0.5)
-        yield uri
+        yield uri, folder
     finally:
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
 
+def test_a_server_that_fails_for_a_while_misses_nothing(server, tmp_path):
+    Failing.behind, Failing.mended, said = server[0], False, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.01,)).start()
+        settings = {"uri": f"http://127.0.0.1:{proxy.server_port}", "experiment": "fails"}
+        with tracker(tmp_path, said=said, wait_seconds=0.1, **settings) as t:
+            t.start(TEACHER)
+            t.log(TEACHER, {"train/loss": 1.0}, 1, epoch=True)
+            t._answered.wait()
+            Failing.mended = True
+        with tracker(tmp_path, said=said, **settings) as t:  # the next command
+            t.start(TEACHER)
+            t.log(TEACHER, {"train/loss": 0.5}, 2, epoch=True)
+            t.end(TEACHER)
+        proxy.shutdown()
+    assert [line for line in said if "503" in line], said
+    found = {run.info.run_name: run for run in all_runs(server[0], "fails")}
+    assert {name: run.info.status for name, run in found.items()} == {"demo": "FINISHED", "teacher": "FINISHED"}
+    history = MlflowClient(server[0]).get_metric_history(found["teacher"].info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
+
+
 def test_runs_and_files_go_to_a_tracking_server_and_its_login_nowhere(server, tmp_path):
-    uri = server.replace("//", "//me:hunter2@")
-    config = load_config(TINY, [f"tracking.uri={uri}"])
-    with Tracker(config.tracking.uri, "scenes", tmp_path / "storage", "demo", "k").parent(dump(config)) as t:
-        t.start("teacher", "t1", {})
-        t.log("teacher", {"loss": 0.25}, 1)
-        t.end("teacher")
-        (tmp_path / "report.html").write_text("a report")
-        t.log_file("", tmp_path / "report.html")
-    client = MlflowClient(server)
-    found = client.search_runs([client.get_experiment_by_name("scenes").experiment_id])
-    assert sorted((run.info.run_name, run.info.status) for run in found) == [
-        ("demo", "FINISHED"),
-        ("teacher", "FINISHED"),
-    ]
-    parent = next(run for run in found if run.info.run_name == "demo")
-    assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["report.html"]
-    assert list((tmp_path / "files").rglob("report.html"))
-    assert parent.data.params["tracking.uri"].startswith("http://***@127.0.0.1")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    uri, folder = server
+    config = load_config(TINY, [f"tracking.uri={uri.replace('//', '//me:hunter2@')}"])
+    parent = Thing("demo", "k", "pipeline", parameters(config))
+    (tmp_path / "report.html").write_text("a report")
+    with (
+        closing(Tracker(config.tracking, tmp_path / "storage", print)) as t,
+        t.parent(parent, yaml.safe_dump(dump(config))),
+    ):
+        t.start(TEACHER)
+        t.log_file(parent, tmp_path / "report.html")
+        t.end(TEACHER)
+    found = {run.info.run_name: run for run in all_runs(uri)}
+    assert {name: run.info.status for name, run in found.items()} == {"demo": "FINISHED", "teacher": "FINISHED"}
+    artifacts = MlflowClient(uri).list_artifacts(found["demo"].info.run_id)
+    assert [f.path for f in artifacts] == ["config.yaml", "report.html"]
+    assert list((folder / "files").rglob("report.html"))
+    assert found["demo"].data.params["tracking.uri"].startswith("http://***@127.0.0.1")
+    written = [path for place in (tmp_path, folder) for path in place.rglob("*") if path.is_file()]
+    assert not [path for path in written if b"hunter2" in path.read_bytes()]
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_waits_for_the_end_of_a_request(tmp_path, monkeypatch, number, expected):
-    """What is interrupted is not half-written, the signal is not lost, and the database stays usable."""
-    ours = tracker(tmp_path)
-    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    log_batch = ours._client.log_batch
-
-    def interrupted(*arguments, **keywords):
-        signal.raise_signal(number)
-        log_batch(*arguments, **keywords)
-
-    try:
-        with pytest.raises(expected), ours.parent({}):  # noqa: PT012
-            ours.start("student", "s", {})
-            monkeypatch.setattr(ours._client, "log_batch", interrupted)
-            ours.log("student", {"loss": 1.5}, step=1)
-            pytest.fail("the signal was lost")
-    finally:
-        signal.signal(signal.SIGTERM, old)
-    found = runs(tmp_path)
-    assert {run.info.status for run in found.values()} == {"KILLED"}
-    assert found["student"].data.metrics == {"loss": 1.5}
+def test_a_parameter_is_a_number_or_a_word():
+    config = load_config("small", ["corpus.path=x", "student.augment.dir.threshold=auto"])
+    number = load_config("small", ["corpus.path=x", "student.augment.dir.threshold=323"])
+    word = parameters(config.student)
+    assert word["augment.dir.threshold.word"] == "auto"
+    assert "augment.dir.threshold" not in word
+    assert parameters(number.student)["augment.dir.threshold"] == 323.0
+    assert {name for name, value in word.items() if value is None} == set()
+    assert word["optimizer.learning_rate"] == config.student.optimizer.learning_rate
+    assert parameters(config.fusion, "fusion.")["fusion.ridge.word"] == "auto"

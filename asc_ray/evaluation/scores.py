@@ -110,3 +110,8 @@ def log_posteriors(logits: np.ndarray) -> np.ndarray:
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def guessed(scenes: int, clips: int) -> float:
+    """Return the accuracy that guessing seldom exceeds: its mean, 1 / scenes, and two standard deviations."""
+    return 1 / scenes + 2 * (1 / scenes * (1 - 1 / scenes) / clips) ** 0.5

@@ -64,6 +64,7 @@ def train_int8(
             "history": history,
             "bytes": bytes_by_dtype(int8),
             "validation": validate(int8, LogMel(config.frontend), data, torch.device("cpu")),
+            "validation_clips": len(data.parts["validation"]),
         },
         SCRATCH,
     )

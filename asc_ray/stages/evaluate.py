@@ -13,7 +13,7 @@ from asc_ray.ensemble.fusion import Fusion
 from asc_ray.evaluation.artifact import EVALUATION, headline, score, score_ensemble
 from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.int8.train import load_fake_quantized
-from asc_ray.plan import Plan, scores_over_seeds
+from asc_ray.plan import Plan
 from asc_ray.resources import Resources
 from asc_ray.stages.work import Job, Work, source_of
 from asc_ray.students.config import StudentConfig
@@ -28,14 +28,7 @@ def make(work: Work) -> None:
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
     resources = Resources(cpus=plan.config.logits.resources.cpus)
     ensemble = Job(plan.evaluation, evaluate_ensemble, (work.source, logits, plan.fusion.path), resources)
-    work.together({"ensemble": ensemble} | evaluation_jobs(plan, plan.evaluations), tracked=False)
-    figures = dict(plan.evaluation.facts())
-    for form, (mean, deviation) in scores_over_seeds(plan).items():
-        figures[form] = {name: getattr(mean, name) for name in next(iter(figures.values()))}
-        if deviation:
-            figures[form] |= {f"{name}_deviation": getattr(deviation, name) for name in figures[form]}
-    for name, own in figures.items():
-        work.tracker.log_summary({f"test/{name}/{key}".replace(" ", "_"): value for key, value in own.items()})
+    work.together({"ensemble": ensemble} | evaluation_jobs(plan, plan.evaluations))
 
 
 def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:

@@ -15,6 +15,7 @@ from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, score
+from asc_ray.evaluation.scores import guessed
 from asc_ray.int8.bundle import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.int8.train import load_int8
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
@@ -25,8 +26,8 @@ from asc_ray.runtime import CHECKSUMS, MODEL
 from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
 from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.lookup import artifacts_of, runs_of
 from asc_ray.tracking.registry import check_name, register
-from asc_ray.tracking.runs import artifacts_of, runs_of
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
         uri = uri or default_uri(folder.parents[1])
     else:
         uri = uri or default_uri(default_storage)
-        stages = artifacts_of(uri, run)
-        found = [folder for storage, key in stages for folder in storage.glob(f"int8/*-{key}")]
+        made = artifacts_of(uri, run)
+        # The storage may have been moved since, or copied.
+        storages = [default_storage, *dict.fromkeys(storage for storage, _ in made)]
+        everywhere = ([f for _, key in made for f in storage.glob(f"int8/*-{key}")] for storage in storages)
+        found = next(filter(None, everywhere), [])
         if not found:
             raise UserError(
                 f"{run}: no folder, and not the run of a finished int8 training in {masked(uri)}. Give the folder that "
@@ -148,7 +152,9 @@ def export_bundle(run: str, out: Path, name: str, uri: str | None, default_stora
     if "int8" in runs:
         partition = read_manifest(origin.student)["config"]["partition"]
         judged_on = content_key(clips=origin.clips.name, partition=partition)
-        progress.note(register(uri, runs["int8"], out, name, card.validation, judged_on))
+        clips = read_manifest(origin.int8)["facts"].get("validation_clips")
+        guessing = guessed(len(store.labels), clips) if clips else 0.0
+        progress.note(register(uri, runs["int8"], out, name, card.validation, judged_on, guessing))
     else:
         progress.note(f"not registered: no run in {masked(uri)} has trained this model")
 

@@ -7,6 +7,7 @@ from asc_ray.config.configuration import Config
 from asc_ray.ensemble.fuse import fuse_systems
 from asc_ray.evaluation.gains import Gain
 from asc_ray.resources import Resources
+from asc_ray.stages.tracked import fusion_thing
 from asc_ray.stages.work import Job, Work
 
 
@@ -16,14 +17,10 @@ def make(work: Work) -> None:
         work.progress.note(warning)
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
     cpus = Resources(cpus=config.logits.resources.cpus)
-    work.together({"fusion": Job(plan.fusion, fuse_systems, (work.source, logits, config.fusion), cpus)})
-    facts = plan.fusion.facts()
-    for line in fusion_summary(facts):
+    arguments = (work.source, logits, config.fusion)
+    work.together({"fusion": Job(plan.fusion, fuse_systems, arguments, cpus, thing=fusion_thing(plan))})
+    for line in fusion_summary(plan.fusion.facts()):
         work.progress.note(line)
-    figures = {f"held_out/{name}/{key}": v for name, own in facts["validation"].items() for key, v in own.items()}
-    figures |= {f"fusion/weight/{name}": weight for name, weight in facts["weights"].items()}
-    figures |= {f"fusion/bias/{name}": bias for name, bias in facts["biases"].items()}
-    work.tracker.log_summary({key.replace(" ", "_"): value for key, value in figures.items()})
 
 
 def fusion_warning(config: Config, imported: int) -> str | None:

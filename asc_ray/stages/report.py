@@ -4,6 +4,7 @@ from asc_ray.artifacts import stored_file
 from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.plan import REPORT, dump, scores_over_seeds
 from asc_ray.report.collect import write_report
+from asc_ray.stages.tracked import student_thing
 from asc_ray.stages.work import Work
 
 
@@ -29,6 +30,6 @@ def make(work: Work) -> None:
         student_scores=scores_over_seeds(plan),
     )
     artifact.finish({})
-    work.tracker.log_file("", artifact.path / REPORT)
+    work.tracker.log_file(work.tracker.top, artifact.path / REPORT)
     for name, int8 in plan.int8.items():
-        work.tracker.log_file("", stored_file(int8.path, ONNX_MODEL), name)
+        work.tracker.log_file(student_thing(plan, name), stored_file(int8.path, ONNX_MODEL))

@@ -1,6 +1,7 @@
 """The stage `student`: the students."""
 
 from asc_ray.plan import Plan
+from asc_ray.stages.tracked import student_thing
 from asc_ray.stages.work import Job, Work, source_of
 from asc_ray.students.train import train_student
 
@@ -30,6 +31,7 @@ def student_jobs(plan: Plan) -> dict[str, Job]:
             (source, targets, configs[name], resources.gpus),
             resources,
             configs[name].optimizer.epochs,
+            student_thing(plan, name),
         )
         for name, artifact in plan.students.items()
     }

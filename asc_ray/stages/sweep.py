@@ -13,19 +13,19 @@ from asc_ray.plan import BEST_STUDENT, TRIALS_TABLE, dump
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.course import ended_trials
 from asc_ray.search.proposals import trial_config
-from asc_ray.search.trials import ENDED_WELL, TrialResult, best, trial_name, trials_table, values_over_seeds
+from asc_ray.search.trials import TrialResult, best, trial_name, trials_table, values_over_seeds
+from asc_ray.stages.tracked import tell_trial, trial_thing
 from asc_ray.stages.work import Work
-
-STATE_TAG = "asc_ray.state"  # on a trial's run in MLflow: how the trial ended
+from asc_ray.tracking.things import Thing
 
 
 def make(work: Work) -> None:
     plan, config, sweep = work.plan, work.plan.config, work.plan.config.sweep
     assert plan.sweep is not None
     assert sweep is not None
-    trials = {trial_name(n): plan.trial(n) for n in range(sweep.most)}
+    numbers = {trial_name(n): n for n in range(sweep.most)}
     ended = ended_trials(plan.sweep)
-    work.progress.expect("sweep", dict.fromkeys(trials, sweep.epochs), len(ended))
+    work.progress.expect("sweep", dict.fromkeys(numbers, sweep.epochs), len(ended))
     room, running = slots(config.student_resources), concurrent(sweep, config.student_resources)
     idle = f"; sweep.lookback {sweep.lookback} leaves {room - running} slots idle" if running < room else ""
     work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots{idle}")
@@ -38,22 +38,18 @@ def make(work: Work) -> None:
             "with soft_target: none the trials are judged by devices that nothing has heard"
         )
 
+    things: dict[str, Thing] = {}
+
     def listener(name: str, event: dict[str, Any]) -> None:
         if event.get("started"):
-            own = {key: event[key] for key in ("seed", "repeats", "parent") if event[key] is not None}
-            work.tracker.start(name, trials[name].key, event["parameters"] | own)
+            things[name] = trial_thing(plan, {"number": numbers[name], **event})
         on_event(name, event)
         if event.get("finished"):
-            work.tracker.log(name, {key: event[key] for key in ("value", "cost")}, sweep.epochs)
-            work.tracker.tag(name, trials[name].key, STATE_TAG, event["state"])
-            work.tracker.end(name, "FINISHED" if event["state"] in ENDED_WELL else "FAILED")
+            tell_trial(plan, work.tracker, TrialResult.model_validate({k: event[k] for k in TrialResult.model_fields}))
 
-    with work.tracked(trials) as on_event:
-        for result in ended:  # a killed driver may not have told MLflow how a trial ended
-            name, told = trial_name(result.number), vars(result) | {"value": result.value}
-            if not work.tracker.ended_with(STATE_TAG, name, trials[name].key):
-                listener(name, {"started": True, **told})
-                listener(name, {"finished": True, **told})
+    for result in ended:  # a killed driver may not have told MLflow how a trial ended
+        tell_trial(plan, work.tracker, result)
+    with work.tracked({name: plan.trial(number) for name, number in numbers.items()}, things) as on_event:
         results = run_sweep(
             plan.sweep,
             work.source,
@@ -74,11 +70,12 @@ def make(work: Work) -> None:
     }
     for file, text in files.items():
         write_atomically(plan.sweep.partial / file, text)
-        work.tracker.log_file("", plan.sweep.partial / file)
-    work.tracker.tag(trial_name(winner.number), trials[trial_name(winner.number)].key, "asc_ray.winner", "true")
+    work.tracker.tag(trial_thing(plan, vars(winner)), {"asc_ray.winner": "true"})
     for line in sweep_summary(sweep, results, winner):
         work.progress.note(line)
     plan.sweep.finish({"trials": [dump(result) for result in results]}, SCRATCH)
+    for file in files:
+        work.tracker.log_file(work.tracker.top, plan.sweep.path / file)
 
 
 def sweep_summary(sweep: SweepConfig, results: Sequence[TrialResult], winner: TrialResult) -> list[str]:

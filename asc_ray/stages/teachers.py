@@ -13,6 +13,7 @@ from asc_ray.ensemble.teachers import import_teacher
 from asc_ray.ensemble.weak import Standing, far_below
 from asc_ray.errors import UserError
 from asc_ray.plan import FAILED, Plan
+from asc_ray.stages.tracked import teacher_thing
 from asc_ray.stages.work import Work
 from asc_ray.training.dataset import Dataset
 
@@ -36,7 +37,7 @@ def make(work: Work) -> None:
     work.progress.expect("teachers", {name: t.recipe.optimizer.epochs for name, t in waiting.items()})
     for artifact in todo.values():
         (artifact.partial / FAILED).unlink(missing_ok=True)
-    with work.tracked(todo) as on_event:
+    with work.tracked(todo, {name: teacher_thing(plan, name) for name in todo}) as on_event:
         errors = train_teachers(waiting, config.cluster.retries, watched(work, data, on_event))
     for name, error in errors.items():
         write_record(todo[name].open_partial() / FAILED, {"error": error})
@@ -90,7 +91,7 @@ def _import_teachers(work: Work) -> None:
     plan, config = work.plan, work.plan.config
     labels = plan.clips.facts()["labels"]
     todo = {name: plan.teachers[name] for name in plan.imported if not plan.teachers[name].complete}
-    with work.tracked(todo) as on_event:
+    with work.tracked(todo, {name: teacher_thing(plan, name) for name in todo}) as on_event:
         tasks = []
         for name, artifact in todo.items():
             on_event(name, {"started": True})

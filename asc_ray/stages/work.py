@@ -11,18 +11,24 @@ from asc_ray.cluster.tasks import Task, run_tasks
 from asc_ray.plan import Plan
 from asc_ray.progress import Progress
 from asc_ray.resources import Resources
+from asc_ray.tracking.runs import Tracker
+from asc_ray.tracking.things import Thing, curve
 from asc_ray.training.dataset import Source
 
 
 @dataclass(frozen=True)
 class Job:
-    """A call `function(artifact, *arguments)` on the cluster. `epochs`: how many it reports, or 0."""
+    """A call `function(artifact, *arguments)` on the cluster.
+
+    `epochs`: how many it reports, or 0. `thing`: what its run in MLflow is about; None: it has none.
+    """
 
     artifact: Artifact
     function: Callable[..., None]
     arguments: tuple[Any, ...]
     resources: Resources
     epochs: int = 0
+    thing: Thing | None = None
 
 
 @dataclass
@@ -30,7 +36,7 @@ class Work:
     """What a stage's `make` needs. The plan changes when systems are left out."""
 
     plan: Plan
-    tracker: Any
+    tracker: Tracker
     progress: Progress
 
     @property
@@ -38,21 +44,26 @@ class Work:
         return source_of(self.plan)
 
     @contextmanager
-    def tracked(self, artifacts: Mapping[str, Artifact]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-        """Yield a listener that opens a child run for each named artifact at its first event and logs every epoch.
+    def tracked(
+        self, artifacts: Mapping[str, Artifact], things: Mapping[str, Thing]
+    ) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+        """Yield a listener that opens the run of each named thing at its first event and logs every epoch.
 
         The run of a complete artifact ends FINISHED, any other FAILED, or KILLED by an interrupt.
         """
-        status = "FAILED"
+        status, opened = "FAILED", set[str]()
 
         def on_event(name: str, event: dict[str, Any]) -> None:
-            artifact = artifacts.get(name)
-            if artifact is not None:
-                self.tracker.start(name, artifact.key, artifact.config)
+            if thing := things.get(name):
+                if name not in opened:
+                    self.tracker.start(thing)
+                    opened.add(name)
                 if "epoch" in event:
-                    self.tracker.log(name, event, int(event["epoch"]))
-                if event.get("finished") and "state" not in event:  # trials have a state; the search ends their runs
-                    self.tracker.end(name)
+                    self.tracker.log(thing, curve(event), int(event["epoch"]), epoch=True)
+                if event.get("finished"):
+                    opened.discard(name)
+                    if "state" not in event:  # trials have a state; the search ends their runs
+                        self.tracker.end(thing)
             self.progress.event(name, event)
 
         try:
@@ -61,15 +72,16 @@ class Work:
             status = "KILLED"
             raise
         finally:
-            for name, artifact in artifacts.items():
-                self.tracker.end(name, "FINISHED" if artifact.complete else status)
+            for name in opened:
+                self.tracker.end(things[name], "FINISHED" if artifacts[name].complete else status)
 
-    def together(self, jobs: Mapping[str, Job], tracked: bool = True) -> None:
-        """Run the jobs that are not complete on the cluster, as many at once as fit, each in its own child run."""
+    def together(self, jobs: Mapping[str, Job]) -> None:
+        """Run the jobs that are not complete on the cluster, as many at once as fit."""
         config = self.plan.config
         todo = {name: job for name, job in jobs.items() if not job.artifact.complete}
         self.progress.expect("all", {name: job.epochs for name, job in todo.items() if job.epochs})
-        with self.tracked({name: job.artifact for name, job in todo.items()} if tracked else {}) as on_event:
+        things = {name: job.thing for name, job in todo.items() if job.thing}
+        with self.tracked({name: job.artifact for name, job in todo.items()}, things) as on_event:
             tasks = []
             for name, job in todo.items():
                 if not job.epochs:
@@ -77,9 +89,8 @@ class Work:
                 tasks.append(Task(name, job.function, (job.artifact, *job.arguments), job.resources, bool(job.epochs)))
 
             def on_done(name: str, result: Any) -> None:
-                if tracked:
-                    on_event(name, {"started": True})
-                    self.tracker.log_file(name, todo[name].artifact.path / "manifest.json")
+                if name in things:
+                    self.tracker.log_file(things[name], todo[name].artifact.path / "manifest.json")
                 if len(todo) > 1 and todo[name].epochs:
                     on_event(name, {"finished": True})
 

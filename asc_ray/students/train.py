@@ -46,6 +46,7 @@ def train_student(
     learned = {name: layer.lambda_.item() for name, layer in model.named_modules() if isinstance(layer, ResidualNorm)}
     artifact.finish(
         {
+            "recipe": config.model_dump(mode="json"),  # a search's best, where the artifact's key has what was searched
             "history": history,
             "parameters": cost.parameters,
             "macs": cost.macs,

@@ -15,6 +15,8 @@ class TrackingConfig(Section):
     """
 
     uri: str | None = Field(None, description="any MLflow tracking URI; null: a sqlite database in the storage")
+    required: bool = Field(False, description="a server that does not answer at the start is an error")
+    wait_seconds: float = Field(60.0, ge=0.0, description="how long the end of a run waits for MLflow to take the rest")
     experiment: str = Field("asc-ray", min_length=1, description="name of the experiment in MLflow")
 
     @field_validator("uri")

@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 from asc_ray import runtime
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.shown import masked
-from asc_ray.tracking.runs import client_of, first_line
+from asc_ray.tracking.lookup import client_of
+from asc_ray.tracking.things import first_line
 
 
 def _scene_model(bundle: runtime.Bundle | None = None) -> Any:
@@ -48,22 +49,26 @@ CHAMPION = "champion"
 _VALIDATION, _JUDGED_ON = "asc_ray.validation", "asc_ray.judged_on"
 
 
-def register(uri: str, run_id: str, bundle: Path, name: str, validation: float, judged_on: str) -> str:
+def register(
+    uri: str, run_id: str, bundle: Path, name: str, validation: float, judged_on: str, guessing: float = 0.0
+) -> str:
     """Log the bundle as a model of the run, register it as `name`, and return a line about the version.
 
-    It becomes the champion if there is none, or if its accuracy `validation` is above the champion's on the same clips,
-    `judged_on`. Raises UserError if the server refuses; the run then stays as it was.
+    It becomes the champion if its accuracy `validation` is above `guessing`, and if there is no champion, or its
+    accuracy is above the champion's on the same clips, `judged_on`. The run ends when it ended before.
+    Raises UserError if the server refuses.
     """
     client = client_of(uri)
-    status = client.get_run(run_id).info.status
+    before = client.get_run(run_id).info
     try:
-        return _register(client, uri, run_id, bundle, name, validation, judged_on)
+        return _register(client, uri, run_id, bundle, name, validation, judged_on, guessing)
     except (MlflowException, OSError) as error:
-        client.set_terminated(run_id, status)
         raise UserError(
             f"{bundle}: is whole, but MLflow at {masked(uri)} did not register it as {name} "
             f"({first_line(error, uri)}); the same command tries it again"
         ) from None
+    finally:
+        client.set_terminated(run_id, before.status, before.end_time)
 
 
 def check_name(name: str) -> None:
@@ -73,7 +78,14 @@ def check_name(name: str) -> None:
 
 
 def _register(
-    client: MlflowClient, uri: str, run_id: str, bundle: Path, name: str, validation: float, judged_on: str
+    client: MlflowClient,
+    uri: str,
+    run_id: str,
+    bundle: Path,
+    name: str,
+    validation: float,
+    judged_on: str,
+    guessing: float,
 ) -> str:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -102,6 +114,11 @@ def _register(
             raise
         champion = None
     line = f"registered as {name} version {made.version}"
+    if validation <= guessing:
+        return (
+            f"{line}; it does not become the {CHAMPION}: {100 * validation:.1f} % on the validation part are no more "
+            f"than guessing may reach there, {100 * guessing:.1f} %"
+        )
     if champion is not None and champion.tags.get(_JUDGED_ON) != judged_on:
         return (
             f"{line}; version {champion.version} stays the {CHAMPION}: it was validated on other clips, so the two "

@@ -4,6 +4,7 @@ import ast
 import csv
 import io
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from asc_ray.plan import dump
 from asc_ray.report.card import Card, render_card
 from asc_ray.report.table import ComparedRow, Comparison, comma_separated, markdown
 from asc_ray.shown import in_csv, in_markdown, masked, path_in_csv, printable
+from asc_ray.tracking.config import TrackingConfig
 from asc_ray.tracking.runs import Tracker
+from asc_ray.tracking.things import Thing
 
 pytestmark = pytest.mark.timeout(120)
 URIS = [
@@ -75,10 +78,16 @@ def test_a_server_that_refuses_is_named_without_its_login(tmp_path):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         uri = f"http://me:hunter2@127.0.0.1:{server.server_port}"
-        told = refused(lambda: Tracker(uri, "asc-ray", tmp_path, "demo", "k"), "MLflow cannot be reached")
+        said = []
+        with closing(Tracker(TrackingConfig(uri=uri, required=True, wait_seconds=0.0), tmp_path, said.append)) as t:
+            told = refused(t.greet, "MLflow at http://***@127.0.0.1", "401")
+            t.start(Thing("teacher", "k", "teacher"))
         server.shutdown()
         thread.join()
     assert "hunter2" not in told
+    assert len(said) == 2
+    assert "hunter2" not in "".join(said)
+    assert not [path for path in tmp_path.rglob("*.jsonl") if b"hunter2" in path.read_bytes()]
 
 
 def test_text_from_anywhere_is_fit_for_where_it_is_shown():

@@ -1,0 +1,252 @@
+"""What MLflow's tracking server is told, from records; only the thread of a `Tracker` calls it.
+
+Every record can be sent twice: a run is known by its tag `asc_ray.run`, and figures have the time of their record.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from asc_ray.tracking.things import first_line
+
+# Messages about database migrations do not help the user of a pipeline.
+for _name in ("alembic", "mlflow"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# A request fails soon, because it is tried again: by the thread, or by the user's next command.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+RUN_TAG = "asc_ray.run"
+KEY_TAG = "asc_ray.key"
+KIND_TAG = "asc_ray.kind"
+STORAGE_TAG = "asc_ray.storage"
+# MLflow's pages are of runs and curves with it, and of prompts and traces without.
+_KIND_OF_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+_MOST_METRICS, _MOST_PARAMETERS, _MOST_CHARACTERS = 1000, 100, 6000  # the protocol's limits
+# Another attempt would end as this one.
+_FOR_GOOD = (
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "MALFORMED_REQUEST",
+)
+
+
+class _Known:
+    """A run on the server, and the last epoch that it has; None where only the server knows."""
+
+    def __init__(self, run: Run | None = None) -> None:
+        self.id: str = run.info.run_id if run else ""
+        self.status: str = run.info.status if run else ""
+        self.key: str = run.data.tags.get(KEY_TAG, "") if run else ""
+        self.end: int = (run.info.end_time or 0) if run else 0
+        self.epoch: int | None = None if run else 0
+
+
+class Server:
+    """An experiment's runs of one storage. Methods raise MlflowException, or another error of its store."""
+
+    def __init__(self, uri: str, experiment: str, storage: Path, files: str | None, say: Callable[[str], None]) -> None:
+        """`files`: URI of the folder for the runs' files; None: where the server puts them."""
+        self._uri, self._experiment, self._storage, self._files, self._say = uri, experiment, storage, files, say
+        self._client = MlflowClient(uri)
+        self._opened: dict[str, dict[str, Any]] = {}  # the record that opened a run, to make it anew
+        self._connect()
+
+    def _connect(self) -> None:
+        client, name = self._client, self._experiment
+        found = client.get_experiment_by_name(name)
+        if found and self._files and (old := found.artifact_location) != self._files:
+            # The storage was copied or moved, and this experiment's files are where it was. All is told anew here.
+            client.rename_experiment(found.experiment_id, f"{name} of {old}")
+            self._say(f"MLflow's experiment {name} has its files in {old}, so it is now called {name} of {old}")
+            found = None
+        if found is None:
+            self._id = client.create_experiment(name, self._files, _KIND_OF_EXPERIMENT)
+        else:
+            self._id = found.experiment_id
+            if found.lifecycle_stage == "deleted":
+                client.restore_experiment(self._id)
+                self._say(f"MLflow's experiment {name} was deleted; it is restored, because this run is one of its own")
+        self._runs: dict[str, _Known] = {}
+        query, token = f"tags.`{STORAGE_TAG}` = {_quoted(str(self._storage))}", None
+        while True:
+            page = client.search_runs(
+                [self._id], query, ViewType.ACTIVE_ONLY, 1000, ["attributes.start_time ASC"], token
+            )
+            self._runs |= {run.data.tags.get(RUN_TAG, ""): _Known(run) for run in page}
+            token = page.token
+            if not token:
+                break
+
+    def apply(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the server what the records say, with the metrics of one run in few requests."""
+        waiting: dict[str, list[Mapping[str, Any]]] = {}
+        for record in records:
+            if record["do"] == "log":
+                waiting.setdefault(record["run"], []).append(record)
+                continue
+            if own := waiting.pop(record["run"], None):
+                self._tried("log", record["run"], own)
+            self._tried(record["do"], record["run"], record)
+        for run, own in waiting.items():
+            self._tried("log", run, own)
+
+    def _tried(self, do: str, run: str, what: Any) -> None:
+        """Tell it; make the run anew if somebody has deleted it, and go on if the server refuses it for good."""
+        tell = _DO[do].__get__(self)
+        if run not in self._runs and do not in _OPENING:
+            self._say(f"MLflow has no run {run} any more; what belongs to it is left out")
+            return
+        try:
+            tell(what)
+        except MlflowException as error:
+            if error.error_code not in _FOR_GOOD:
+                raise
+            if not self._deleted(run):
+                self._say(f"MLflow refuses a part of {run}: {first_line(error, self._uri)}")
+                return
+            before = set(self._runs)
+            self._connect()
+            for lost in sorted(before - set(self._runs), key=lambda run: self._opened.get(run, {}).get("below") or ""):
+                if lost in self._opened:
+                    self._say(f"{lost}: its run in MLflow was deleted; it is made anew, without what it had")
+                    self._open(self._opened[lost])
+            if run in self._runs:
+                tell(what)
+
+    def _deleted(self, run: str) -> bool:
+        """Whether somebody has deleted the run, or the experiment with it."""
+        if run not in self._runs:
+            return False
+        try:
+            info = self._client.get_run(self._runs[run].id).info
+            experiment = self._client.get_experiment(self._id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return True
+            raise
+        return "deleted" in (info.lifecycle_stage, experiment.lifecycle_stage)
+
+    def _take_over(self, record: Mapping[str, Any]) -> None:
+        """End the runs whose driver was killed or interrupted: those of complete artifacts are FINISHED.
+
+        This driver holds the storage's lock, so no other is alive.
+        """
+        complete = set(record["complete"])
+        for run in self._runs.values():
+            if run.status != "FINISHED" and run.key in complete:
+                self._terminate(run, "FINISHED", record["time"])
+            elif run.status == "RUNNING":
+                self._terminate(run, "KILLED", record["time"])
+
+    def _open(self, record: Mapping[str, Any]) -> None:
+        """Resume the run, or create it.
+
+        A finished run is resumed if it is a parent's, or if this record was sent before. Otherwise its thing was
+        deleted and is made again, which is another run.
+        """
+        name, known = record["run"], self._runs.get(record["run"])
+        self._opened[name] = dict(record)
+        tags = dict(record["tags"])
+        if parent := record["below"]:
+            tags[MLFLOW_PARENT_RUN_ID] = self._runs[parent].id
+        if known and (known.status != "FINISHED" or not parent or record["time"] <= known.end):
+            if known.status != "RUNNING" and record["time"] > known.end:
+                self._client.update_run(known.id, "RUNNING")
+                known.status = "RUNNING"
+            self._tag({**record, "tags": tags})
+            return
+        tags |= {STORAGE_TAG: str(self._storage), RUN_TAG: name}
+        run = self._client.create_run(self._id, record["time"], tags, record["name"])
+        self._runs[name] = known = _Known()
+        known.id, known.status, known.key = run.info.run_id, "RUNNING", tags[KEY_TAG]
+        parameters = [Param(_named(key), str(value)[:_MOST_CHARACTERS]) for key, value in record["parameters"].items()]
+        for start in range(0, len(parameters), _MOST_PARAMETERS):
+            self._client.log_batch(known.id, params=parameters[start : start + _MOST_PARAMETERS])
+        if corpus := record["corpus"]:
+            self._client.log_inputs(known.id, [DatasetInput(Dataset(**corpus))])
+
+    def _log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Log metrics; an epoch that the run has from before is left out, because a resumed training reports it."""
+        run = self._runs[records[0]["run"]]
+        entries, last = [], run.epoch
+        for record in records:
+            metrics = {_named(name): float(value) for name, value in record["metrics"].items()}
+            if record["epoch"] and metrics:
+                if last is None:
+                    history = self._client.get_metric_history(run.id, next(iter(metrics)))
+                    last = max((metric.step for metric in history), default=0)
+                if record["step"] <= last:
+                    continue
+                last = record["step"]
+            entries += [Metric(name, value, record["time"], record["step"]) for name, value in metrics.items()]
+        for start in range(0, len(entries), _MOST_METRICS):
+            self._client.log_batch(run.id, metrics=entries[start : start + _MOST_METRICS])
+        run.epoch = last
+
+    def _tag(self, record: Mapping[str, Any]) -> None:
+        run = self._runs[record["run"]]
+        for tag, value in record["tags"].items():
+            if value is None:
+                if tag in self._client.get_run(run.id).data.tags:
+                    self._client.delete_tag(run.id, tag)
+            else:
+                self._client.set_tag(run.id, tag, value)
+
+    def _file(self, record: Mapping[str, Any]) -> None:
+        if Path(record["path"]).is_file():  # it may have been deleted since
+            self._client.log_artifact(self._runs[record["run"]].id, record["path"], record["folder"])
+
+    def _text(self, record: Mapping[str, Any]) -> None:
+        self._client.log_text(self._runs[record["run"]].id, record["text"], record["path"])
+
+    def _end(self, record: Mapping[str, Any]) -> None:
+        run = self._runs[record["run"]]
+        if run.status != record["status"] or run.end < record["time"]:
+            self._terminate(run, record["status"], record["time"])
+
+    def _whole(self, record: Mapping[str, Any]) -> None:
+        """Make the run of what has ended as if it had been tracked, where it was not."""
+        known = self._runs.get(record["run"])
+        if known is None or known.status not in ("FINISHED", "FAILED"):
+            self._open(record)
+            epochs = [{**record, "metrics": metrics, "step": step, "epoch": True} for step, metrics in record["curve"]]
+            if epochs:
+                self._log(epochs)
+            self._end(record)
+
+    def _terminate(self, run: _Known, status: str, time: int) -> None:
+        self._client.set_terminated(run.id, status, time)
+        run.status, run.end = status, time
+
+
+_OPENING = {"open": Server._open, "whole": Server._whole, "take over": Server._take_over}
+_DO = {
+    **_OPENING,
+    "log": Server._log,
+    "tag": Server._tag,
+    "file": Server._file,
+    "text": Server._text,
+    "end": Server._end,
+}
+
+
+def _named(name: str) -> str:
+    """Replace the characters that MLflow does not allow, because a corpus may name scenes and devices as it likes."""
+    return re.sub(r"[^\w\-./ :]", "_", name)
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if "'" in value else f"'{value}'"
