@@ -1,4 +1,4 @@
-"""A real head node, a job submitted to it with token authentication on, and the cluster launcher's file."""
+"""A real head node, and a job submitted to it with token authentication on."""
 
 import json
 import os
@@ -100,14 +100,3 @@ def test_a_relative_storage_is_refused_in_a_job(tmp_path):
     assert done.returncode == 2
     assert "storage: found 'runs/demo'" in done.stderr
     assert "absolute" in done.stderr
-
-
-def test_the_cluster_file_is_valid_by_ray_s_own_schema(monkeypatch, tmp_path):
-    import yaml
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    monkeypatch.setenv("HOME", str(tmp_path))  # the local provider keeps state in the home folder
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    validate_config(prepare_config(config))
-    with pytest.raises(Exception, match="max_workerz"):
-        validate_config(prepare_config({**config, "max_workerz": 3}))
