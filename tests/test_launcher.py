@@ -1,6 +1,7 @@
 """`ray up cluster.yaml` from a fresh home: what the file says, and the whole of it on machines made of namespaces."""
 
 import json
+import re
 import shlex
 import shutil
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, TINY
+from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from asc_ray.config.composition import load_config
@@ -72,6 +74,22 @@ def test_the_setup_leaves_a_private_token_an_environment_and_ray_in_the_path(tmp
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert (tmp_path / "asc-ray-env" / "bin" / "pip").is_file()
     assert (tmp_path / ".local" / "bin" / "ray").readlink() == tmp_path / "asc-ray-env" / "bin" / "ray"
+
+
+def snippets(*languages: str) -> list[str]:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    return [code for language, code in re.findall(r"^```(\w+)\n(.*?)^```", page, re.M | re.S) if language in languages]
+
+
+def test_the_manual_s_scripts_parse_and_its_images_have_a_ray_that_asc_ray_takes():
+    for script in snippets("sh", "bash"):
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+    (job,), (image,) = snippets("yaml"), snippets("dockerfile")
+    version = yaml.safe_load(job)["spec"]["rayClusterSpec"]["rayVersion"]
+    assert f"rayproject/ray:{version}-" in image
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ray,) = [wanted for wanted in map(Requirement, project["optional-dependencies"]["train"]) if wanted.name == "ray"]
+    assert version in ray.specifier
 
 
 # Of a machine: its folder, the environment with Ray, the checkout, and the folder that all machines share.
@@ -157,6 +175,17 @@ def nodes(head: Machine) -> set[str]:
     return {node["node_ip"] for node in json.loads(said[said.index("[") :])}
 
 
+def half_done(finished, shared: Path) -> Path:
+    """Return a storage that has everything but the int8 model and what is made of it."""
+    ignored = shutil.ignore_patterns("int8", "evaluation", "report", "mlflow.db")
+    return Path(shutil.copytree(finished.storage, shared / "storage", ignore=ignored))
+
+
+def whole(storage: Path) -> bool:
+    plan = Plan(load_config(TINY, [f"storage={storage}"]))
+    return all(artifact.complete for group in plan.by_stage().values() for artifact in group)
+
+
 def eventually(condition, otherwise) -> None:
     """Wait, ten minutes at most, and fail with what `otherwise` says."""
     end = time.monotonic() + 600
@@ -199,10 +228,7 @@ def test_a_first_cluster_goes_up_runs_the_pipeline_and_goes_down(machines, finis
     assert len(setup) == len(SETUP) - 2
     file = FILE | {"max_workers": 1, "provider": provider, "setup_commands": setup}
     (laptop.home / "cluster.yaml").write_text(yaml.safe_dump(file))
-    storage = shared / "storage"
-    shutil.copytree(
-        finished.storage, storage, ignore=shutil.ignore_patterns("int8", "evaluation", "report", "mlflow.db")
-    )
+    storage = half_done(finished, shared)
 
     laptop.run("ray get-auth-token --generate")
     laptop.run("cd ~/checkout && ray up --yes ~/cluster.yaml")
@@ -214,8 +240,7 @@ def test_a_first_cluster_goes_up_runs_the_pipeline_and_goes_down(machines, finis
     job = f"python jobs/pipeline.py --config tests/tiny.yaml --set storage=/mnt/{storage.name}"
     said = laptop.run(f"cd / && {submit} --working-dir ~/checkout -- {job}")
     assert f"/mnt/{storage.name}/report/" in said
-    plan = Plan(load_config(TINY, [f"storage={storage}"]))
-    assert all(artifact.complete for group in plan.by_stage().values() for artifact in group)
+    assert whole(storage)
 
     other = "RAY_AUTH_TOKEN=" + "f" * 64
     assert "refused" in laptop.run(f"{other} {submit} -- true || echo refused")
@@ -225,3 +250,27 @@ def test_a_first_cluster_goes_up_runs_the_pipeline_and_goes_down(machines, finis
     laptop.run("cd ~/checkout && ray down --yes ~/cluster.yaml")
     for machine in (head, worker):  # a worker notices within a minute that its head has gone
         eventually(lambda machine=machine: not machine.runs_ray(), lambda machine=machine: machine.run("ps -ef"))
+
+
+@pytest.mark.campaign
+def test_the_batch_script_makes_one_cluster_of_its_nodes(machines, finished):
+    """Without Slurm: two commands of it are stood in for, and each node starts what `srun` would start there."""
+    _, head, worker, shared = machines
+    storage = half_done(finished, shared)
+    (script,) = snippets("bash")
+    script = script.replace("tau22 ", "tests/tiny.yaml ").replace("--set corpus.path=/shared/tau22", "")
+    script = script.replace("/shared/asc-ray", f"/mnt/{storage.name}").replace(
+        "$HOME/asc-ray/.venv", "$HOME/asc-ray-env"
+    )
+    slurm = f'scontrol() {{ echo {FILE["provider"]["head_ip"]}; }}; srun() {{ shift; "$@"; }}'
+    slurm += "; export SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST=; cd ~/checkout; "
+    head.run("ray get-auth-token --generate")
+    (worker.home / ".ray").mkdir()
+    shutil.copy(head.home / ".ray" / "auth_token", worker.home / ".ray")  # the nodes of Slurm share a home
+    other = subprocess.Popen(worker.words(slurm + script), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = head.run(slurm + script)
+    other.wait()
+    assert f"/mnt/{storage.name}/report/" in said
+    assert whole(storage)
+    assert not head.runs_ray()
+    assert not worker.runs_ray()
