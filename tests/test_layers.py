@@ -14,6 +14,7 @@ LAYERS = (
     {"errors"},
     {"files", "shown"},
     {"runtime"},
+    {"provenance"},
     {"section", "artifacts", "lock", "resources", "config.yaml_text", "config.overrides"},
     {"audio", "models"},
     {"predict"},
