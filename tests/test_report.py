@@ -14,7 +14,7 @@ from asc_ray.evaluation.artifact import Scores
 from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.scores import Evaluation, evaluate
 from asc_ray.report import figures, search_figures
-from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
+from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, StageTime, SystemResult, render
 from asc_ray.search.trials import TrialResult
 
 LABELS = (
@@ -66,6 +66,7 @@ def example(seed: int = 0) -> ReportData:
         corpus=CorpusSummary(
             name="synthetic demo corpus, seed 0",
             clips={"train": 139_620, "fusion": 16_752, "validation": 13_960, "test": 29_680},
+            places={"train": 84, "fusion": 10, "validation": 9, "test": 76},
             labels=LABELS,
             devices=DEVICES,
             unseen_devices=UNSEEN,
@@ -94,10 +95,17 @@ def example(seed: int = 0) -> ReportData:
         curves={name: curve(rng, 25 if "passt" in name else 40) for name in TEACHERS}
         | {"student": curve(rng, 40), "QAT": curve(rng, 12, floor=0.7)},
         trials=tuple(trial(rng, number) for number in range(40)),
-        importances={"optimizer.learning_rate": 0.7, "distillation.label_weight": 0.3},
+        importances={"optimizer.learning_rate": 0.7, "distillation.tau": 0.3},
         cost="bytes",
-        best_config="student:\n  model:\n    name: ds_flexinet\n  optimizer:\n    learning_rate: 0.0021\n",
+        student_config="model:\n  name: ds_flexinet\noptimizer:\n  learning_rate: 0.0021\n",
         config="name: demo\nstorage: runs\n",
+        times=(
+            StageTime(stage="teachers", artifacts=12, finished="2026-11-27 03:17 UTC", seconds=11_125.0),
+            StageTime(stage="qat", artifacts=1, finished="2026-11-27 03:20 UTC", seconds=59.7),
+            StageTime(stage="evaluate", artifacts=3, finished=None, seconds=None),
+        ),
+        programs=("0.3.0, commit 0123456789ab",),
+        machines=("a processor, 2 cores, 8 GiB",),
         versions={"asc-ray": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "numpy": "2.4.1"},
         lineage={name: f"{rng.integers(2**60):015x}" for name in ("clips", "teachers", "logits", "fusion", "student")},
     )  # fmt: skip
@@ -105,7 +113,12 @@ def example(seed: int = 0) -> ReportData:
 
 def complexity(model: str, parameters: int, macs: int) -> ComplexityRow:
     return ComplexityRow(
-        model=model, parameters=parameters, macs=macs, bytes_fp32=4 * parameters, bytes_int8=parameters
+        model=model,
+        parameters=parameters,
+        macs=macs,
+        bytes_fp32=4 * parameters,
+        bytes_int8=parameters,
+        peak_activations=81_920,
     )
 
 
