@@ -16,9 +16,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -26,8 +28,10 @@ from typing import Any
 
 from asc_ray.errors import UserError
 from asc_ray.files import read_plain
+from asc_ray.provenance import machine, program
 
 MANIFEST = "manifest.json"
+STARTED = ".started"  # an empty file; its time is when the building began
 # Part of every key: raise it when the meaning of stored artifacts changes, so that old ones are not used.
 FORMAT = 5
 # A file up to this size is compared with its checksum each time that it is asked for, a larger one once per node.
@@ -117,6 +121,8 @@ class Artifact:
     def open_partial(self) -> Path:
         """Make the folder to build in, and return it; it holds what an earlier, interrupted run finished."""
         self.partial.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            (self.partial / STARTED).touch(exist_ok=False)
         return self.partial
 
     def finish(
@@ -127,7 +133,8 @@ class Artifact:
         `checksums`: SHA-256 of files whose writers know it; all other files are read to compute it.
         """
         known = checksums or {}
-        for pattern in (*scratch, MANIFEST, ".*.tmp"):  # a run may have died between manifest and rename
+        made = self._made()
+        for pattern in (*scratch, STARTED, MANIFEST, ".*.tmp"):  # a run may have died between manifest and rename
             for path in self.partial.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         files = {}
@@ -143,12 +150,25 @@ class Artifact:
             "inputs": dict(self.inputs),
             "config": dict(self.config),
             "facts": dict(facts),
+            "made": made,
             "files": files,
         }
         write_record(self.partial / MANIFEST, manifest)
         _flush(self.partial)
         os.rename(self.partial, self.path)
         _flush(self.path.parent)
+
+    def _made(self) -> dict[str, str]:
+        """Return when the artifact is made, by what and on what; an interrupted run's break is part of the time."""
+        started = self.partial / STARTED
+        times = {"began": started.stat().st_mtime} if started.exists() else {}  # an earlier version left no such file
+        times["ended"] = time.time()
+        stamps = {name: datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") for name, at in times.items()}
+        return stamps | {"program": program(), "machine": machine()}
+
+    def made(self) -> dict[str, str]:
+        """Return the times `began` and `ended` (ISO 8601), `program` and `machine`; empty for older artifacts."""
+        return self.manifest().get("made", {})
 
 
 def _flush(path: Path) -> None:

@@ -126,6 +126,7 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
     name: Annotated[str, typer.Option(help="Name of the registered model in MLflow.")] = "asc-ray",
+    license: Annotated[str, typer.Option(help="License of the model, for its card, such as CC-BY-4.0.")] = "",
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
 ) -> None:
@@ -135,7 +136,7 @@ def export(
     from asc_ray.stages.export import export_bundle
 
     settings = load_config(config, set)
-    export_bundle(run, out, name, settings.tracking.uri, settings.storage, Progress())
+    export_bundle(run, out, name, license, settings.tracking.uri, settings.storage, Progress())
     typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
 
 

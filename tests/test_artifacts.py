@@ -1,10 +1,17 @@
+import os
+import platform
+import re
 import subprocess
 import sys
+import time
+from datetime import datetime
+from importlib.metadata import version
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asc_ray import provenance
 from asc_ray.artifacts import Artifact, content_key, damaged_files, read_manifest
 from asc_ray.errors import UserError
 from asc_ray.lock import exclusive, is_locked
@@ -78,3 +85,39 @@ def test_a_storage_has_one_run_at_a_time_and_the_lock_dies_with_its_process(tmp_
     assert not is_locked(tmp_path)
     with exclusive(tmp_path):
         assert is_locked(tmp_path)
+
+
+def test_a_manifest_says_when_by_what_and_on_what_it_was_made(tmp_path):
+    """And no key depends on it; the time goes on where a killed run's folder is taken up."""
+    artifact, before = make(tmp_path), time.time()
+    folder = artifact.open_partial()
+    os.utime(folder / ".started", (1.5e9, 1.5e9))
+    artifact.open_partial()
+    artifact.finish({})
+    made = artifact.made()
+    assert made["began"] == "2017-07-14T02:40:00+00:00"
+    ended = datetime.fromisoformat(made["ended"]).timestamp()
+    assert int(before) <= ended <= (artifact.path / "manifest.json").stat().st_mtime
+    assert made["program"].split(",")[0] == version("asc-ray")
+    assert re.search(r", \d+ cores, \d+ GiB$", made["machine"])
+    assert platform.node() not in made["machine"]
+    assert not list(artifact.path.glob(".started"))
+
+
+def test_the_program_s_commit_is_that_of_its_own_checkout_alone(tmp_path, monkeypatch):
+    """Not of a repository that the package is installed within."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    assert provenance.program.__wrapped__() == version("asc-ray")
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert provenance.program.__wrapped__() == version("asc-ray"), "no commit yet"
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "one"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout[:12]
+    assert provenance.program.__wrapped__() == f"{version('asc-ray')}, commit {head}"
+    (tmp_path / "file").write_text("2")
+    assert provenance.program.__wrapped__() == f"{version('asc-ray')}, commit {head}-dirty"
+    (tmp_path / "within").mkdir()
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path / "within")
+    assert provenance.program.__wrapped__() == version("asc-ray")

@@ -18,6 +18,9 @@ from asc_ray.artifacts import read_manifest
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation
+from asc_ray.models.complexity import peak_activations
+from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.registry import build
 from asc_ray.runtime import Bundle
 from asc_ray.tracking.config import default_uri
 from asc_ray.tracking.registry import register
@@ -84,6 +87,11 @@ def test_the_card_has_sizes_devices_operators_and_lineage(exported, storage):
     assert {client.get_run(own).data.tags["asc_ray.key"] for own in ids} == {
         read_manifest(folder)["key"] for folder in (int8, student)
     }
+    assert f"int8, bytes | {facts['peak_activations']:,} |" in card
+    assert facts["peak_activations"] == peak_activations(build(DSFlexiNetConfig(size="sm1"), 10), cost["input"])["int8"]
+    assert "Not stated." in card
+    for line in ("| train | 120 clips, 60 places |", "| test | 90 clips, 10 places |", "alone | s4, s5, s6 |"):
+        assert line in card
     assert "&" not in card, "Markdown and not HTML"
 
 

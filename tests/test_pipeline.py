@@ -1,5 +1,6 @@
 """The whole pipeline as a user runs it: what it leaves behind, twice the same, killed and started again."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -7,12 +8,13 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import TINY, command, environment, joined, processes, relabel_test_clips
+from conftest import ROOT, TINY, command, environment, joined, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
@@ -40,6 +42,12 @@ from asc_ray.students.train import train_student
 from asc_ray.training.dataset import Source
 from asc_ray.training.folder import load_model
 from asc_ray.training.validation import predict
+
+_spec = importlib.util.spec_from_file_location("screenshots", ROOT / "docs" / "screenshots.py")
+assert _spec is not None
+assert _spec.loader is not None
+screenshots: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(screenshots)
 
 
 def plan_of(run):
@@ -290,7 +298,7 @@ def test_the_fusion_cannot_reach_the_test_split(finished, plan, tmp_path):
     done = fuse(storage)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fusion over the average" in done.stdout
-    assert read_manifest(ours) == plan.fusion.manifest()
+    assert read_manifest(ours) | {"made": plan.fusion.made()} == plan.fusion.manifest()
     evaluated = subprocess.run(
         command("evaluate", "--config", TINY, "--set", f"storage={storage}"), capture_output=True, text=True,
         env=joined(), check=False,
@@ -436,10 +444,25 @@ def test_the_student_tells_what_its_normalizations_learned(finished, plan):
 
 def test_the_report_is_one_file_that_shows_every_system(plan):
     html = (plan.report.path / "report.html").read_text()
-    for name in [*plan.teachers, "average", "fusion", "student fp32", "student int8"]:
-        assert name in html
+    shown = dict(re.findall(r"<th>([^<]+)</th><td>90</td><td><b>([\d.]+)</b>", html))
+    assert shown == screenshots.accuracies(plan.report.path)
+    assert shown.keys() == {*plan.teachers, "average", "fusion", "student fp32", "student int8"}
+    for stage, artifacts in plan.by_stage().items():
+        if stage != "report":
+            assert re.search(
+                rf"<tr><th>{stage}</th><td>{len(artifacts)}</td><td>[\d :-]+ UTC</td><td>[\w ]+</td>", html
+            )
+    for made in ("program", "machine"):
+        assert plan.fusion.made()[made] in html
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
     assert html.count("<svg") >= 6
+
+
+def test_a_browser_shows_the_report_on_a_desk_and_on_a_phone(plan):
+    try:
+        screenshots.main(plan.report.path, None)
+    except screenshots.NoBrowser as reason:
+        pytest.skip(str(reason))
 
 
 def test_mlflow_has_one_parent_and_a_finished_child_for_everything_trained(finished, plan):

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from asc_ray.artifacts import Artifact, write_record
 from asc_ray.ensemble.fuse import disagreement
 from asc_ray.ensemble.fusion import fit
 from asc_ray.evaluation.artifact import Scores
 from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.scores import Evaluation, evaluate
 from asc_ray.report import figures, search_figures
-from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
-from asc_ray.search.trials import TrialResult
+from asc_ray.report.collect import stage_time
+from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, StageTime, SystemResult, render
+from asc_ray.search.trials import TrialResult, tried
 
 LABELS = (
     "airport", "bus", "metro", "metro_station", "park", "public_square", "shopping_mall", "street_pedestrian",
@@ -25,7 +27,6 @@ DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
 UNSEEN = ("s4", "s5", "s6")
 FAMILIES = ("passt_fms", "passt_dirfms", "cpr_128k_fms", "cpr_128k_dirfms")
 TEACHERS = tuple(f"{family}_{i}" for family in FAMILIES for i in (1, 2, 3))
-FIGURES = ("device_accuracy", "confusion", "fusion_weights", "energy_histogram", "training_curves", "sweep")
 VOID = {"meta", "link", "img", "br", "hr", "input", "source", "embed", "base", "area", "col", "track", "wbr"}
 
 
@@ -66,6 +67,7 @@ def example(seed: int = 0) -> ReportData:
         corpus=CorpusSummary(
             name="synthetic demo corpus, seed 0",
             clips={"train": 139_620, "fusion": 16_752, "validation": 13_960, "test": 29_680},
+            places={"train": 84, "fusion": 10, "validation": 9, "test": 76},
             labels=LABELS,
             devices=DEVICES,
             unseen_devices=UNSEEN,
@@ -94,10 +96,17 @@ def example(seed: int = 0) -> ReportData:
         curves={name: curve(rng, 25 if "passt" in name else 40) for name in TEACHERS}
         | {"student": curve(rng, 40), "QAT": curve(rng, 12, floor=0.7)},
         trials=tuple(trial(rng, number) for number in range(40)),
-        importances={"optimizer.learning_rate": 0.7, "distillation.label_weight": 0.3},
+        importances={"optimizer.learning_rate": 0.7, "distillation.tau": 0.3},
         cost="bytes",
-        best_config="student:\n  model:\n    name: ds_flexinet\n  optimizer:\n    learning_rate: 0.0021\n",
+        student_config="model:\n  name: ds_flexinet\noptimizer:\n  learning_rate: 0.0021\n",
         config="name: demo\nstorage: runs\n",
+        times=(
+            StageTime(stage="teachers", artifacts=12, finished="2026-11-27 03:17 UTC", seconds=11_125.0),
+            StageTime(stage="qat", artifacts=1, finished="2026-11-27 03:20 UTC", seconds=59.7),
+            StageTime(stage="evaluate", artifacts=3, finished=None, seconds=None),
+        ),
+        programs=("0.3.0, commit 0123456789ab",),
+        machines=("a processor, 2 cores, 8 GiB",),
         versions={"asc-ray": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "numpy": "2.4.1"},
         lineage={name: f"{rng.integers(2**60):015x}" for name in ("clips", "teachers", "logits", "fusion", "student")},
     )  # fmt: skip
@@ -105,7 +114,12 @@ def example(seed: int = 0) -> ReportData:
 
 def complexity(model: str, parameters: int, macs: int) -> ComplexityRow:
     return ComplexityRow(
-        model=model, parameters=parameters, macs=macs, bytes_fp32=4 * parameters, bytes_int8=parameters
+        model=model,
+        parameters=parameters,
+        macs=macs,
+        bytes_fp32=4 * parameters,
+        bytes_int8=parameters,
+        peak_activations=81_920,
     )
 
 
@@ -203,33 +217,131 @@ def test_everything_is_there(html, data):
         shares = [e.accuracy, e.macro_accuracy, *(e.groups[group] for group in ("seen", "unseen", "real"))]
         assert cells == [f"{100 * x:.2f}" for x in shares] + [f"{x:.3f}" for x in (e.log_loss, e.calibration_error)]
     assert [a["class"] for tag, a in page.tags if tag == "svg"] == [
-        "device_accuracy", "confusion", "fusion_weights", "disagreement", "reliability", "sweep", "importance",
+        "device_accuracy", "reliability", "fusion_weights", "disagreement", "sweep", "importance",
         "parallel_coordinates", "pareto_front", "training_curves", "energy_histogram",
     ]  # fmt: skip
     assert "from 0.5: norm1 0.432, norm2 -0.050." in page.text
-    for expected in ("13.76 K", "3.88 M", "139,620", "2 digitally silent clips", *data.lineage.values(), "ds_flexinet"):
+    for expected in ("13.76 K", "3.88 M", "81.92", "139,620 of 84 places", "2 digitally silent clips", "ds_flexinet"):
+        assert expected in page.text
+    for expected in (*data.lineage.values(), *data.machines, "3 h 05 min", "1 min 00 s", "commit 0123456789ab"):
         assert expected in page.text
 
 
-def test_finalists_have_the_mean_of_their_seeds_and_stand_first(data, tmp_path):
-    lucky, finalist = (
-        data.trials[0].model_copy(update={"number": n, "state": "complete", "curve": (v,)})
-        for n, v in ((0, 0.9), (1, 0.8))
-    )
-    again = finalist.model_copy(update={"number": 2, "curve": (0.7,), "repeats": 1, "seed": 1})
-    render(replace(data, trials=(lucky, finalist, again)), tmp_path / "page.html")
+def test_the_contents_lead_to_every_section_in_the_order_that_a_reader_asks(html):
+    page = Page(html)
+    sections = [a["id"] for tag, a in page.tags if tag == "section"]
+    assert sections == [
+        "results", "devices", "scenes", "confusions", "certainty", "cost", "fusion", "sweep", "training", "corpus",
+        "provenance",
+    ]  # fmt: skip
+    assert re.findall(r'<a href="#(\w+)">', html) == sections
+
+
+def test_configurations_and_the_teachers_confusions_are_folded(html, data):
+    tags = [tag for tag, _ in Page(html).tags]
+    assert tags.count("pre") == 2
+    assert not re.search(r"<pre>", re.sub(r"<details>.*?</details>", "", html, flags=re.S))
+    assert "<details open" not in html
+    folded = "".join(re.findall(r"<details>.*?</details>", html, flags=re.S))
+    for system in data.systems:
+        title = f"<th>{system.name}: {100 * system.evaluation.accuracy:.2f} %</th>"
+        assert html.count(title) == 1
+        assert (title in folded) == (system.kind != "student")
+
+
+def test_the_table_by_scene_is_the_evaluation(html, data):
+    table = re.search(r'<table class="wide" id="by-scene">.*?</table>', html, re.S)
+    assert table
+    best = max(data.systems[:12], key=lambda system: system.evaluation.accuracy)
+    for k, label in enumerate(LABELS):
+        row = re.search(rf"<tr><th>{label}</th><td>270</td>(.*?)</tr>", table[0])
+        assert row
+        *shares, taken = re.findall(r"<td>(.*?)</td>", row[1])
+        shown = [best, *data.systems[12:]]
+        assert shares == [f"{100 * system.evaluation.per_scene[label]:.2f}" for system in shown]
+        wrong = np.array(data.systems[-1].evaluation.confusion)[k]
+        wrong[k] = -1
+        assert taken == f"{LABELS[wrong.argmax()]}, {100 * wrong.max() / 270:.0f} %"
+
+
+@pytest.fixture
+def repeated(data) -> tuple[TrialResult, ...]:
+    """A lucky trial, a finalist with three seeds, of which one failed, and one that cost less than both."""
+    values = ((0, 0.9, 5, None), (1, 0.8, 3, None), (2, 0.6, 1, None), (3, 0.7, 3, 1), (4, 0.0, 3, 1))
+    same = {"state": "complete", "parameters": {"x": 0.5}}
+    trials = [
+        data.trials[0].model_copy(update={**same, "number": n, "curve": (v,), "cost": 1e4 * cost, "repeats": of})
+        for n, v, cost, of in values
+    ]
+    trials[4] = trials[4].model_copy(update={"state": "failed", "curve": ()})
+    return tuple(trials)
+
+
+def test_a_trial_has_one_value_in_tables_and_figures(data, tmp_path, repeated):
+    """The mean over its seeds; repetitions are no trials of their own, and finalists stand first."""
+    alone = replace(data, fusion=None, energies=None, curves={}, trials=repeated, importances={"x": 1.0})
+    render(alone, tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     found = re.findall(r"<tr><td>(\d)</td><td><b>([\d.]+)</b>(.*?)</td>", html)
-    assert found == [("1", "75.00", " <small>± 7.07</small>"), ("0", "90.00", "")]
+    assert found == [("1", "75.00", " <small>± 7.07</small>"), ("0", "90.00", ""), ("2", "60.00", "")]
+    front = re.findall(r"<tr><td>(\d)</td><td>[\d,]+</td><td>([\d.]+)", html)
+    assert front == [("2", "60.00"), ("1", "75.00"), ("0", "90.00")]
+    assert '<p class="soft">3 trials. ' in html
+    assert "<!-- 100 %, 3 trials -->" in html
+    dots = [search_figures.sweep(tried(trials)).count("<use") for trials in (repeated[:3], repeated)]
+    assert dots[1] - dots[0] == 2 * 2  # the two caps of the deviation's bar, in the course and against the parameter
+
+
+def test_numbers_have_no_exponent():
+    for value, text in (
+        (1000.0, "1000"),
+        (0.00012345, "0.000123"),
+        (123456.0, "123000"),
+        (2.0, "2"),
+        (1e-7, "0.0000001"),
+    ):
+        assert figures.plain(value) == text
+    energies = np.geomspace(1e-3, 1e6, 50)
+    ticks = re.findall(r"<!-- ([\d.]+) -->", figures.energy_histogram(energies, 323.0))
+    assert {"0.01", "1", "1000000"} <= set(ticks)
+    trials = tried(
+        [TrialResult(number=n, parameters={"x": 10.0 ** (n - 5)}, curve=(0.5,), state="complete") for n in range(9)]
+    )
+    drawn = search_figures.sweep(trials) + search_figures.parallel_coordinates(trials)
+    assert not re.search(r"<!-- -?[\d.]+e[+-]?\d+ -->", drawn)
+    assert "<!-- 0.00001 -->" in drawn
+
+
+def test_what_overlaps_counts_once_in_a_stage_s_time(tmp_path):
+    """Two artifacts at once, a gap in which nothing was made, a third; and one by a version that wrote no times."""
+
+    def artifact(name: str, **made: str) -> Artifact:
+        one = Artifact(tmp_path, "teachers", name, name * 16, {}, {})
+        one.open_partial()
+        one.finish({})
+        record = one.manifest() | {"made": made}
+        write_record(one.path / "manifest.json", record)
+        return one
+
+    def at(minute: int) -> str:
+        return f"2026-11-27T03:{minute:02d}:00+00:00"
+
+    some = [artifact(name, began=at(a), ended=at(b)) for name, a, b in (("c", 50, 51), ("a", 0, 10), ("b", 5, 12))]
+    assert stage_time("teachers", some) == StageTime(
+        stage="teachers", artifacts=3, finished="2026-11-27 03:51 UTC", seconds=13 * 60.0
+    )
+    older = stage_time("teachers", [*some, artifact("d")])
+    assert (older.artifacts, older.finished, older.seconds) == (4, None, None)
 
 
 def test_what_failed_does_not_rule_the_scale():
     good = [TrialResult(number=n, parameters={"x": 90 + n}, curve=(0.9 + n / 100,), state="complete") for n in range(4)]
     failed = TrialResult(number=4, parameters={"x": 92}, curve=(), state="failed", error="no memory")
-    alone, both = (re.findall(r"<!-- (\d\d?\.\d) -->", search_figures.sweep(t)) for t in (good, [*good, failed]))
+    few, all_ = tried(good), tried([*good, failed])
+    alone, both = (re.findall(r"<!-- (\d\d?\.\d) -->", search_figures.sweep(t)) for t in (few, all_))
     assert alone
     assert min(map(float, both)) > 80
-    lines = [search_figures.parallel_coordinates(t).count("<path") for t in (good, [*good, failed])]
+    lines = [search_figures.parallel_coordinates(t).count("<path") for t in (few, all_)]
     assert lines[0] == lines[1]
 
 
@@ -255,7 +367,10 @@ def test_names_are_escaped(data, tmp_path):
             curves={evil: data.curves["QAT"]},
             trials=[data.trials[0].model_copy(update={"parameters": {evil: evil}})],
             config=evil,
-            best_config=evil,
+            student_config=evil,
+            times=[data.times[0].model_copy(update={"stage": evil})],
+            programs=[evil],
+            machines=[evil],
             lineage={evil: evil},
         ),
         tmp_path / "evil.html",
@@ -264,14 +379,16 @@ def test_names_are_escaped(data, tmp_path):
     page = Page(html)
     assert not {"script"} & {tag for tag, _ in page.tags}
     assert evil in page.words  # as text, just as it was given
-    assert html.count("<b>") == 1 + 2 * len(systems)  # the template's own: one trial, two tables
+    assert html.count("<b>") == 3 + 1 + 2 * len(systems)  # the template's own: contents, one trial, two tables
 
 
 def test_parts_without_data_have_no_section(data, tmp_path):
     bare = ReportData(title="bare", corpus=data.corpus, systems=data.systems[:1])
     render(bare, tmp_path / "bare.html")
     page = Page((tmp_path / "bare.html").read_text(encoding="utf-8"))
-    assert [a["id"] for tag, a in page.tags if tag == "section"] == ["results", "corpus"]
+    assert [a["id"] for tag, a in page.tags if tag == "section"] == [
+        "results", "devices", "scenes", "confusions", "corpus",
+    ]  # fmt: skip
     assert [a["class"] for tag, a in page.tags if tag == "svg"] == ["device_accuracy"]
 
 
@@ -302,7 +419,7 @@ def test_extreme_data_can_be_drawn():
     assert "<path" in figures.energy_histogram(np.zeros(1), 323.0)
     assert "<path" in figures.energy_histogram(np.full(5, 7.0), None)
     diverged = TrialResult(number=0, parameters={"x" * 80: True}, curve=(), state="diverged")
-    for trials in ([diverged], [diverged.model_copy(update={"state": "failed"})]):
+    for trials in map(tried, ([diverged], [diverged.model_copy(update={"state": "failed"})])):
         assert "<path" in search_figures.sweep(trials)
         assert "<path" in search_figures.parallel_coordinates(trials)
         assert "<path" in search_figures.pareto_front(trials, [], "bytes")

@@ -154,9 +154,9 @@ def test_the_pareto_front_is_what_nothing_dominates(pairs):
         TrialResult(number=n, parameters={}, curve=(value / 10,), cost=cost, state="complete")
         for n, (cost, value) in enumerate(pairs)
     ]
-    front = {(r.cost, round(10 * r.value)) for r in pareto(ended)}
+    front = {(one.result.cost, round(10 * one.value)) for one in pareto(ended)}
     assert front == {(c, v) for c, v in pairs if not any((a <= c and b >= v) and (a, b) != (c, v) for a, b in pairs)}
-    costs = [r.cost for r in pareto(ended)]
+    costs = [one.result.cost for one in pareto(ended)]
     assert costs == sorted(set(costs))
 
 
@@ -190,7 +190,7 @@ def test_of_equals_the_cheapest_wins():
         for n, (value, cost) in enumerate([(0.5, 30.0), (0.5, 10.0), (0.5, 20.0), (0.4, 1.0)])
     ]
     assert best(SWEEP, ended).number == 1
-    assert best(SWEEP, ended) in pareto(ended)
+    assert best(SWEEP, ended) in [one.result for one in pareto(ended)]
 
 
 def test_importance_finds_the_parameter_that_matters():

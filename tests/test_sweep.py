@@ -149,7 +149,9 @@ def test_a_search_for_accuracy_and_size_within_a_budget(storage):
     chosen = yaml.safe_load((plan.sweep.path / "best.yaml").read_text())["student"]
     assert chosen["model"]["size"] == winner.parameters["model.size"]
     rows = list(csv.DictReader((plan.sweep.path / "trials.csv").open()))
-    assert [int(row["number"]) for row in rows if row["pareto"] == "True"] == sorted(t.number for t in pareto(trials))
+    assert [int(row["number"]) for row in rows if row["pareto"] == "True"] == sorted(
+        one.result.number for one in pareto(trials)
+    )
     assert [float(row["optimizer.learning_rate"]) for row in rows] == [
         t.parameters["optimizer.learning_rate"] for t in trials
     ]

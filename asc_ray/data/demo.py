@@ -279,11 +279,11 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
     """Write the corpus into `out`: audio/, meta.csv, evaluation_setup/ and dirs/ (impulse responses for DIR).
 
     The same configuration gives the same bytes; the default makes 800 training and 900 test clips (150 MB). Raises
-    UserError where `out` is a file or a folder that is not empty.
+    UserError where `out` is a file, or a folder with more than hidden files in it.
     """
     import soundfile as sf  # here, because reading a configuration does not need it
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
         raise UserError(f"{out}: exists and is not an empty folder; name a new folder for the demo corpus")
     for folder in ("audio", "evaluation_setup", "dirs"):
         (out / folder).mkdir(parents=True, exist_ok=True)

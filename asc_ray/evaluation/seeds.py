@@ -19,6 +19,7 @@ class Deviation(Section):
     log_loss: float
     calibration_error: float
     per_device: dict[str, float]  # deviation of the accuracy
+    per_scene: dict[str, float]  # deviation of the recall
     groups: dict[Group, float]
 
     def accuracies(self) -> dict[str, float]:
@@ -69,6 +70,7 @@ def over_seeds(runs: Sequence[Evaluation]) -> OverSeeds:
         log_loss=deviation(shared["log_loss"]),
         calibration_error=deviation(shared["calibration_error"]),
         per_device={name: deviation(run.per_device[name].accuracy for run in runs) for name in devices},
+        per_scene={label: deviation(run.per_scene[label] for run in runs) for label in first.per_scene},
         groups={group: deviation(run.groups[group] for run in runs) for group in first.groups},
     )
     return pooled, spread

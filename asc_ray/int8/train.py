@@ -13,6 +13,7 @@ from torch import nn
 from asc_ray.artifacts import Artifact, read_manifest, stored_file
 from asc_ray.audio.frontend import LogMel
 from asc_ray.int8.config import ONNX_MODEL, QATConfig
+from asc_ray.models.complexity import peak_activations
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape
@@ -43,7 +44,9 @@ def train_int8(
 
     folder = artifact.open_partial()
     data = source.open()
-    prepared = prepare(load_model(student, config, len(data.store.labels)), _example(config))
+    network = load_model(student, config, len(data.store.labels))
+    peak = peak_activations(network, input_shape(config))["int8"]
+    prepared = prepare(network, _example(config))
     history: list[Metrics] = []
     if qat.epochs:
         soft = read_soft_targets(data, targets)
@@ -63,6 +66,7 @@ def train_int8(
         {
             "history": history,
             "bytes": bytes_by_dtype(int8),
+            "peak_activations": peak,
             "validation": validate(int8, LogMel(config.frontend), data, torch.device("cpu")),
             "validation_clips": len(data.parts["validation"]),
         },

@@ -11,7 +11,9 @@ from asc_ray.report.page import environment
 class Card:
     """What a model card shows.
 
-    `bytes` is by dtype; `scores` are the bundle's on the test split; `validation` is macro accuracy in [0, 1].
+    `bytes` is by dtype; `peak_activations` are bytes as int8, None where they were not counted; `splits` has the number
+    of clips and of places by split; `license` is empty where none was given; `scores` are the bundle's on the test
+    split; `validation` is macro accuracy in [0, 1].
     """
 
     title: str
@@ -23,6 +25,7 @@ class Card:
     parameters: int
     macs: int
     bytes: Mapping[str, int]
+    peak_activations: int | None
     file_bytes: int
     scores: Evaluation
     float_scores: Evaluation | None
@@ -30,8 +33,10 @@ class Card:
     validation: float
     agreement: Mapping[str, float]
     corpus: str
-    training_clips: int
+    corpus_notes: Sequence[str]
+    splits: Mapping[str, tuple[int, int]]
     fingerprint: str
+    license: str
     lineage: Mapping[str, str]
     operators: Sequence[tuple[str, str, int]]
 

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,15 @@ from asc_ray.evaluation.artifact import Scores, read_scores
 from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
-from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, SystemResult, render
+from asc_ray.report.page import (
+    ComplexityRow,
+    CorpusSummary,
+    FusionSection,
+    ReportData,
+    StageTime,
+    SystemResult,
+    render,
+)
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult, importances
 from asc_ray.students.config import StudentConfig
@@ -37,6 +46,7 @@ def write_report(
     source: Source,
     student_config: StudentConfig,
     config: Mapping[str, object],
+    stages: Mapping[str, Sequence[Artifact]],
     clips: Artifact,
     systems: Mapping[str, Recipe],
     teachers: Mapping[str, Artifact],
@@ -48,7 +58,7 @@ def write_report(
     evaluation: Artifact,
     student_scores: Mapping[str, OverSeeds],
 ) -> None:
-    """Gather everything that the report shows and write the page to `out`."""
+    """Gather everything that the report shows and write the page to `out`. `stages` are all that came before it."""
     data = source.open(test=True)
     store, facts = data.store, clips.facts()
     trained, cost = next(iter(students.values())).facts(), next(iter(int8.values())).facts()
@@ -56,7 +66,6 @@ def write_report(
     tested = read_scores(evaluation.path)
     train = store.split == "train"
     histories = {name: artifact.facts()["history"] for name, artifact in teachers.items()}
-    best = "" if sweep is None else stored_file(sweep.path, "best.yaml").read_text()
     trials = [] if sweep is None else [TrialResult.model_validate(t) for t in sweep.facts()["trials"]]
     model = student_config.model
     size = getattr(model, "size", None)
@@ -65,6 +74,7 @@ def write_report(
     held_out = read_scores(fusion.path)
     lineage = {f"{a.stage}/{a.name}": a.key for a in (clips, *teachers.values(), fusion, evaluation)}
     lineage |= {f"{a.stage}/{name}": a.key for name, a in {**students, **int8}.items()}
+    made = [artifact.made() for artifacts in stages.values() for artifact in artifacts]
     forms = {name: artifact.facts()["history"] for name, artifact in {**students, **int8}.items()}
     render(
         ReportData(
@@ -72,6 +82,7 @@ def write_report(
             corpus=CorpusSummary(
                 name=facts["corpus"],
                 clips={part: len(rows) for part, rows in data.parts.items()},
+                places={part: len(set(store.place[rows])) for part, rows in data.parts.items()},
                 labels=store.labels,
                 devices=store.devices,
                 unseen_devices=unseen_devices(store.clips),
@@ -95,6 +106,7 @@ def write_report(
                     macs=trained["macs"],
                     bytes_fp32=trained["bytes"]["float32"],
                     bytes_int8=cost["bytes"].get("int8", trained["bytes"]["int8"]),
+                    peak_activations=cost.get("peak_activations"),
                 )
             ],
             residual_lambda={name: artifact.facts()["residual_lambda"] for name, artifact in students.items()},
@@ -116,12 +128,35 @@ def write_report(
             trials=trials,
             importances=importances(search.space, trials) if search else {},
             cost=search.cost if search else None,
-            best_config=best,
+            student_config=yaml.safe_dump(student_config.model_dump(mode="json"), sort_keys=False),
             config=yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False),
+            times=[stage_time(stage, artifacts) for stage, artifacts in stages.items() if artifacts],
+            programs=sorted({one["program"] for one in made if one}),
+            machines=sorted({one["machine"] for one in made if one}),
             versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
             lineage=lineage,
         ),
         out,
+    )
+
+
+def stage_time(stage: str, artifacts: Sequence[Artifact]) -> StageTime:
+    """Return when a stage was finished, and how long work on its artifacts went on; what overlaps counts once.
+
+    Artifacts may have been made at different times, by different configurations, so what lies between is left out.
+    """
+    made = [artifact.made() for artifact in artifacts]
+    if not all("began" in one for one in made):
+        return StageTime(stage=stage, artifacts=len(made), finished=None, seconds=None)
+    seconds, until = 0.0, float("-inf")
+    for began, ended in sorted(
+        tuple(datetime.fromisoformat(one[at]).timestamp() for at in ("began", "ended")) for one in made
+    ):
+        seconds += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    finished = max(one["ended"] for one in made)
+    return StageTime(
+        stage=stage, artifacts=len(made), finished=f"{finished[:16].replace('T', ' ')} UTC", seconds=seconds
     )
 
 

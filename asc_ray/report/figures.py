@@ -1,7 +1,7 @@
 """The report's figures. Each function returns one <svg> element for a page.
 
-Text and axes take the page's text color, so a figure can be read on a light and on a dark page. Equal input gives equal
-bytes with the same matplotlib. Names are drawn literally, never as TeX.
+Text and axes take the page's text color, so a figure can be read on a light and on a dark page. Legends lie beside or
+above what is drawn. Equal input gives equal bytes with the same matplotlib. Names are drawn literally, never as TeX.
 """
 
 import io
@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from asc_ray.evaluation.scores import Evaluation
 
@@ -65,6 +65,20 @@ def as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
         return f'<svg role="img" class="{draw.__name__}" {box[0]}>' + body.replace(INK, "currentColor")
 
     return to_svg
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """Return a number rounded to so many digits, never with an exponent: 1000, 0.00123, 12300."""
+    return np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim="-")
+
+
+def logarithmic(axes: Axes) -> None:
+    """Make the x axis logarithmic, with plain numbers at the powers of ten, and at 2 and 5 of a narrow range."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def standalone(svg: str) -> str:
@@ -175,18 +189,23 @@ def fusion_weights(weights: Mapping[str, float], center: Sequence[float], biases
 
 @as_svg
 def reliability(parts: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
-    """Draw accuracy over confidence, a row a set of clips: every single system, their average, the fusion.
+    """Draw accuracy over confidence, a row a set of clips: the single systems, their average, the fusion, a student.
 
-    On the diagonal confidence equals accuracy; below it answers are overconfident. Areas are shares of clips.
+    The student is the last whose name says that it is one. On the diagonal confidence equals accuracy; below it answers
+    are overconfident. Areas are shares of clips.
     """
-    columns = {"single systems": ACCENT, "average": PALETTE[5], "fusion": PALETTE[1]}
-    figure = Figure(figsize=(WIDTH, 3.1 * len(parts)))
+    students = [name for systems in parts.values() for name in systems if name.startswith("student")][-1:]
+    columns = {"single systems": ACCENT, "average": PALETTE[5], "fusion": PALETTE[1], **dict.fromkeys(students, ACCENT)}
+    figure = Figure(figsize=(WIDTH, (WIDTH / len(columns) + 0.35) * len(parts)))
     grid = figure.subplots(len(parts), len(columns), squeeze=False, sharex=True, sharey=True)
     for row, (part, systems) in zip(grid, parts.items(), strict=True):
         for axes, (title, color) in zip(row, columns.items(), strict=True):
             shown = [e for name, e in systems.items() if name == title] or [
                 e for name, e in systems.items() if name not in columns and not name.startswith("student")
             ]
+            if title in students and title not in systems:
+                axes.set_axis_off()
+                continue
             axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
             for e in shown:
                 x, y = [b.confidence for b in e.reliability], [b.accuracy for b in e.reliability]
@@ -198,8 +217,10 @@ def reliability(parts: Mapping[str, Mapping[str, Evaluation]]) -> Figure:
             axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
             axes.grid()
         row[0].set_ylabel("accuracy")
-    for axes in grid[-1]:
-        axes.set_xlabel("confidence")
+    for column in grid.T:
+        lowest = [axes for axes in column if axes.axison][-1]
+        lowest.set_xlabel("confidence")
+        lowest.tick_params(labelbottom=True)
     return figure
 
 
@@ -229,10 +250,8 @@ def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
     counts, _ = np.histogram(audible, edges)
     above = np.zeros(len(counts), bool) if threshold is None else edges[:-1] >= threshold
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=np.where(above, PALETTE[1], ACCENT), alpha=0.85)
-    axes.set_xscale("log")
     axes.set_xlim(edges[0], edges[-1])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    logarithmic(axes)
     axes.set(xlabel="energy of the one-second clip, sum of squared samples at 32 kHz", ylabel="training clips a bin")
     axes.grid(axis="y")
     if threshold is not None:
@@ -240,7 +259,7 @@ def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
         left, right = axes.get_xlim()
         axes.set_xlim(min(left, threshold / 2), max(right, threshold * 2))
         axes.axvline(threshold, color=INK, lw=1.3, ls="--")
-        axes.set_title(f"threshold {threshold:.4g}: {share:.1f} % of the clips lie above (orange)", loc="left")
+        axes.set_title(f"threshold {plain(threshold, 4)}: {share:.1f} % of the clips lie above (orange)", loc="left")
     return figure
 
 
@@ -274,7 +293,7 @@ def training_curves(panels: Mapping[str, Curves]) -> Figure:
         upper.set(title=title, ylabel="training loss, nats")
         lower.set(xlabel="epoch", ylabel="validation accuracy, %")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-        upper.legend(loc="upper right", fontsize=8, ncols=1 + len(order) // 7)
+        upper.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
         upper.grid()
         lower.grid()
     return figure

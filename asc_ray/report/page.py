@@ -1,5 +1,6 @@
 """The report: one HTML page about one run of the pipeline, which loads nothing from elsewhere."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.evaluation.seeds import Deviation
 from asc_ray.report import figures, search_figures
-from asc_ray.search.trials import TrialResult, pareto, values_over_seeds
+from asc_ray.search.trials import TrialResult, Tried, pareto, tried, with_value
 from asc_ray.section import Section
 from asc_ray.shown import in_markdown
 
@@ -26,12 +27,30 @@ COLORS = {  # by kind, in the order of the systems
     "student": ("#3f7fc4", "#3aa676", "#d0566b", "#b0903a"),
 }
 TRIALS_SHOWN = 15
+CONTENTS = {  # what a reader asks, and the sections that answer, by id
+    "What came out": {
+        "results": "Results on the test split",
+        "devices": "By device",
+        "scenes": "By scene",
+        "confusions": "Confusions",
+    },
+    "How sure": {"certainty": "How sure the figures are"},
+    "What it costs": {"cost": "What the student costs"},
+    "How it was made": {
+        "fusion": "Fusion",
+        "sweep": "Search for the student",
+        "training": "Training",
+        "corpus": "Corpus",
+        "provenance": "Provenance",
+    },
+}
 COSTS = {"bytes": "bytes of the int8 weights", "macs": "multiply-accumulates of a clip"}
 
 
 class CorpusSummary(Section):
     name: str
     clips: dict[str, int]  # by part: train, fusion, validation, test
+    places: dict[str, int]  # by part
     labels: tuple[str, ...]
     devices: tuple[str, ...]
     unseen_devices: tuple[str, ...]
@@ -57,6 +76,16 @@ class ComplexityRow(Section):
     macs: int
     bytes_fp32: int
     bytes_int8: int
+    peak_activations: int | None = None  # bytes as int8; None where an earlier version has not counted them
+
+
+class StageTime(Section):
+    """When a stage's artifacts were finished, and how long they were worked on; None where that is not known."""
+
+    stage: str
+    artifacts: int
+    finished: str | None
+    seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +118,11 @@ class ReportData:
     trials: Sequence[TrialResult] = ()
     importances: Mapping[str, float] = field(default_factory=dict)  # of the search's parameters
     cost: str | None = None  # what the search minimized besides its objective, if anything
-    best_config: str = ""  # YAML
+    student_config: str = ""  # YAML
     config: str = ""  # YAML
+    times: Sequence[StageTime] = ()  # in the order of the stages
+    programs: Sequence[str] = ()  # the versions of asc-ray that made the artifacts
+    machines: Sequence[str] = ()  # that made them
     versions: Mapping[str, str] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)  # artifact -> key
 
@@ -106,6 +138,8 @@ def environment() -> Environment:
     )
     made.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.2f}"
     made.filters["metric"] = _metric
+    made.filters["plain"] = figures.plain
+    made.filters["duration"] = _duration
     made.filters["md"] = in_markdown
     return made
 
@@ -123,10 +157,17 @@ def render(data: ReportData, out: Path) -> None:
         .render(
             data=data,
             students=_of_kind(data, "student"),
+            others=[system for system in data.systems if system.kind != "student"],
             compared=_compared(data, best_teacher),
             best_teacher=best_teacher,
             devices=devices,
+            scenes=_scenes(data.systems[-1]),
+            deliverable=data.systems[-1],
+            finished=max((time.finished for time in data.times if time.finished), default=None),
+            contents=_contents(data),
+            titles={id: title for sections in CONTENTS.values() for id, title in sections.items()},
             trials=_best_trials(data.trials),
+            searched=len(tried(data.trials)),
             front=pareto(data.trials),
             chosen_multiple=chosen(data.fusion.fusion.choice) if data.fusion else 1.0,
             parameters=sorted({name for trial in data.trials for name in trial.parameters}),
@@ -136,17 +177,39 @@ def render(data: ReportData, out: Path) -> None:
     out.write_text(html, encoding="utf-8")
 
 
-def _best_trials(trials: Sequence[TrialResult]) -> list[tuple[TrialResult, float, float | None]]:
-    """Return the best trials first, each with its value's mean and, over several seeds, standard deviation."""
-    rows = []
-    for trial in trials:
-        if trial.repeats is None:
-            values = values_over_seeds(trials, trial.number)
-            rows.append((trial, float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None))
-    # Finalists come first, because a mean over seeds is worth more than one lucky training.
-    return sorted(rows, key=lambda row: (row[2] is None, row[0].state != "complete", -row[1], row[0].number))[
-        :TRIALS_SHOWN
-    ]
+def _contents(data: ReportData) -> dict[str, dict[str, str]]:
+    """Return the sections of the page by what they answer: those that have data."""
+    there = {
+        "certainty": data.fusion or _of_kind(data, "student"),
+        "cost": data.complexity,
+        "fusion": data.fusion,
+        "sweep": data.trials,
+        "training": data.curves or data.student_config,
+        "provenance": data.versions or data.lineage or data.config or data.times,
+    }
+    shown = {
+        question: {id: title for id, title in sections.items() if there.get(id, True)}
+        for question, sections in CONTENTS.items()
+    }
+    return {question: sections for question, sections in shown.items() if sections}
+
+
+def _scenes(system: SystemResult) -> list[tuple[str, int, tuple[str, float] | None]]:
+    """Return each scene, the number of its test clips, and the most frequent wrong answer with its share, or None."""
+    e, runs, found = system.evaluation, system.deviation.runs if system.deviation else 1, []
+    for scene, row in zip(e.labels, e.confusion, strict=True):
+        wrong = {label: count for label, count in zip(e.labels, row, strict=True) if label != scene and count}
+        most = max(wrong, key=wrong.__getitem__, default=None)
+        found.append((scene, sum(row) // runs, (most, wrong[most] / sum(row)) if most else None))
+    return found
+
+
+def _best_trials(trials: Sequence[TrialResult]) -> list[Tried]:
+    """Return the best trials, finalists first, because a mean over seeds is worth more than one lucky training."""
+    return sorted(
+        tried(trials),
+        key=lambda one: (one.deviation is None, one.result.state != "complete", -one.value, one.result.number),
+    )[:TRIALS_SHOWN]
 
 
 def _of_kind(data: ReportData, kind: str) -> list[SystemResult]:
@@ -170,8 +233,6 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
             {s.name: s.evaluation for s in _compared(data, best_teacher)}, colors, data.corpus.unseen_devices
         )
     }
-    if students := _of_kind(data, "student"):
-        drawn["confusion"] = figures.confusion({s.name: s.evaluation for s in students}, colors)
     if data.fusion:
         fusion = data.fusion.fusion
         drawn["fusion_weights"] = figures.fusion_weights(
@@ -181,8 +242,9 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
         )
         if len(fusion.systems) > 1:
             drawn["disagreement"] = figures.disagreement(fusion.systems, data.fusion.disagreement)
+        students = {system.name: system.evaluation for system in _of_kind(data, "student")}
         drawn["reliability"] = figures.reliability(
-            {"held-out clips": data.fusion.held_out.systems, "test split": data.fusion.test.systems}
+            {"test split": {**data.fusion.test.systems, **students}, "held-out clips": data.fusion.held_out.systems}
         )
     if data.energies is not None:
         drawn["energy_histogram"] = figures.energy_histogram(data.energies, data.energy_threshold)
@@ -193,13 +255,14 @@ def _figures(data: ReportData, best_teacher: SystemResult | None) -> dict[str, s
             "student": {run: own for run, own in data.curves.items() if run.split("-fold")[0] not in teachers},
         }
         drawn["training_curves"] = figures.training_curves({title: runs for title, runs in panels.items() if runs})
-    if data.trials:
-        drawn["sweep"] = search_figures.sweep(data.trials)
-        drawn["parallel_coordinates"] = search_figures.parallel_coordinates(data.trials)
+    if trials := tried(data.trials):
+        drawn["sweep"] = search_figures.sweep(trials)
+        drawn["parallel_coordinates"] = search_figures.parallel_coordinates(trials)
     if data.importances:
-        drawn["importance"] = search_figures.importance(data.importances)
+        known = Counter(name for trial in with_value(data.trials) for name in trial.parameters)
+        drawn["importance"] = search_figures.importance(data.importances, known)
     if data.cost:
-        drawn["pareto_front"] = search_figures.pareto_front(data.trials, pareto(data.trials), COSTS[data.cost])
+        drawn["pareto_front"] = search_figures.pareto_front(trials, pareto(data.trials), COSTS[data.cost])
     return drawn
 
 
@@ -209,3 +272,13 @@ def _metric(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.4g} {prefix}"
     return f"{value:g}"
+
+
+def _duration(seconds: float | None) -> str:
+    """Return seconds as a person says them: 12 s, 3 min 20 s, 2 h 05 min."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

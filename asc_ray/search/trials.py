@@ -4,6 +4,7 @@ import csv
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -43,13 +44,33 @@ class TrialResult(Section):
         return self.curve[-1] if self.has_value else 0.0
 
 
-def pareto(ended: Sequence[TrialResult]) -> list[TrialResult]:
+@dataclass(frozen=True)
+class Tried:
+    """A trial of the search, its value as the mean over its seeds, and their sample deviation; None for one seed."""
+
+    result: TrialResult
+    value: float
+    deviation: float | None
+
+
+def tried(ended: Sequence[TrialResult]) -> list[Tried]:
+    """Return each trial of the search once: what repeats it with another seed is no trial, and is in its mean."""
+    found = []
+    for result in ended:
+        if result.repeats is None:
+            values = values_over_seeds(ended, result.number) or [0.0]
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            found.append(Tried(result, float(np.mean(values)), deviation))
+    return found
+
+
+def pareto(ended: Sequence[TrialResult]) -> list[Tried]:
     """Return the trials that ran to their ends and are better than all that cost less, the cheapest first."""
-    front: list[TrialResult] = []
-    complete = [r for r in ended if r.state == "complete" and r.repeats is None and r.cost is not None]
-    for result in sorted(complete, key=lambda r: (r.cost, -r.value, r.number)):
-        if not front or result.value > front[-1].value:
-            front.append(result)
+    front: list[Tried] = []
+    complete = [one for one in tried(ended) if one.result.state == "complete" and one.result.cost is not None]
+    for one in sorted(complete, key=lambda one: (one.result.cost, -one.value, one.result.number)):
+        if not front or one.value > front[-1].value:
+            front.append(one)
     return front
 
 
@@ -60,14 +81,12 @@ def best(config: SweepConfig, ended: Sequence[TrialResult]) -> TrialResult:
     Raises UserError when no trial ran to its end.
     """
     last = config.searched - config.trials  # the last generation of a population; otherwise the first trial
-    complete = [r for r in ended if r.state == "complete" and r.repeats is None and r.number >= last]
+    complete = [one for one in tried(ended) if one.result.state == "complete" and one.result.number >= last]
     if not complete:
         states = "; ".join(f"trial {r.number} {r.state} {r.error}".strip() for r in ended)
         raise UserError(f"sweep: no trial ran to its end ({states}); make the space smaller")
-    several = [r for r in complete if len(values_over_seeds(ended, r.number)) > 1]
-    return max(
-        several or complete, key=lambda r: (np.mean(values_over_seeds(ended, r.number)), -(r.cost or 0.0), -r.number)
-    )
+    several = [one for one in complete if one.deviation is not None]
+    return max(several or complete, key=lambda one: (one.value, -(one.result.cost or 0.0), -one.result.number)).result
 
 
 def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
@@ -75,21 +94,26 @@ def values_over_seeds(ended: Sequence[TrialResult], number: int) -> list[float]:
     return [r.value for r in ended if number in (r.number, r.repeats) and r.state != "failed"]
 
 
+def with_value(ended: Sequence[TrialResult]) -> list[TrialResult]:
+    """Return the trials of the search that have a value, without the repetitions: what `importances` rests on."""
+    return [result for result in ended if result.has_value and result.repeats is None]
+
+
 def importances(space: Space, ended: Sequence[TrialResult]) -> dict[str, float]:
     """Return how far each parameter's values in the best quarter of trials differ from those in all trials.
 
     PED-ANOVA (Watanabe et al., 2023), as shares of 1, over the trials that have a value; empty for fewer than eight.
     """
-    tried = [result for result in ended if result.has_value and result.repeats is None]
-    if len(tried) < FEWEST_FOR_IMPORTANCE:
+    known = with_value(ended)
+    if len(known) < FEWEST_FOR_IMPORTANCE:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
         found = {}
-        for name in sorted({name for result in tried for name in result.parameters}):
+        for name in sorted({name for result in known for name in result.parameters}):
             study = optuna.create_study(direction="maximize")
-            for result in tried:
+            for result in known:
                 if name in result.parameters:
                     own = distributions(space, result.parameters)[name]
                     study.add_trial(
@@ -111,7 +135,7 @@ def trial_name(number: int) -> str:
 def trials_table(ended: Sequence[TrialResult]) -> str:
     """Return all trials as CSV: how each ended, its value and cost, whether it is on the Pareto front, parameters."""
     names = sorted({name for result in ended for name in result.parameters})
-    front = {result.number for result in pareto(ended)}
+    front = {one.result.number for one in pareto(ended)}
     text = io.StringIO()
     writer = csv.DictWriter(text, [*COLUMNS, *names], lineterminator="\n")
     writer.writeheader()

@@ -11,5 +11,5 @@ def make(work: Work) -> None:
     assert artifact is not None
     shutil.rmtree(artifact.partial, ignore_errors=True)
     demo = work.plan.config.corpus.demo
-    make_demo_corpus(artifact.partial, demo)
+    make_demo_corpus(artifact.open_partial(), demo)
     artifact.finish({})

@@ -11,7 +11,7 @@ import numpy as np
 
 from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, stored_files, write_atomically
 from asc_ray.config.yaml_text import read_yaml
-from asc_ray.data.clips import ClipStore, open_clips
+from asc_ray.data.clips import SPLITS, ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, score
@@ -104,8 +104,12 @@ def _artifact(storage: Path, stage: str, key: str) -> Path:
     raise UserError(f"{storage / stage}: nothing with the key {key}, which the model was made from; was it deleted?")
 
 
-def export_bundle(run: str, out: Path, name: str, uri: str | None, default_storage: Path, progress: Progress) -> None:
+def export_bundle(
+    run: str, out: Path, name: str, license: str, uri: str | None, default_storage: Path, progress: Progress
+) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
+
+    `license`: that of the model, for its card; empty where it has none yet.
 
     Raises UserError where `find`, `compare` and `register` do, and if `out` holds something else.
     """
@@ -130,7 +134,7 @@ def export_bundle(run: str, out: Path, name: str, uri: str | None, default_stora
         runs = runs_of(uri, {"int8": origin.key, "student": str(read_manifest(origin.student)["key"])})
         counts = operator_counts(int8)
         size = (building / MODEL).stat().st_size
-        card = _card(origin, config, store, test, logits, agreement, runs, counts, size)
+        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license)
         write_atomically(building / CARD, render_card(card))
         seal(building)
         if (out / CHECKSUMS).is_file():
@@ -169,6 +173,7 @@ def _card(
     runs: Mapping[str, str],
     operators: Sequence[tuple[str, str, int]],
     file_bytes: int,
+    license: str,
 ) -> Card:
     int8, student, clips = (read_manifest(folder) for folder in (origin.int8, origin.student, origin.clips))
     model = config.model
@@ -178,6 +183,7 @@ def _card(
     made_from = {**clips["inputs"], **student["inputs"], "student": student["key"], "int8": int8["key"]}
     lineage: dict[str, Any] = {**made_from, **{f"MLflow run of the {what}": id for what, id in runs.items()}}
     lineage |= {package: version(package) for package in ("torch", "torchao", "onnxruntime")}
+    by_split = {split: store.split == split for split in SPLITS}
     return Card(
         title=f"{model.name} {size}" if size else model.name,
         version=version("asc-ray"),
@@ -188,6 +194,7 @@ def _card(
         parameters=student["facts"]["parameters"],
         macs=student["facts"]["macs"],
         bytes=int8["facts"]["bytes"],
+        peak_activations=int8["facts"].get("peak_activations"),
         file_bytes=file_bytes,
         scores=score(store, test, logits),
         float_scores=read_evaluation(evaluation.path) if evaluation.complete else None,
@@ -195,8 +202,10 @@ def _card(
         validation=int8["facts"]["validation"]["validation_macro_accuracy"],
         agreement=agreement,
         corpus=clips["facts"]["corpus"],
-        training_clips=int((store.split == "train").sum()),
+        corpus_notes=clips["facts"]["corpus_notes"],
+        splits={split: (int(rows.sum()), len(set(store.place[rows]))) for split, rows in by_split.items()},
         fingerprint=store.corpus,
+        license=license,
         lineage=lineage,
         operators=operators,
     )

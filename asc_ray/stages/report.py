@@ -18,6 +18,7 @@ def make(work: Work) -> None:
         source=work.source,
         student_config=next(iter(plan.student_configs().values())),
         config=dump(plan.config),
+        stages={stage: artifacts for stage, artifacts in plan.by_stage().items() if stage != "report"},
         clips=plan.clips,
         systems={name: plan.config.teachers.recipes[name] for name in plan.trainings},
         teachers=plan.teachers,

@@ -123,13 +123,14 @@ def test_odd_names_are_text_in_every_table():
 
 def test_odd_names_are_text_in_a_card():
     scores = odd_scores()
-    figures = dict.fromkeys(("parameters", "macs", "file_bytes", "training_clips", "sample_rate"), 1)
+    figures = dict.fromkeys(("parameters", "macs", "file_bytes", "peak_activations", "sample_rate"), 1)
     sizes = dict.fromkeys(("int8", "float32", "int32"), 0)
     agreement = {"differ": 0, "clips": 1, "largest_difference": 0.0}
     card = render_card(
         Card(
             title="t", version="1", network="n", labels=ODD, input=(1, 1, 2, 3), bytes=sizes, scores=scores,
             float_scores=None, unseen=ODD[1:], validation=0.5, agreement=agreement, corpus="<b>", fingerprint="f",
+            license="<b>", corpus_notes=ODD, splits={"train": (1, 1)},
             lineage={"<b>": "key"}, operators=(), **figures,
         )
     )  # fmt: skip
