@@ -93,6 +93,8 @@ def at_work(
         progress.note(f"storage {config.storage}")
         # Start MLflow beside Ray: both take equally long, and Ray mostly waits.
         made = beside.submit(connected_tracker)
+        address = config.cluster.joined
+        progress.note("starting Ray ..." if address == "local" else f"joining the Ray cluster {address} ...")
         with tasks.connected(config.cluster):
             tracker = made.result()
             tasks.check_feasible(
