@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ FORMAT = 5
 SMALL_BYTES = 1 << 20
 _CHECKSUM = "checksum"  # a record's entry that holds the record's own checksum
 _MOST_RECORD = 1 << 28  # bytes
+_FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{16})")
 
 
 def content_key(**parts: Any) -> str:
@@ -197,6 +199,12 @@ def _is_manifest(manifest: Mapping[str, Any]) -> bool:
 def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
     """Read a manifest; cached while the file's time and size stay, because it is asked for often."""
     return read_record(path)
+
+
+def artifacts_in(storage: Path) -> list[Artifact]:
+    """Return the finished artifacts of a storage by their folders' names, sound or not; without config and inputs."""
+    found = ((folder, _FOLDER.fullmatch(folder.name)) for folder in sorted(storage.glob("*/*")) if folder.is_dir())
+    return [Artifact(storage, folder.parent.name, match["name"], match["key"], {}, {}) for folder, match in found if match]
 
 
 def stored_file(folder: Path, name: str) -> Path:

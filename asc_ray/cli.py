@@ -6,11 +6,13 @@ This module is long because it holds every command, and nothing else.
 import atexit
 import gc
 import io
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +23,7 @@ try:
     import typer.core
     from rich.console import Console
     from rich.padding import Padding
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 except ModuleNotFoundError as error:  # only asc-ray[runtime] is installed
     sys.exit(f"asc-ray: {error.name} is not installed, the command line needs more: pip install 'asc-ray[train]'")
@@ -73,6 +75,7 @@ SetOption = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
 ]
 DEFAULT_CONFIG = "demo"
+NARROWEST = 60  # columns of a table of states without the artifacts' paths
 
 _HELP = {
     "ingest": "Decode the corpus into the memory-mapped clip store.",
@@ -148,48 +151,85 @@ def make_figure(
 
 
 @app.command(rich_help_panel=LOOK)
-def status(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
+def status(
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
     """Show what is done, running and missing, and where."""
     from asc_ray.config.composition import load_config
     from asc_ray.plan import Plan
-    from asc_ray.status import state_of
+    from asc_ray.status import states
 
     plan = Plan(load_config(config, set))
-    table = Table("stage", "what", "state", "where", title=f"{plan.config.name}: {plan.config.storage}", box=None)
-    for stage, artifacts in plan.by_stage().items():
-        for artifact in artifacts:
-            state, where = state_of(artifact)
-            table.add_row(stage, artifact.name, Text(printable(state)), Text(printable(where)))
-    for name, error in plan.left_out.items():
-        table.add_row("teachers", name, "left out", Text(printable(error)))
-    _console().print(table)
+    found = list(states(plan))
+    if as_json:
+        whole = {"name": plan.config.name, "storage": str(plan.config.storage), "artifacts": found}
+        typer.echo(json.dumps(whole, indent=1, default=lambda state: state.as_json()))
+        return
+    longest = max(len(str(state.path or "")) for state in found)
+    console = _console(longest + 2 * NARROWEST)
+    table = Table(
+        Column("stage", no_wrap=True),
+        Column("what", overflow="fold"),
+        Column("state", overflow="fold"),
+        title=f"{plan.config.name}: {plan.config.storage}",
+        box=None,
+    )
+    # Paths where they leave room for the rest; in narrow windows keys, with which the folders' names end.
+    keys = longest > console.width - NARROWEST
+    table.add_column("key" if keys else "where", no_wrap=True, min_width=16 if keys else longest)
+    for state in found:
+        where = (state.key if keys else state.path) if state.path else ""
+        table.add_row(state.stage, state.name, Text(printable(state.text())), Text(printable(where)))
+    console.print(table)
 
 
 @app.command(rich_help_panel=LOOK)
 def verify(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Bundles, or artifacts of a storage.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Bundles, artifacts, or storages with all their artifacts.")
+    ],
 ) -> None:
-    """Check exported bundles, or compare finished artifacts with their manifests; exit code 1 if one is damaged."""
+    """Check exported bundles, and artifacts, or all in a storage, against their manifests; exit code 1 for damage."""
+    from asc_ray.artifacts import artifacts_in, read_manifest
     from asc_ray.runtime import CHECKSUMS, FRONTEND
 
-    problems = []
+    problems: list[str] = []
     for folder in folders:
         try:
             if any((folder / name).is_file() for name in (CHECKSUMS, FRONTEND)):
                 _verify_bundle(folder)
+            elif artifacts := artifacts_in(folder):
+                problems += _verify_storage(folder, artifacts)
             else:
-                _verify_artifact(folder)
+                _verify_artifact(folder, read_manifest(folder))
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n  ".join(problems))
 
 
-def _verify_artifact(folder: Path) -> None:
-    from asc_ray.artifacts import damaged_files, read_manifest
+def _verify_storage(storage: Path, artifacts: list[Any]) -> list[str]:
+    """Check all artifacts, print what was checked, and return what is wrong."""
+    problems, size = [], 0
+    for artifact in artifacts:
+        try:
+            size += _verify_artifact(artifact.path, artifact.manifest())
+        except UserError as error:
+            problems.append(str(error))
+    stages = ", ".join(f"{count} {stage}" for stage, count in Counter(each.stage for each in artifacts).items())
+    typer.echo(f"{storage}: {len(artifacts)} artifacts checked ({stages}), {len(problems)} damaged, {size / 1e6:.1f} MB")
+    if unfinished := len(list(storage.glob("*/*.partial"))):
+        typer.echo(f"{storage}: {unfinished} unfinished, not checked: the run that goes on with them checks them")
+    return problems
 
-    files = read_manifest(folder)["files"]
-    damaged = damaged_files(folder)
+
+def _verify_artifact(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """Print what was checked, and return the bytes of the artifact's files. Raises UserError where one is damaged."""
+    from asc_ray.artifacts import damaged_files
+
+    files, damaged = manifest["files"], damaged_files(folder)
     for line in damaged:
         typer.echo(f"{folder}/{line}", err=True)
     size = sum(entry["bytes"] for entry in files.values())
@@ -199,6 +239,7 @@ def _verify_artifact(folder: Path) -> None:
             f"{folder}: {len(damaged)} damaged file(s). Delete the artifact's folder and run the stage again: it is "
             "made anew, equal"
         )
+    return size
 
 
 def _verify_bundle(folder: Path) -> None:
@@ -308,9 +349,9 @@ def _plain(markdown: str) -> str:
     return markdown.replace("`", "")
 
 
-def _console() -> Console:
-    """Return a console for tables: a log file or a pipe has no width, and nothing must be cut there."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+def _console(width: int = 200) -> Console:
+    """Return a console for tables, `width` columns wide where a log file or a pipe has no width of its own."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 @app.command(rich_help_panel=MODEL)
