@@ -204,7 +204,16 @@ def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
 def artifacts_in(storage: Path) -> list[Artifact]:
     """Return the finished artifacts of a storage by their folders' names, sound or not; without config and inputs."""
     found = ((folder, _FOLDER.fullmatch(folder.name)) for folder in sorted(storage.glob("*/*")) if folder.is_dir())
-    return [Artifact(storage, folder.parent.name, match["name"], match["key"], {}, {}) for folder, match in found if match]
+    return [
+        Artifact(storage, folder.parent.name, match["name"], match["key"], {}, {}) for folder, match in found if match
+    ]
+
+
+def input_folder(storage: Path, stage: str, key: str) -> Path:
+    """Return the folder of the artifact with this key, which another was made from. Raises UserError."""
+    for folder in storage.glob(f"{stage}/*-{key}"):
+        return folder
+    raise UserError(f"{storage / stage}: nothing with the key {key}, which this was made from; was it deleted?")
 
 
 def stored_file(folder: Path, name: str) -> Path:

@@ -74,6 +74,9 @@ ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, 
 SetOption = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would run, resume and be skipped; write and start nothing.")
+]
 DEFAULT_CONFIG = "demo"
 NARROWEST = 60  # columns of a table of states without the artifacts' paths
 
@@ -91,9 +94,13 @@ _HELP = {
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
-    def command(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
+    def command(
+        config: ConfigOption = DEFAULT_CONFIG,
+        set: SetOption = [],  # noqa: B006
+        dry_run: DryRunOption = False,
+    ) -> None:
         # `ingest` also makes the demo's corpus, which it reads.
-        _run(config, set, ("corpus", "ingest") if stage == "ingest" else (stage,))
+        _run(config, set, ("corpus", "ingest") if stage == "ingest" else (stage,), dry_run)
 
     return command
 
@@ -103,11 +110,15 @@ for _stage, _text in _HELP.items():
 
 
 @app.command(rich_help_panel=STAGE)
-def pipeline(config: ConfigOption = DEFAULT_CONFIG, set: SetOption = []) -> None:  # noqa: B006
+def pipeline(
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
+    dry_run: DryRunOption = False,
+) -> None:
     """Run every stage, from the corpus to the report."""
     from asc_ray.plan import STAGES
 
-    _run(config, set, STAGES)
+    _run(config, set, STAGES, dry_run)
 
 
 @app.command("table", rich_help_panel=STUDENTS)
@@ -188,7 +199,8 @@ def status(
 @app.command(rich_help_panel=LOOK)
 def verify(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Bundles, artifacts, or storages with all their artifacts.")
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Bundles, artifacts, or storages with all their artifacts."),
     ],
 ) -> None:
     """Check exported bundles, and artifacts, or all in a storage, against their manifests; exit code 1 for damage."""
@@ -219,7 +231,9 @@ def _verify_storage(storage: Path, artifacts: list[Any]) -> list[str]:
         except UserError as error:
             problems.append(str(error))
     stages = ", ".join(f"{count} {stage}" for stage, count in Counter(each.stage for each in artifacts).items())
-    typer.echo(f"{storage}: {len(artifacts)} artifacts checked ({stages}), {len(problems)} damaged, {size / 1e6:.1f} MB")
+    typer.echo(
+        f"{storage}: {len(artifacts)} artifacts checked ({stages}), {len(problems)} damaged, {size / 1e6:.1f} MB"
+    )
     if unfinished := len(list(storage.glob("*/*.partial"))):
         typer.echo(f"{storage}: {unfinished} unfinished, not checked: the run that goes on with them checks them")
     return problems
@@ -376,10 +390,18 @@ def export(
 
 @app.command(rich_help_panel=MODEL)
 def predict(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `asc-ray export` made.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="BUNDLE|RUN", help="A folder that `asc-ray export` made; see also --with.")
+    ],
     paths: Annotated[
         list[Path], typer.Argument(metavar="FILES|DIR|-", help="Recordings, folders, or -: raw PCM on standard input.")
     ],
+    by: Annotated[
+        str,
+        typer.Option(
+            "--with", metavar="bundle|ensemble", help="ensemble: the teachers and the fusion of RUN, a run's storage."
+        ),
+    ] = "bundle",
     format: Annotated[str, typer.Option(help="table, jsonl, or csv: DCASE's output.csv.")] = "table",
     per_second: Annotated[bool, typer.Option("--per-second", help="Answer for every second, too.")] = False,
     rate: Annotated[int, typer.Option(min=1, help="Sample rate of raw PCM, in Hz.")] = 32_000,
@@ -387,11 +409,20 @@ def predict(
 ) -> None:
     """Name the scenes of recordings; exit code 1 if one cannot be read."""
     from asc_ray import predict as prediction
-    from asc_ray.runtime import Bundle
 
     if format not in prediction.FORMATS:
         raise ConfigError(f"--format {format}: allowed are {', '.join(prediction.FORMATS)}")
-    opened = Bundle(bundle)
+    opened: prediction.Model
+    if by == "bundle":
+        from asc_ray.runtime import Bundle
+
+        opened = Bundle(model)
+    elif by == "ensemble":
+        from asc_ray.ensemble.stored import StoredEnsemble
+
+        opened = StoredEnsemble(model)
+    else:
+        raise ConfigError(f"--with {by}: allowed are bundle, ensemble")
     if Path("-") in paths:
         if len(paths) > 1:
             raise ConfigError("-: standard input is one stream; give it alone")
@@ -455,15 +486,43 @@ def download_corpus(
     typer.echo(f"{out}: {done}; use it with --set corpus.path={out}")
 
 
-def _run(config: str, overrides: list[str], stages: tuple[str, ...]) -> None:
+def _run(config: str, overrides: list[str], stages: tuple[str, ...], dry_run: bool) -> None:
     from asc_ray.config.composition import load_config
+    from asc_ray.plan import Plan
+    from asc_ray.preview import preview
     from asc_ray.progress import Progress
-    from asc_ray.run import run, where_things_are
+    from asc_ray.run import refuse, run, where_things_are
 
+    if dry_run:
+        plan = Plan(load_config(config, overrides))
+        refuse(plan, [stage for stage in stages if plan.missing(stage)])
+        _show_preview(plan, list(preview(plan, stages)))
+        return
     progress = Progress()
     plan = run(load_config(config, overrides), stages, progress)
     for line in where_things_are(plan):
         progress.console.print(line, markup=False)
+
+
+def _show_preview(plan: Any, steps: list[Any]) -> None:
+    from asc_ray.lock import is_locked
+    from asc_ray.preview import duration
+
+    table = Table("stage", Column("what", overflow="fold"), "would", "resources", "time alone", box=None)
+    table.title = f"{plan.config.name}: {plan.config.storage}"
+    for step in steps:
+        takes = "" if step.does in ("skip", "leave out") else duration(step.seconds)
+        table.add_row(step.state.stage, step.state.name, step.does, step.resources, takes)
+    _console().print(table)
+    counts = Counter(step.does for step in steps)
+    typer.echo("would " + ", ".join(f"{does} {count}" for does, count in counts.items()) + "; nothing was written")
+    if known := [step.seconds for step in steps if step.seconds is not None]:
+        typer.echo(
+            f"{len(known)} trainings, one after the other: about {duration(sum(known))}, at the speed of those seen in "
+            "this storage"
+        )
+    if is_locked(plan.config.storage):
+        typer.echo("another run is at work in this storage; until it ends, this command would not start")
 
 
 INTERRUPTED = 130

@@ -27,6 +27,7 @@ LAYERS = (
     {"stages"},
     {"run"},
     {"comparison", "status"},
+    {"preview"},
     {"cli"},
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "runtime")

@@ -122,14 +122,15 @@ def find_keys(below: str) -> list[Key]:
     def matches(key: str) -> bool:
         own = key.split(".")
         return len(own) >= len(asked) and all(
-            word == part or part in ("NAME", "N", "MODEL")
-            for word, part in zip(asked, own, strict=False)
+            word == part or part in ("NAME", "N", "MODEL") for word, part in zip(asked, own, strict=False)
         )
 
     if found := [key for key in everything if matches(key.key)]:
         return found
     close = difflib.get_close_matches(below, [key.key for key in everything], 1)
-    raise ConfigError(f"{below}: no such key; " + (f"did you mean {close[0]}?" if close else "see `asc-ray config keys`"))
+    raise ConfigError(
+        f"{below}: no such key; " + (f"did you mean {close[0]}?" if close else "see `asc-ray config keys`")
+    )
 
 
 def references(schema: Schema, key: str) -> Iterator[tuple[str, str]]:
