@@ -488,12 +488,13 @@ def download_corpus(
 
 def _run(config: str, overrides: list[str], stages: tuple[str, ...], dry_run: bool) -> None:
     from asc_ray.config.composition import load_config
-    from asc_ray.plan import Plan
-    from asc_ray.preview import preview
     from asc_ray.progress import Progress
     from asc_ray.run import refuse, run, where_things_are
 
     if dry_run:
+        from asc_ray.plan import Plan
+        from asc_ray.preview import preview
+
         plan = Plan(load_config(config, overrides))
         refuse(plan, [stage for stage in stages if plan.missing(stage)])
         _show_preview(plan, list(preview(plan, stages)))

@@ -60,8 +60,8 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one file: `probabilities` (seconds, labels), their mean `pooled` (labels,), and a `note` on what was
-    not heard as it is: a short recording that was padded, silence."""
+    """The answer for one file: `probabilities` (seconds, labels), their mean `pooled` (labels,), and a `note` on what
+    was not heard as it is: a short recording that was padded, silence."""
 
     file: str
     probabilities: np.ndarray

@@ -88,6 +88,6 @@ def _fusion(run: Path) -> Path:
         if fusions:
             raise
     raise UserError(
-        f"{run}: no finished fusion, and no storage with one; give the `storage` of a run whose stage `fuse` is done, or "
-        "the folder of its fusion, as `asc-ray status` shows it"
+        f"{run}: no finished fusion, and no storage with one; give the `storage` of a run whose stage `fuse` is done, "
+        "or the folder of its fusion, as `asc-ray status` shows it"
     )
