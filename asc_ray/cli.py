@@ -128,13 +128,17 @@ def make_table(
     ],
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train, evaluate and compare the students of one of the paper's tables, beside its figures on TAU22."""
-    from asc_ray.comparison import run_table
+    from asc_ray.comparison import preview_table, run_table
     from asc_ray.progress import Progress
     from asc_ray.report.table import markdown
 
     progress = Progress()
+    if dry_run:
+        _show_preview(*preview_table("tables", number, config, set, progress))
+        return
     artifact, comparison = run_table("tables", number, config, set, progress)
     typer.echo(markdown(comparison))
     typer.echo(f"table   {artifact.path / 'table.html'}   (also .md, .csv)")
@@ -145,19 +149,26 @@ def make_figure(
     number: Annotated[str, typer.Argument(help="2 (energies of the clips) or 3 (confusions) of the paper.")],
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
+    dry_run: DryRunOption = False,
 ) -> None:
     """Draw one of the paper's figures, training what it shows."""
-    from asc_ray.comparison import FIGURE, draw_energies, run_table
+    from asc_ray.comparison import FIGURE, draw_energies, preview_table, run_table
     from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
 
     progress = Progress()
+    if number != "2" and number != "3" and not Path(number).suffix:
+        raise ConfigError(f"{number}: no such figure; known: 2, 3, or a YAML file in the form of configs/figures/")
+    if number == "2" and dry_run:
+        _run(config, set, ("corpus", "ingest"), dry_run)
+        return
+    if dry_run:
+        _show_preview(*preview_table("figures", number, config, set, progress))
+        return
     if number == "2":
         artifact = draw_energies(load_config(config, set), progress)
-    elif number == "3" or Path(number).suffix:
-        artifact, _ = run_table("figures", number, config, set, progress)
     else:
-        raise ConfigError(f"{number}: no such figure; known: 2, 3, or a YAML file in the form of configs/figures/")
+        artifact, _ = run_table("figures", number, config, set, progress)
     typer.echo(f"figure  {artifact.path / FIGURE}")
 
 

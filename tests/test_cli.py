@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from asc_ray.artifacts import Artifact, write_record
 from asc_ray.cli import app
+from asc_ray.comparison import preview_table
 from asc_ray.config.composition import PRESETS, load_config
 from asc_ray.config.origins import origins, shown
 from asc_ray.config.reference import KINDS, find_keys, presets
@@ -23,6 +25,7 @@ from asc_ray.errors import ConfigError, UserError
 from asc_ray.lock import exclusive
 from asc_ray.plan import STAGES, Plan
 from asc_ray.preview import duration, preview
+from asc_ray.progress import Progress
 from asc_ray.status import states
 
 EPOCH = {"epoch": 1, "epochs": 3, "loss": 2.0, "validation_accuracy": 0.5, "clips_per_second": 9.0}
@@ -230,6 +233,13 @@ def test_a_dry_run_writes_nothing_and_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     lacking = run("fuse", "--dry-run", "--config", TINY, "--set", f"storage={tmp_path / 'storage'}").exception
     assert "fuse: needs the stage `logits`" in str(lacking)
+
+
+def test_a_dry_run_of_a_table_has_once_what_rows_share(tmp_path):
+    _, steps = preview_table("tables", "4", TINY, [f"storage={tmp_path / 'storage'}"], Progress())
+    found = Counter(step.state.stage for step in steps)
+    assert found == {"corpus": 1, "ingest": 1, "teachers": 2, "logits": 2, "fuse": 1, "student": 9, "evaluate": 9}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_says_what_a_run_would_do_and_for_how_long(tmp_path):

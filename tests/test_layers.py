@@ -26,8 +26,7 @@ LAYERS = (
     {"plan", "progress"},
     {"stages"},
     {"run"},
-    {"comparison", "status"},
-    {"preview"},
+    {"comparison", "preview", "status"},
     {"cli"},
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "runtime")
