@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -38,6 +39,7 @@ FORMAT = 5
 SMALL_BYTES = 1 << 20
 _CHECKSUM = "checksum"  # a record's entry that holds the record's own checksum
 _MOST_RECORD = 1 << 28  # bytes
+_FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{16})")
 
 
 def content_key(**parts: Any) -> str:
@@ -217,6 +219,21 @@ def _is_manifest(manifest: Mapping[str, Any]) -> bool:
 def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
     """Read a manifest; cached while the file's time and size stay, because it is asked for often."""
     return read_record(path)
+
+
+def artifacts_in(storage: Path) -> list[Artifact]:
+    """Return the finished artifacts of a storage by their folders' names, sound or not; without config and inputs."""
+    found = ((folder, _FOLDER.fullmatch(folder.name)) for folder in sorted(storage.glob("*/*")) if folder.is_dir())
+    return [
+        Artifact(storage, folder.parent.name, match["name"], match["key"], {}, {}) for folder, match in found if match
+    ]
+
+
+def input_folder(storage: Path, stage: str, key: str) -> Path:
+    """Return the folder of the artifact with this key, which another was made from. Raises UserError."""
+    for folder in storage.glob(f"{stage}/*-{key}"):
+        return folder
+    raise UserError(f"{storage / stage}: nothing with the key {key}, which this was made from; was it deleted?")
 
 
 def stored_file(folder: Path, name: str) -> Path:

@@ -18,6 +18,7 @@ from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.plan import STAGES, Plan, dump
+from asc_ray.preview import Step, preview
 from asc_ray.progress import Progress
 from asc_ray.report import figures as drawings
 from asc_ray.report import table
@@ -68,6 +69,56 @@ def run_table(
 
     Complete artifacts are skipped, unfinished ones are resumed. Raises UserError for a user's mistake, before any work.
     """
+    spec, name, configs, plans = _planned(kind, number, config, overrides, progress)
+    artifact = _artifact(kind, name, spec, plans)
+    made = [artifact, *(part for plan in plans.values() for part in _parts(plan, spec.int8))]
+    if all(part.complete for part in made):
+        progress.note(f"{spec.title}: nothing to do, it is done")
+        return artifact, _comparison(spec, plans)
+    for own in plans.values():
+        if any(own.missing(stage) for stage in _shared(own)):
+            run(own.config, _shared(own), progress)
+    plans = _plans(configs)  # anew, because systems that failed are now left out
+    artifact = _artifact(kind, name, spec, plans)
+    shutil.rmtree(artifact.path, ignore_errors=True)  # it may be left from before students were deleted
+    lead = next(iter(plans.values()))
+    title = f"{lead.config.name} {kind.removesuffix('s')} {name}"
+    complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
+    parent = pipeline_thing(lead, title, artifact.key, kind.removesuffix("s"))
+    about = {"table": dump(spec), "overrides": list(overrides)}
+    with at_work(lead, parent, about, complete, progress) as work:
+        _compare(work, kind, spec, plans, artifact)
+    return artifact, _comparison(spec, plans)
+
+
+def preview_table(
+    kind: str, number: str, config: str | Path, overrides: Sequence[str], progress: Progress
+) -> tuple[Plan, list[Step]]:
+    """Return a plan, for its storage, and what `run_table` would do: what rows share is there once."""
+    spec, _, _, plans = _planned(kind, number, config, overrides, progress)
+    steps: dict[str | None, Step] = {}
+    for row, plan in plans.items():
+        own = {part.key for part in _parts(plan, spec.int8)}
+        for step in preview(plan, STAGES):
+            if step.state.key in own:
+                named = replace(step, state=replace(step.state, name=f"{row}: {step.state.name}"))
+                steps.setdefault(step.state.key, named)
+            elif step.state.stage in _shared(plan):
+                steps.setdefault(step.state.key or step.state.name, step)
+    return next(iter(plans.values())), sorted(steps.values(), key=lambda step: STAGES.index(step.state.stage))
+
+
+def _shared(plan: Plan) -> tuple[str, ...]:
+    """Return the stages before the students, which rows have in common; none where all students are trained."""
+    if all(student.complete for student in plan.students.values()):
+        return ()
+    return STAGES[: STAGES.index("fuse" if plan.config.taught else "ingest") + 1]
+
+
+def _planned(
+    kind: str, number: str, config: str | Path, overrides: Sequence[str], progress: Progress
+) -> tuple[TableConfig, str, dict[str, Config], dict[str, Plan]]:
+    """Return a table's description and short name, and the configurations and plans of its rows. Raises ConfigError."""
     spec, name = read_table(kind, number)
     configs = {}
     for row in spec.rows:
@@ -87,27 +138,7 @@ def run_table(
         except ConfigError as error:
             raise ConfigError(f"row {name_of_row}: {error}") from None
     _refuse_unknown_columns(spec, next(iter(plans.values())))
-    artifact = _artifact(kind, name, spec, plans)
-    made = [artifact, *(part for plan in plans.values() for part in _parts(plan, spec.int8))]
-    if all(part.complete for part in made):
-        progress.note(f"{spec.title}: nothing to do, it is done")
-        return artifact, _comparison(spec, plans)
-    for own in plans.values():
-        shared = STAGES[: STAGES.index("fuse" if own.config.taught else "ingest") + 1]
-        trained = all(student.complete for student in own.students.values())
-        if not trained and any(own.missing(stage) for stage in shared):
-            run(own.config, shared, progress)
-    plans = _plans(configs)  # anew, because systems that failed are now left out
-    artifact = _artifact(kind, name, spec, plans)
-    shutil.rmtree(artifact.path, ignore_errors=True)  # it may be left from before students were deleted
-    lead = next(iter(plans.values()))
-    title = f"{lead.config.name} {kind.removesuffix('s')} {name}"
-    complete = {artifact.key}.union(*(plan.complete_keys() for plan in plans.values()))
-    parent = pipeline_thing(lead, title, artifact.key, kind.removesuffix("s"))
-    about = {"table": dump(spec), "overrides": list(overrides)}
-    with at_work(lead, parent, about, complete, progress) as work:
-        _compare(work, kind, spec, plans, artifact)
-    return artifact, _comparison(spec, plans)
+    return spec, name, configs, plans
 
 
 def _plans(configs: Mapping[str, Config]) -> dict[str, Plan]:

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import soundfile as sf
@@ -17,7 +18,6 @@ import soxr
 
 from asc_ray.audio.recording import Recording, cancels, check_rate, check_scale
 from asc_ray.errors import UserError
-from asc_ray.runtime import Bundle
 from asc_ray.shown import in_csv, path_in_csv, printable
 
 # A recording may be this much shorter than the model's clip: the rest is zeros, as in training.
@@ -39,10 +39,29 @@ CONTAINERS = {
 }  # fmt: skip
 
 
+class Clip(Protocol):
+    """What a model hears at a time."""
+
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+
+
+class Model(Protocol):
+    """What answers: a Bundle, or the ensemble of a storage. It maps (N, samples) int16 to probabilities (N, labels)."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def frontend(self) -> Clip: ...
+    def probabilities(self, waves: np.ndarray) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one file: `probabilities` (seconds, labels), their mean `pooled` (labels,), and a `note` that says
-    why they mean little, if they do."""
+    """The answer for one file: `probabilities` (seconds, labels), their mean `pooled` (labels,), and a `note` on what
+    was not heard as it is: a short recording that was padded, silence."""
 
     file: str
     probabilities: np.ndarray
@@ -79,31 +98,37 @@ def files_in(paths: Iterable[Path]) -> tuple[list[tuple[str, Path]], Counter[str
     return found, others
 
 
-def answer(bundle: Bundle, name: str, path: Path) -> Answer:
+def answer(model: Model, name: str, path: Path) -> Answer:
     """Answer for one recording. Raises BadAudio if it cannot be read, is cut short, is empty, or is not sound."""
     powers = np.zeros(2)  # of the mean of the channels, and of the channels
+    heard = 0  # samples
     with Recording(path) as recording:
 
         def mono() -> Iterator[np.ndarray]:
+            nonlocal heard
             for block in recording.blocks(min(_BLOCK_SECONDS * recording.rate, _BLOCK_SAMPLES // recording.channels)):
                 check_scale(block)
                 wave = block.mean(axis=1)
+                heard += len(wave)
                 powers[:] += wave @ wave, np.vdot(block, block) / recording.channels
                 yield wave
 
-        answers = list(_answers(bundle, mono(), recording.rate, _BATCH))
+        answers = list(_answers(model, mono(), recording.rate, _BATCH))
     probabilities, silent = (np.concatenate(parts) for parts in zip(*answers, strict=True))
-    note = ""
+    clip, notes = model.frontend.samples / model.frontend.sample_rate, []
+    if (length := heard / recording.rate) < clip:
+        how = "padded with zeros" if length >= (1 - LENGTH_TOLERANCE) * clip else "repeated"
+        notes.append(f"{length:.2f} s long, {how} to {clip:g} s")
     if cancels(*powers):
-        note = "its channels cancel each other when they are mixed down; the answer means little"
+        notes.append("its channels cancel each other when they are mixed down; the answer means little")
     elif silent.all():
-        note = "silent; the answer means nothing"
+        notes.append("silent; the answer means nothing")
     elif silent.any():
-        note = f"{silent.sum()} of {len(silent)} seconds are silent, and count like the others"
-    return Answer(name, probabilities, note)
+        notes.append(f"{silent.sum()} of {len(silent)} seconds are silent, and count like the others")
+    return Answer(name, probabilities, "; ".join(notes))
 
 
-def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator[tuple[np.ndarray, bool]]:
+def live(model: Model, stream: BinaryIO, rate: int, channels: int) -> Iterator[tuple[np.ndarray, bool]]:
     """Yield the probabilities (labels,) of each second of raw PCM (signed, 16 bits, little endian), as soon as it is
     there, and whether the second is silent.
 
@@ -123,7 +148,7 @@ def live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int) -> Iterator
                 print(f"asc-ray: {left} bytes at the stream's end are no whole sample; left out", file=sys.stderr)
             yield (np.frombuffer(raw, "<i2", whole).reshape(-1, channels) / np.float32(32768)).mean(axis=1)
 
-    for probabilities, silent in _answers(bundle, blocks(), rate, 1):
+    for probabilities, silent in _answers(model, blocks(), rate, 1):
         yield from zip(probabilities, silent.tolist(), strict=True)
 
 
@@ -138,21 +163,21 @@ def _refuse_container(raw: bytes) -> None:
 
 
 def _answers(
-    bundle: Bundle, blocks: Iterable[np.ndarray], rate: int, batch: int
+    model: Model, blocks: Iterable[np.ndarray], rate: int, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the probabilities (up to `batch`, labels) of a recording's seconds, and which are silent (up to `batch`,).
 
     The recording comes as blocks (samples,).
     """
-    size = bundle.frontend.samples
+    size = model.frontend.samples
     # Rounded to 16 bits, as the training's clips are.
     waves = (
         np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
-        for wave in seconds(_resampled(blocks, rate, bundle.frontend.sample_rate), size)
+        for wave in seconds(_resampled(blocks, rate, model.frontend.sample_rate), size)
     )
     while waiting := list(islice(waves, batch)):
         together = np.stack(waiting)
-        yield bundle.probabilities(together), np.ptp(together, axis=1) == 0
+        yield model.probabilities(together), np.ptp(together, axis=1) == 0
 
 
 def _resampled(blocks: Iterable[np.ndarray], rate: int, target: int) -> Iterator[np.ndarray]:
@@ -236,46 +261,49 @@ def _csv(labels: tuple[str, ...], per_second: bool) -> Callable[[Answer], Iterat
 FORMATS = {"table": _table, "jsonl": _json_lines, "csv": _csv}
 
 
-def predict_files(
-    bundle: Bundle, paths: list[Path], form: str, per_second: bool, on_file: Callable[[int], None]
-) -> None:
+def predict_files(model: Model, paths: list[Path], form: str, per_second: bool, on_file: Callable[[int], None]) -> None:
     """Print an answer for each recording; `on_file` gets their number first, and then 0 after each.
 
     Raises UserError at the end, naming every file that could not be read.
     """
     found, others = files_in(paths)
-    lines = FORMATS[form](bundle.labels, per_second)
+    lines = FORMATS[form](model.labels, per_second)
     on_file(len(found))
     if form == "csv":
-        print("filename", "scene_label", *map(in_csv, bundle.labels), sep="\t")
+        print("filename", "scene_label", *map(in_csv, model.labels), sep="\t")
     bad: list[str] = []
+    unreadable: list[str] = []
     for name, path in found:
         try:
-            own = answer(bundle, name, path)
+            own = answer(model, name, path)
             print(*lines(own), sep="\n", flush=True)
             if own.note:
                 print(f"asc-ray: {printable(name)}: {own.note}", file=sys.stderr)
         except UserError as error:
             bad.append(f"{printable(name)}: {error}")
+            if "unreadable" in str(error):
+                unreadable.append(path.name)
         on_file(0)
     if others:
-        counts = ", ".join(f"{count} {printable(suffix)}" for suffix, count in sorted(others.items()))
+        counts = ", ".join(f"{number} {printable(suffix)}" for suffix, number in sorted(others.items()))
         print(f"asc-ray: left out, no sound by their suffix: {counts}", file=sys.stderr)
-    if bad:
-        raise UserError(f"{len(bad)} of {len(found)} files without an answer:\n  " + "\n  ".join(bad))
+    if count := len(bad):
+        if unreadable:
+            bad.append(f"ffmpeg converts most formats: ffmpeg -i {shlex.quote(printable(unreadable[0]))} converted.wav")
+        raise UserError(f"{count} of {len(found)} files without an answer:\n  " + "\n  ".join(bad))
 
 
-def predict_live(bundle: Bundle, stream: BinaryIO, rate: int, channels: int, form: str) -> None:
+def predict_live(model: Model, stream: BinaryIO, rate: int, channels: int, form: str) -> None:
     """Print a line for each second of a stream of raw PCM. Raises UserError for a stream without a sample."""
     if form == "csv":
         raise UserError("--format csv: DCASE's output.csv has a line a file; choose table or jsonl for a stream")
-    for second, (probabilities, silent) in enumerate(live(bundle, stream, rate, channels)):
+    for second, (probabilities, silent) in enumerate(live(model, stream, rate, channels)):
         best = int(probabilities.argmax())
         if form == "jsonl":
-            values = {label: round(float(p), 6) for label, p in zip(bundle.labels, probabilities, strict=True)}
-            entry = {"second": second, "scene_label": bundle.labels[best], "probabilities": values}
+            values = {label: round(float(p), 6) for label, p in zip(model.labels, probabilities, strict=True)}
+            entry = {"second": second, "scene_label": model.labels[best], "probabilities": values}
             print(json.dumps(entry | ({"note": "silent"} if silent else {})), flush=True)
         else:
-            width, note = max(map(len, bundle.labels)), "  silent" if silent else ""
-            line = f"{second:5d} s  {bundle.labels[best]:<{width}}  {100 * probabilities[best]:5.1f} %{note}"
+            width, note = max(map(len, model.labels)), "  silent" if silent else ""
+            line = f"{second:5d} s  {model.labels[best]:<{width}}  {100 * probabilities[best]:5.1f} %{note}"
             print(line, flush=True)

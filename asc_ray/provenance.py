@@ -11,18 +11,22 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-@cache
 def program() -> str:
-    """Return the version of asc-ray, and the commit (-dirty where files differ from it) if it runs from a checkout."""
-    number = version("asc-ray")
+    """Return the version of asc-ray, and the commit if it runs from a checkout."""
+    return ", commit ".join(filter(None, [version("asc-ray"), commit()]))
+
+
+@cache
+def commit() -> str:
+    """Return the checkout's commit, with -dirty where files differ from it; empty without a checkout."""
     if not (CHECKOUT / ".git").exists():
-        return number
+        return ""
     describe = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):  # no git, or a checkout that git does not trust
-        return number
-    return f"{number}, commit {found.stdout.strip()}"
+        return ""
+    return found.stdout.strip()
 
 
 def machine() -> str:

@@ -1,5 +1,6 @@
 """What the pipeline asks of a cluster; this imports no ray, so that a configuration can be read without it."""
 
+import os
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -43,3 +44,8 @@ class ClusterConfig(Section):
         None, description="a Ray cluster to join; null: that of RAY_ADDRESS; without that, an embedded one"
     )
     retries: int = Field(3, ge=0, description="how often a training is resumed after its worker died")
+
+    @property
+    def joined(self) -> str:
+        """Return the address of the cluster to join; `local` for an embedded one."""
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"

@@ -45,6 +45,20 @@ def where_things_are(plan: Plan) -> list[str]:
     return lines
 
 
+def refuse(plan: Plan, todo: Sequence[str]) -> None:
+    """Raise UserError where a stage of `todo` needs one that is neither done nor in `todo`, and ConfigError where a
+    student would be over the limits."""
+    for stage in todo:
+        for need in plan.needs(stage):
+            if need not in todo and plan.missing(need):
+                raise UserError(
+                    f"{stage}: needs the stage `{need}`, which is not done; run `asc-ray {need}` with the same "
+                    "configuration first, or `asc-ray pipeline` for all stages"
+                )
+    if {"sweep", "student"} & set(todo):
+        plan.refuse_large()
+
+
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
     """Make the stages' artifacts: skip complete ones, resume unfinished ones. Return the plan, without failed systems.
 
@@ -60,15 +74,7 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
     if not todo:
         progress.nothing_to_do()
         return plan
-    for stage in todo:
-        for need in plan.needs(stage):
-            if need not in todo and plan.missing(need):
-                raise UserError(
-                    f"{stage}: needs the stage `{need}`, which is not done; run `asc-ray {need}` with the same "
-                    "configuration first, or `asc-ray pipeline` for all stages"
-                )
-    if {"sweep", "student"} & set(todo):
-        plan.refuse_large()
+    refuse(plan, todo)
     if "ingest" in todo and plan.source:
         for note in plan.source.notes:
             progress.note(note)
@@ -98,6 +104,8 @@ def at_work(
         progress.note(f"storage {config.storage}")
         # MLflow starts beside Ray: both take equally long, and Ray mostly waits.
         tracker = Tracker(config.tracking, config.storage, progress.note)
+        address = config.cluster.joined
+        progress.note("starting Ray ..." if address == "local" else f"joining the Ray cluster {address} ...")
         with closing(tracker), tasks.connected(config.cluster):
             tracker.greet()
             tasks.check_feasible(

@@ -1,36 +1,92 @@
-"""Texts about the state of a configuration's artifacts on disk."""
+"""The state of a configuration's artifacts on disk, for people and for programs."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from asc_ray.artifacts import Artifact, read_record
 from asc_ray.lock import is_locked
-from asc_ray.plan import failure
+from asc_ray.plan import Plan, failure
 from asc_ray.training.folder import PROGRESS
 
+_OF_EPOCH = ("epoch", "epochs", "loss", "validation_accuracy", "clips_per_second")
 
-def state_of(artifact: Artifact) -> tuple[str, str]:
-    """Return (state, folder): done, running, interrupted, failed or missing, with its progress if known."""
+
+@dataclass(frozen=True)
+class State:
+    """One artifact: `state` is done, running, interrupted, failed, missing or left out; `path` is where it lies, or
+    what there is of it, None for nothing.
+
+    `progress` has `shards` or `trials`, or of a training its figures at the last epoch, when that was `noted` and, if
+    it runs, `ends`: both as ISO 8601.
+    """
+
+    stage: str
+    name: str
+    key: str | None
+    state: str
+    path: Path | None = None
+    error: str = ""
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path) if self.path else None, "error": self.error or None}
+
+    def text(self) -> str:
+        """Return the state in words, with its error or progress."""
+        if self.error:
+            return f"{self.state}: {self.error}"
+        at = self.progress
+        if "epoch" not in at:
+            return ", ".join([self.state, *(f"{count} {what}" for what, count in at.items())])
+        parts = [self.state, f"epoch {at['epoch']}/{at['epochs']}", f"loss {at['loss']:.3f}"]
+        parts += [f"validation {100 * at['validation_accuracy']:.1f} %", f"{at['clips_per_second']:.0f} clips/s"]
+        if "ends" in at:
+            parts.append(f"ends about {datetime.fromisoformat(at['ends']):%a %H:%M}")
+        ago = time.time() - datetime.fromisoformat(at["noted"]).timestamp()
+        return ", ".join([*parts, f"{ago:.0f} s ago" if ago < 3600 else f"{ago / 3600:.1f} h ago"])
+
+
+def states(plan: Plan) -> Iterator[State]:
+    """Yield the state of every artifact, in the order of the stages, and of the systems that are left out."""
+    for stage, artifacts in plan.by_stage().items():
+        for artifact in artifacts:
+            yield state_of(artifact, stage)
+        if stage == "teachers":
+            yield from (State(stage, name, None, "left out", error=error) for name, error in plan.left_out.items())
+
+
+def state_of(artifact: Artifact, stage: str) -> State:
+    """Return the state of an artifact; `stage` is the command that makes it."""
+    own = stage, artifact.name, artifact.key
     if artifact.complete:
-        return "done", str(artifact.path)
+        return State(*own, "done", artifact.path)
     if not artifact.partial.is_dir():
-        return "missing", ""
+        return State(*own, "missing")
     if (error := failure(artifact)) is not None:
-        return f"failed: {error}", str(artifact.partial)
-    state = "running" if is_locked(artifact.storage) else "interrupted"
-    return state + _progress(artifact), str(artifact.partial)
+        return State(*own, "failed", artifact.partial, error)
+    runs = is_locked(artifact.storage)
+    return State(
+        *own, "running" if runs else "interrupted", artifact.partial, progress=_progress(artifact.partial, runs)
+    )
 
 
-def _progress(artifact: Artifact) -> str:
-    note = artifact.partial / PROGRESS
-    if entry := read_record(note):
-        text = f", epoch {entry['epoch']}/{entry['epochs']}, loss {entry['loss']:.3f}"
-        text += f", validation {100 * entry['validation_accuracy']:.1f} %, {entry['clips_per_second']:.0f} clips/s"
-        noted = note.stat().st_mtime
-        text += time.strftime(", ends about %a %H:%M", time.localtime(noted + 60 * entry["minutes_left"]))
-        ago = time.time() - noted
-        return text + (f", {ago:.0f} s ago" if ago < 3600 else f", {ago / 3600:.1f} h ago")
-    if shards := list(artifact.partial.glob("shard-*.json")) or list(artifact.partial.glob("*-*.arrow")):
-        return f", {len(shards)} shards"
-    if trials := list(artifact.partial.glob("trials/*.json")):
-        return f", {len(trials)} trials"
-    return ""
+def _progress(folder: Path, runs: bool) -> dict[str, Any]:
+    if entry := read_record(folder / PROGRESS):
+        noted = (folder / PROGRESS).stat().st_mtime
+        ends = noted + 60 * entry["minutes_left"]
+        # A training that waits for its turn, or hangs, has not ended when it was expected to.
+        expected = {"ends": _iso(ends)} if runs and ends > time.time() else {}
+        return {name: entry[name] for name in _OF_EPOCH} | {"noted": _iso(noted)} | expected
+    if shards := list(folder.glob("shard-*.json")) or list(folder.glob("*-*.arrow")):
+        return {"shards": len(shards)}
+    if trials := list(folder.glob("trials/*.json")):
+        return {"trials": len(trials)}
+    return {}
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")

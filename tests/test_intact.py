@@ -302,9 +302,9 @@ def test_a_trial_a_progress_and_a_failure_that_are_odd_are_told_from_whole_ones(
     folder = teacher.open_partial()
     keys = ("epoch", "epochs", "loss", "validation_accuracy", "clips_per_second", "minutes_left")
     write_record(folder / "progress.json", dict.fromkeys(keys, 1))
-    assert "epoch 1/1" in state_of(teacher)[0]
+    assert "epoch 1/1" in state_of(teacher, "teachers").text()
     spoil(folder / "progress.json", how)
-    assert state_of(teacher)[0] == "interrupted"
+    assert state_of(teacher, "teachers").text() == "interrupted"
     write_record(folder / "failed.json", {"error": "no luck"})
     assert failure(teacher) == "no luck"
     spoil(folder / "failed.json", how)

@@ -26,7 +26,7 @@ LAYERS = (
     {"plan", "progress"},
     {"stages"},
     {"run"},
-    {"comparison", "status"},
+    {"comparison", "preview", "status"},
     {"cli"},
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "runtime")

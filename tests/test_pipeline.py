@@ -1,6 +1,7 @@
 """The whole pipeline as a user runs it: what it leaves behind, twice the same, killed and started again."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,17 +18,20 @@ import torch
 from conftest import ROOT, TINY, command, environment, joined, processes, relabel_test_clips
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from asc_ray.artifacts import Artifact, damaged_files, read_manifest
 from asc_ray.audio.frontend import LogMel
+from asc_ray.cli import app
 from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.data.pieces import piece_file
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.ensemble.inference import Inference, infer
+from asc_ray.ensemble.stored import StoredEnsemble
 from asc_ray.ensemble.teachers import train_teacher
-from asc_ray.errors import ConfigError
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
 from asc_ray.int8.train import load_int8
 from asc_ray.models.cp_mobile import CPMobileConfig
@@ -433,6 +437,48 @@ def test_the_int8_model_is_int8_and_scores_what_the_evaluation_says(plan):
         assert set(result.per_device) == {"a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6"}
         total = sum(d.clips * d.accuracy for d in result.per_device.values())
         assert total == pytest.approx(90 * result.accuracy)
+
+
+def test_the_ensemble_predicts_what_the_evaluation_scored(finished, plan):
+    """Recordings of the test split through the command, and all of its stored clips: to the stored logits' fusion."""
+    store = ClipStore(plan.clips.path)
+    test = np.flatnonzero(store.split == "test")
+    fusion = Fusion.load(plan.fusion.path / "fusion.json")
+    logits = fusion.apply(Ensemble([read_logits(a.path) for a in plan.logits.values()], store.ids[test]).read())
+    ensemble = StoredEnsemble(finished.storage)
+    ours = ensemble.logits(store.pcm(test))
+    np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-4)
+    right = (ours.argmax(1) == store.scene[test]).mean()
+    assert right == pytest.approx(read_scores(plan.evaluation.path).systems["fusion"].accuracy)
+
+    some = range(0, len(test), 30)
+    files = [str(plan.demo.path / store.ids[test[i]]) for i in some]
+    words = ["predict", "--with", "ensemble", str(finished.storage), *files, "--format", "jsonl"]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0, said.exception
+    for line, file, fused in zip(said.stdout.splitlines(), files, logits[some], strict=True):
+        entry = json.loads(line)
+        assert (entry["filename"], entry["seconds"]) == (file, 1)
+        assert list(entry["probabilities"]) == list(plan.clips.facts()["labels"])
+        expected = torch.from_numpy(fused).softmax(0).numpy()
+        np.testing.assert_allclose(list(entry["probabilities"].values()), expected, atol=1e-4)
+
+
+def test_an_ensemble_that_is_not_whole_is_refused(finished, plan, tmp_path):
+    storage = tmp_path / "storage"
+    for stage in ("fusion", "logits", "teachers"):
+        shutil.copytree(finished.storage / stage, storage / stage)
+    with pytest.raises(UserError, match="no finished fusion, and no storage with one"):
+        StoredEnsemble(finished.storage / "clips" / plan.clips.path.name)
+    copy = storage / "fusion" / ("fusion-" + "0" * 16)
+    shutil.copytree(storage / "fusion" / plan.fusion.path.name, copy)
+    with pytest.raises(UserError, match=f"has 2 fusions; give the folder of one:\n  {copy}"):
+        StoredEnsemble(storage)
+    shutil.rmtree(copy)
+    teacher = plan.teachers["cpr_128k_fms_1"]
+    shutil.rmtree(storage / "teachers" / teacher.path.name)
+    with pytest.raises(UserError, match=f"teachers: nothing with the key {teacher.key}, .* was it deleted"):
+        StoredEnsemble(storage / "fusion" / plan.fusion.path.name)
 
 
 def test_the_student_tells_what_its_normalizations_learned(finished, plan):

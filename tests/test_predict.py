@@ -15,6 +15,7 @@ from conftest import BUNDLE_LABELS, command, noise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asc_ray.audio.recording import BadAudio, Recording
 from asc_ray.errors import UserError
 from asc_ray.predict import answer, live, seconds
 from asc_ray.runtime import Bundle
@@ -151,7 +152,8 @@ def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):
         "half.mp3: cut short: ",
         "sampler.xi: unreadable",
         "gone.wav: unreadable",
-        "phone.m4a: unreadable",
+        "phone.m4a: unreadable (MP4, which libsndfile does not decode)",
+        "ffmpeg converts most formats: ffmpeg -i broken.wav converted.wav",
     ):
         assert line in errors
     assert "left out, no sound by their suffix: 1 .raw, 1 .txt" in errors
@@ -168,6 +170,7 @@ def test_bad_files_are_named_and_the_rest_is_done(bundle, recordings):
         (("{bundle}", "-", "--format", "csv"), 1, "--format csv: DCASE's output.csv has a line a file"),
         (("{bundle}", "-", "a.wav"), 2, "standard input is one stream"),
         (("{bundle}", "-"), 1, "no samples"),
+        (("--with", "teachers", "{bundle}", "-"), 2, "--with teachers: allowed are bundle, ensemble"),
     ],
 )
 def test_wrong_commands(bundle, arguments, code, message):
@@ -246,6 +249,25 @@ def test_sound_of_another_scale_or_rate_gets_no_answer(bundle, tmp_path):
     done = run(bundle, "-", "--rate", "500", stdin=bytes(64_000))
     assert done.returncode == 1
     assert b"a rate of 500 Hz" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("length", "note"),
+    [(0.95, "0.95 s long, padded with zeros to 1 s"), (0.3, "0.30 s long, repeated to 1 s"), (1, ""), (1.5, "")],
+)
+def test_a_recording_shorter_than_a_clip_says_how_it_was_filled(bundle, tmp_path, length, note):
+    sf.write(tmp_path / "a.wav", noise(1, round(length * 44_100))[0], 44_100)
+    assert answer(Bundle(bundle), "a", tmp_path / "a.wav").note == note
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"\0\0\0\x18ftypM4A ", "MP4"), (b"\x1aE\xdf\xa3", "WebM or Matroska"), (b"0&\xb2u\x8ef\xcf\x11", "WMA")],
+)
+def test_a_foreign_format_is_named_by_its_content(tmp_path, head, kind):
+    (tmp_path / "a.wav").write_bytes(head + bytes(500))
+    with pytest.raises(BadAudio, match=f"unreadable .{kind}, which libsndfile does not decode"):
+        Recording(tmp_path / "a.wav")
 
 
 @pytest.mark.parametrize("form", ["table", "jsonl", "csv"])

@@ -30,6 +30,12 @@ UNKNOWN_BYTES = 0x7FFF0000  # this size or more means "until the end", in header
 # Channels cancel each other if their mean has less than this share of their power.
 CANCELLED = 1e-3
 
+# How recordings of formats begin that libsndfile does not decode, and where.
+_FOREIGN = {
+    (4, b"ftyp"): "MP4", (0, b"\x1aE\xdf\xa3"): "WebM or Matroska", (0, b"0&\xb2u\x8ef\xcf\x11"): "WMA",
+    (0, b"#!AMR"): "AMR", (0, b"\xff\xf1"): "AAC", (0, b"\xff\xf9"): "AAC", (0, b"MAC "): "Monkey's Audio",
+    (0, b"wvpk"): "WavPack", (0, b"DSD "): "DSD",
+}  # fmt: skip
 # libsndfile's own errors, and what soundfile raises for formats that it is told too little of.
 _ERRORS = (sf.SoundFileError, OSError, TypeError, ValueError)
 # What libsndfile notes while it opens a file: the size in the header and the real one, or the frames in the header.
@@ -72,7 +78,12 @@ class Recording:
             open_plain(path).close()  # libsndfile would wait for the end of a pipe
         except OSError as error:
             raise BadAudio(f"unreadable ({error.strerror})") from None
-        self._file = _opened(os.fsencode(path))
+        try:
+            self._file = _opened(os.fsencode(path))
+        except BadAudio:
+            if kind := _foreign(path):
+                raise BadAudio(f"unreadable ({kind}, which libsndfile does not decode)") from None
+            raise
         try:
             check_rate(self._file.samplerate)
             if self._file.channels > MOST_CHANNELS:
@@ -144,6 +155,13 @@ def _opened(source: Any) -> sf.SoundFile:
         return sf.SoundFile(source)
     except _ERRORS as error:
         raise BadAudio(_unreadable(error)) from None
+
+
+def _foreign(path: Path) -> str:
+    """Return which known format the file begins as that libsndfile does not decode; empty for none."""
+    with open_plain(path) as file:
+        head = file.read(16)
+    return next((kind for (at, magic), kind in _FOREIGN.items() if head[at:].startswith(magic)), "")
 
 
 def _unreadable(error: Exception) -> str:

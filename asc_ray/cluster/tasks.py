@@ -1,7 +1,6 @@
 """The Ray cluster that runs the pipeline: connecting to it, checking it before work starts, running tasks on it."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     An embedded cluster is shut down at the end.
     """
     # Not None: Ray would then join the cluster that was last started on this machine, or wait for it if it is dead.
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = config.joined
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -14,7 +14,7 @@ Three keys take sections from presets, which replace those of the files below; o
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,21 +52,34 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError naming the file or the key's path, what was found and what is allowed.
     """
-    path = _find(source)
-    raw = _compose(path)
+    path = find(source)
+    raw: dict[str, Any] = {}
+    for _, _, raw in steps(path, overrides):  # noqa: B007
+        pass
+    _resolve_teachers(raw, path)
+    return checked(Config, raw, str(path))
+
+
+def steps(path: Path, overrides: Sequence[str]) -> Iterator[tuple[Path | None, dict[str, Any], dict[str, Any]]]:
+    """Yield for each file of a configuration, the lowest first, and then for each override: the file, or None; its own
+    values; and the configuration up to there, before the recipes of `teachers.systems` are read."""
+    raw: dict[str, Any] = {}
+    for file, of_file in layers(path):
+        raw = _laid_over(raw, of_file, file)
+        yield file, of_file, raw
     # Presets come first, because the other overrides change them.
     for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in _PRESET_KEYS):
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY.PATH=VALUE, as in --set student.optimizer.epochs=20")
         value = read_yaml(text, f"--set {key}")
+        own: dict[str, Any] = {}
+        apply_overrides(own, {key: value})
         if key in _PRESET_KEYS:
-            section, _, name = key.partition(".")
-            raw = _laid_over(raw, {section: {name: value}}, path)
+            raw = _laid_over(raw, own, path)
         else:
             apply_overrides(raw, {key: value})
-    _resolve_teachers(raw, path)
-    return checked(Config, raw, str(path))
+        yield None, own, raw
 
 
 def checked(section: type[S], raw: Any, name: str) -> S:
@@ -77,7 +90,7 @@ def checked(section: type[S], raw: Any, name: str) -> S:
         raise ConfigError(f"{name}: {explain(error, section)}") from None
 
 
-def _find(source: str | Path, given: str = "--config", folder: Path = Path()) -> Path:
+def find(source: str | Path, given: str = "--config", folder: Path = Path()) -> Path:
     """Return the path of a file, relative to `folder`, or of the preset with this name. Raises ConfigError."""
     for path in (folder / source, PRESETS / f"{source}.yaml"):
         if _is_there(path):
@@ -97,12 +110,12 @@ def _is_there(path: Path) -> bool:
 def _compose(path: Path, named: bool = False) -> dict[str, Any]:
     """Return the file's mapping laid over its bases'. `named`: a configuration names the file, not the user."""
     whole: dict[str, Any] = {}
-    for file, raw in _layers(path, named=named):
+    for file, raw in layers(path, named=named):
         whole = _laid_over(whole, raw, file)
     return whole
 
 
-def _layers(path: Path, above: tuple[Path, ...] = (), named: bool = False) -> list[tuple[Path, dict[str, Any]]]:
+def layers(path: Path, above: tuple[Path, ...] = (), named: bool = False) -> list[tuple[Path, dict[str, Any]]]:
     """Return the mappings that make up a configuration, the lowest first, each with its file."""
     if path in above:
         raise ConfigError(f"{path}: `base` lines lead back to the file itself: {' -> '.join(map(str, above))}")
@@ -127,12 +140,12 @@ def _layers(path: Path, above: tuple[Path, ...] = (), named: bool = False) -> li
     bases = base if isinstance(base, list) else [] if base is None else [base]
     if not all(isinstance(name, str) for name in bases):
         raise ConfigError(f"{path}: base: expected a file's or a preset's name, or a list of them")
-    layers: list[tuple[Path, dict[str, Any]]] = []
+    below: list[tuple[Path, dict[str, Any]]] = []
     for name in bases:
-        layers += _layers(_find(name, f"{path}: base:", path.parent), (*above, path))
-        if len(layers) > MOST_LAYERS:
+        below += layers(find(name, f"{path}: base:", path.parent), (*above, path))
+        if len(below) > MOST_LAYERS:
             raise ConfigError(f"{path}: base: leads to more than {MOST_LAYERS} files")
-    return [*layers, (path, raw)]
+    return [*below, (path, raw)]
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,20 +214,29 @@ def _laid_over(below: Mapping[str, Any], above: dict[str, Any], path: Path) -> d
     ):
         below = {**below, "sweep": {key: own for key, own in below["sweep"].items() if key != "space"}}
     result = merged(below, above)
-    for place, sections in _PRESET_KEYS.items():
+    for place, taken in presets_of(above, path).items():
         section, _, key = place.partition(".")
-        if not isinstance(new := above.get(section), Mapping) or (name := new.get(key)) is None:
-            continue
-        if place == "student.preset":
-            taken = network_preset(str(name), path.parent)
-        elif place == "student.recipe":
-            taken = preset("recipe", str(name), ("recipes",), path.parent)
-        else:
-            taken = preset("search", str(name), ("sweep",), path.parent)
-        kept = {k: value for k, value in result[section].items() if k != key and k not in sections}
-        own = {k: value for k, value in new.items() if k in (*taken, *sections)}
+        replaced = _PRESET_KEYS[place]
+        kept = {k: value for k, value in result[section].items() if k != key and k not in replaced}
+        own = {k: value for k, value in above[section].items() if k in (*taken, *replaced)}
         result[section] = merged(merged(kept, taken), own)
     return result
+
+
+def presets_of(values: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the presets have that `values`, of the file `path`, name, by the key that names each."""
+    found = {}
+    for place in _PRESET_KEYS:
+        section, _, key = place.partition(".")
+        if not isinstance(own := values.get(section), Mapping) or (name := own.get(key)) is None:
+            continue
+        if place == "student.preset":
+            found[place] = network_preset(str(name), path.parent)
+        elif place == "student.recipe":
+            found[place] = preset("recipe", str(name), ("recipes",), path.parent)
+        else:
+            found[place] = preset("search", str(name), ("sweep",), path.parent)
+    return found
 
 
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
@@ -235,7 +257,7 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
         raise ConfigError(f"{path}: teachers.systems: a name occurs twice: {', '.join(sorted(systems))}")
     recipes = {}
     for name in systems:
-        file = _teacher_file(name, path)
+        file = teacher_file(name, path)
         recipe = _compose(file)
         model = str(_mapping(recipe.get("model", {}), f"{file}: model").get("name"))
         recipes[name] = merged(recipe, override.get(model, {}))
@@ -250,7 +272,8 @@ def _mapping(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def _teacher_file(name: str, path: Path) -> Path:
+def teacher_file(name: str, path: Path) -> Path:
+    """Return the recipe's file of a system that the configuration `path` names. Raises ConfigError."""
     if Path(name).name != name:
         raise ConfigError(f"{path}: teachers.systems: {printable(name)[:100]}: expected names, and no paths")
     folders = (path.parent / "teachers", PRESETS / "teachers")

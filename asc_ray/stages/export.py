@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from asc_ray.artifacts import Artifact, content_key, read_manifest, stored_file, stored_files, write_atomically
+from asc_ray.artifacts import (
+    Artifact,
+    content_key,
+    input_folder,
+    read_manifest,
+    stored_file,
+    stored_files,
+    write_atomically,
+)
 from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.clips import SPLITS, ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
@@ -51,7 +59,7 @@ class Origin:
         manifest = read_manifest(self.student)
         section = manifest["config"]["student"]
         if key := manifest["inputs"].get("sweep"):
-            found = stored_file(_artifact(self.storage, "sweep", key), BEST_STUDENT)
+            found = stored_file(input_folder(self.storage, "sweep", key), BEST_STUDENT)
             best = read_yaml(found.read_text(), str(found))["student"]
             section = {**best, "seed": section["seed"]}
         return StudentConfig.model_validate(section)
@@ -93,15 +101,9 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
     best = max(found, key=lambda folder: read_manifest(folder)["facts"]["validation"]["validation_macro_accuracy"])
     stored_files(best)
     storage = best.parents[1]
-    student = _artifact(storage, "students", read_manifest(best)["inputs"]["student"])
-    clips = _artifact(storage, "clips", read_manifest(student)["inputs"]["clips"])
+    student = input_folder(storage, "students", read_manifest(best)["inputs"]["student"])
+    clips = input_folder(storage, "clips", read_manifest(student)["inputs"]["clips"])
     return Origin(best, student, clips), uri
-
-
-def _artifact(storage: Path, stage: str, key: str) -> Path:
-    for folder in storage.glob(f"{stage}/*-{key}"):
-        return folder
-    raise UserError(f"{storage / stage}: nothing with the key {key}, which the model was made from; was it deleted?")
 
 
 def export_bundle(

@@ -2,8 +2,6 @@
 
 import getpass
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +15,7 @@ from asc_ray.config.composition import PRESETS, load_config
 from asc_ray.config.configuration import Config
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
 from asc_ray.plan import Plan, scores_over_seeds
+from asc_ray.provenance import commit
 from asc_ray.search.config import METRIC
 from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import ENDED_WELL, TrialResult, trial_name
@@ -214,11 +213,6 @@ def _origin() -> Mapping[str, str]:
         "asc_ray.host": os.uname().nodename,
         "asc_ray.version": version("asc-ray"),
     }
-    here = Path(__file__).parents[2]
-    if (here / ".git").exists() and (git := shutil.which("git")):
-        commit, changes = (
-            subprocess.run([git, "-C", str(here), *what], capture_output=True, text=True, check=False).stdout.strip()
-            for what in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-        tags |= {"mlflow.source.git.commit": commit, "asc_ray.dirty": str(bool(changes)).lower()}
+    if known := commit():
+        tags |= {"mlflow.source.git.commit": known.removesuffix("-dirty"), "asc_ray.dirty": str("-dirty" in known)}
     return tags

@@ -1,0 +1,93 @@
+"""A finished ensemble on any waveforms: the teachers and the fusion of a storage."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asc_ray.artifacts import artifacts_in, input_folder, read_manifest, stored_file
+from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.data.batches import waveform
+from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
+from asc_ray.ensemble.fuse import FUSION
+from asc_ray.ensemble.fusion import Fusion
+from asc_ray.errors import UserError
+from asc_ray.models.registry import folded
+from asc_ray.training.folder import load_model
+from asc_ray.training.recipe import Recipe
+
+
+class _Clip(NamedTuple):
+    sample_rate: int
+    samples: int
+
+
+class StoredEnsemble:
+    """The teachers of a finished fusion, each behind its own front end, and eq. 4 over their logits.
+
+    `run` is the folder of a fusion, or a storage that has one alone. Raises UserError where it is neither, and where a
+    teacher is not there or not as it was written.
+    """
+
+    frontend = _Clip(SAMPLE_RATE, CLIP_SAMPLES)
+
+    def __init__(self, run: Path) -> None:
+        folder = _fusion(run)
+        self.fusion = Fusion.load(stored_file(folder, FUSION))
+        self.labels = self.fusion.labels
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._front_ends: dict[FrontendConfig, LogMel] = {}
+        self._systems = [self._system(folder, name) for name in self.fusion.systems]
+
+    def _system(self, folder: Path, name: str) -> tuple[FrontendConfig, list[nn.Module]]:
+        """Return a system's front end, and its network; with cross-fitting, its networks of all folds."""
+        storage = folder.parents[1]
+        logits = input_folder(storage, "logits", read_manifest(folder)["inputs"][name])
+        keys = [key for role, key in read_manifest(logits)["inputs"].items() if role != "clips"]
+        models = []
+        for teacher in (input_folder(storage, "teachers", key) for key in keys):
+            recipe = Recipe.model_validate(read_manifest(teacher)["config"]["recipe"])
+            model = folded(load_model(teacher, recipe, len(self.labels)))
+            models.append(model.to(self._device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+        if recipe.frontend not in self._front_ends:
+            self._front_ends[recipe.frontend] = LogMel(recipe.frontend).to(self._device)
+        return recipe.frontend, models
+
+    @torch.no_grad()
+    def logits(self, waves: np.ndarray) -> np.ndarray:
+        """Map (N, 32000) int16 to the fused logits (N, K) float32. Raises UserError where one is not finite."""
+        wave = waveform(torch.from_numpy(waves).to(self._device))[:, None]
+        mels: dict[FrontendConfig, Tensor] = {}
+        each = []
+        for frontend, models in self._systems:
+            if frontend not in mels:
+                mels[frontend] = self._front_ends[frontend](wave).contiguous(memory_format=torch.channels_last)
+            each.append(torch.stack([model(mels[frontend]).float() for model in models]).mean(dim=0))
+        fused = self.fusion.apply(torch.stack(each).cpu().numpy())
+        if broken := int((~np.isfinite(fused).all(axis=1)).sum()):
+            raise UserError(f"the fused logits of {broken} of {len(fused)} seconds are not finite")
+        return fused
+
+    def probabilities(self, waves: np.ndarray) -> np.ndarray:
+        """Return the softmax of `logits`: (N, K) float32."""
+        return torch.from_numpy(self.logits(waves)).softmax(dim=1).numpy()
+
+
+def _fusion(run: Path) -> Path:
+    fusions = [artifact.path for artifact in artifacts_in(run) if artifact.stage == "fusion"]
+    if len(fusions) > 1:
+        names = "\n  ".join(map(str, fusions))
+        raise UserError(f"{run}: has {len(fusions)} fusions; give the folder of one:\n  {names}")
+    folder = fusions[0] if fusions else run.resolve()
+    try:
+        if read_manifest(folder)["stage"] == "fusion":
+            return folder
+    except UserError:
+        if fusions:
+            raise
+    raise UserError(
+        f"{run}: no finished fusion, and no storage with one; give the `storage` of a run whose stage `fuse` is done, "
+        "or the folder of its fusion, as `asc-ray status` shows it"
+    )
