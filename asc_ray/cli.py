@@ -208,6 +208,32 @@ def status(
 
 
 @app.command(rich_help_panel=LOOK)
+def track(
+    resend: Annotated[bool, typer.Option("--resend", help="Send it now.")] = False,
+    config: ConfigOption = DEFAULT_CONFIG,
+    set: SetOption = [],  # noqa: B006
+) -> None:
+    """Say how much MLflow has not been told yet; exit code 1 if --resend could not tell all of it."""
+    from asc_ray.config.composition import load_config
+    from asc_ray.lock import exclusive
+    from asc_ray.tracking.runs import resend as send
+    from asc_ray.tracking.runs import waiting
+
+    settings = load_config(config, set)
+    if resend:
+        with exclusive(settings.storage):
+            send(settings.tracking, settings.storage, typer.echo)
+    left = waiting(settings.tracking, settings.storage)
+    typer.echo(
+        f"{settings.storage}: MLflow was told everything"
+        if not left
+        else f"{settings.storage}: {left} records wait for MLflow"
+    )
+    if resend and left:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=LOOK)
 def verify(
     folders: Annotated[
         list[Path],

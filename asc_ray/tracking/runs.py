@@ -36,8 +36,7 @@ class Tracker:
     def __init__(self, config: TrackingConfig, storage: Path, say: Callable[[str], None]) -> None:
         self._config, self._storage, self._say = config, storage, say
         self.uri = config.uri or default_uri(storage)
-        server = content_key(uri=masked(self.uri), experiment=config.experiment)
-        self._file = storage / "tracking" / f"{server}.jsonl"
+        self._file = _file_of(config, storage)
         self._spool = Spool(self._file)
         self._parent: Thing | None = None
         self._wake, self._answered = threading.Event(), threading.Event()
@@ -186,3 +185,21 @@ class Tracker:
             if self._closing:
                 return
             self._wake.wait()
+
+
+def waiting(config: TrackingConfig, storage: Path) -> int:
+    """Return the number of records that this server was not sent yet."""
+    file = _file_of(config, storage)
+    return len(Spool(file)) if file.exists() else 0
+
+
+def resend(config: TrackingConfig, storage: Path, say: Callable[[str], None]) -> None:
+    """Send what waits for this server, as long as `tracking.wait_seconds` allow."""
+    if waiting(config, storage):
+        Tracker(config, storage, say).close()
+
+
+def _file_of(config: TrackingConfig, storage: Path) -> Path:
+    """Return the file of what a server is to be told; its name tells servers apart and shows no login."""
+    server = content_key(uri=masked(config.uri or default_uri(storage)), experiment=config.experiment)
+    return storage / "tracking" / f"{server}.jsonl"
