@@ -157,7 +157,7 @@ def make_figure(
     from asc_ray.progress import Progress
 
     progress = Progress()
-    if number != "2" and number != "3" and not Path(number).suffix:
+    if number not in {"2", "3"} and not Path(number).suffix:
         raise ConfigError(f"{number}: no such figure; known: 2, 3, or a YAML file in the form of configs/figures/")
     if number == "2" and dry_run:
         _run(config, set, ("corpus", "ingest"), dry_run)
