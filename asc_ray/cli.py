@@ -18,15 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-try:
-    import typer
-    import typer.core
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Column, Table
-    from rich.text import Text
-except ModuleNotFoundError as error:  # only asc-ray[runtime] is installed
-    sys.exit(f"asc-ray: {error.name} is not installed, the command line needs more: pip install 'asc-ray[train]'")
+import typer
+import typer.core
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
 
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.shown import masked, printable
@@ -428,11 +425,13 @@ def export(
 
 @app.command(rich_help_panel=MODEL)
 def predict(
-    model: Annotated[
-        Path, typer.Argument(metavar="BUNDLE|RUN", help="A folder that `asc-ray export` made; see also --with.")
-    ],
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FILES|DIR|-", help="Recordings, folders, or -: raw PCM on standard input.")
+        list[Path],
+        typer.Argument(
+            metavar="[BUNDLE|RUN] FILES|DIR|-",
+            help="A folder that `asc-ray export` made, else the model that the package brings answers; and recordings, "
+            "folders of them, or -: raw PCM on standard input.",
+        ),
     ],
     by: Annotated[
         str,
@@ -452,15 +451,21 @@ def predict(
         raise ConfigError(f"--format {format}: allowed are {', '.join(prediction.FORMATS)}")
     opened: prediction.Model
     if by == "bundle":
-        from asc_ray.runtime import Bundle
+        from asc_ray.runtime import EXAMPLE, Bundle, is_bundle
 
-        opened = Bundle(model)
+        given = is_bundle(paths[0])
+        opened = Bundle(paths.pop(0) if given else EXAMPLE)
+        if not given:
+            names = ", ".join(opened.labels)
+            typer.echo(f"asc-ray: by the example model, which knows {names}; a BUNDLE before FILES answers", err=True)
     elif by == "ensemble":
         from asc_ray.ensemble.stored import StoredEnsemble
 
-        opened = StoredEnsemble(model)
+        opened = StoredEnsemble(paths.pop(0))
     else:
         raise ConfigError(f"--with {by}: allowed are bundle, ensemble")
+    if not paths:
+        raise ConfigError("predict: no recordings are given; name files or folders behind the model, or - for a stream")
     if Path("-") in paths:
         if len(paths) > 1:
             raise ConfigError("-: standard input is one stream; give it alone")
@@ -591,6 +596,11 @@ def main(*command: str) -> None:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this code
             print("asc-ray: interrupted; the same command goes on from here", file=sys.stderr)
         raise
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "asc_ray":
+            raise
+        print(f"asc-ray: {error.name} is not installed; this command needs pip install 'asc-ray[train]'", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -10,6 +10,8 @@ import pytest
 import typer
 
 from asc_ray.cli import app
+from asc_ray.config.composition import PRESETS
+from asc_ray.config.reference import KINDS, Sections, references
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,13 +84,13 @@ def test_the_reference_is_current():
 
 def test_every_key_is_described():
     """By a description of its own, or in its section's docstring; a key that holds a section, by that one's."""
-    sections = reference.Sections()
+    sections = Sections()
     assert len(sections.classes) > 20
     missing = []
     for name, section in {"Config": sections.root, **sections.classes}.items():
         docstring = section.get("description", "")
         for field, schema in section["properties"].items():
-            held = [other for _, other in reference.references(schema, field)]
+            held = [other for _, other in references(schema, field)]
             if not (
                 schema.get("description")
                 or "const" in schema
@@ -100,8 +102,8 @@ def test_every_key_is_described():
 
 
 def test_the_reference_has_every_kind_of_preset():
-    folders = {str(file.parent.relative_to(reference.PRESETS)) for file in reference.PRESETS.rglob("*.yaml")}
-    assert folders == set(reference.KINDS)
+    folders = {str(file.parent.relative_to(PRESETS)) for file in PRESETS.rglob("*.yaml")}
+    assert folders == set(KINDS)
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
@@ -112,10 +114,10 @@ def test_keys_presets_and_commands_exist(page):
     assert [key for key in keys if not is_key(key) and not key.endswith(FILES)] == []
 
     named = re.findall(r"(?:--config |CONFIG=|^base: )([a-z][\w-]*)(?![\w./-])", code, re.M)
-    assert [name for name in named if not (reference.PRESETS / f"{name}.yaml").is_file()] == []
+    assert [name for name in named if not (PRESETS / f"{name}.yaml").is_file()] == []
     for key, folder in (("student.preset", "students"), ("student.recipe", "recipes"), ("sweep.preset", "sweep")):
         named = re.findall(rf"{re.escape(key)}[=:] ?(\w+)", code)
-        assert [name for name in named if not (reference.PRESETS / folder / f"{name}.yaml").is_file()] == []
+        assert [name for name in named if not (PRESETS / folder / f"{name}.yaml").is_file()] == []
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     used = re.findall(r"(?:^|[/|] ?)asc-ray ([a-z]\w*)", code, re.M)
