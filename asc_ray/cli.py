@@ -239,12 +239,12 @@ def verify(
 ) -> None:
     """Check exported bundles, and artifacts, or all in a storage, against their manifests; exit code 1 for damage."""
     from asc_ray.artifacts import artifacts_in, read_manifest
-    from asc_ray.runtime import CHECKSUMS, FRONTEND
+    from asc_ray.runtime import is_bundle
 
     problems: list[str] = []
     for folder in folders:
         try:
-            if any((folder / name).is_file() for name in (CHECKSUMS, FRONTEND)):
+            if is_bundle(folder):
                 _verify_bundle(folder)
             elif artifacts := artifacts_in(folder):
                 problems += _verify_storage(folder, artifacts)
@@ -599,7 +599,7 @@ def main(*command: str) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "asc_ray":
             raise
-        print(f"asc-ray: {error.name} is not installed; this command needs pip install 'asc-ray[train]'", file=sys.stderr)
+        print(f"asc-ray: {error.name} is not installed; this needs pip install 'asc-ray[train]'", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

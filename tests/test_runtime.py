@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import soundfile as sf
 import torch
 from conftest import BUNDLE_FRONTEND, BUNDLE_LABELS, ROOT, noise
 from hypothesis import given, settings
@@ -269,14 +270,14 @@ def test_the_runtime_imports_neither_torch_nor_ray_nor_mlflow(bundle):
 
 
 def test_a_fresh_environment_with_the_runtime_alone_predicts(bundle, tmp_path):
-    """`pip install asc-ray[runtime]`: NumPy and onnxruntime, and what these need."""
+    """`pip install asc-ray`: no torch and no Ray; recordings are answered, with the model that the package brings, too."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[runtime]"], check=True, timeout=600)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", ROOT], check=True, timeout=600)
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
     installed = {entry["name"] for entry in json.loads(listed.stdout)}
     assert {"asc-ray", "numpy", "onnxruntime"} <= installed
-    assert not {"torch", "ray", "mlflow", "pydantic", "soundfile", "typer"} & installed
+    assert not {"torch", "ray", "mlflow", "pydantic", "pandas"} & installed
     np.save(tmp_path / "waves.npy", noise(3))
     code = (
         "import sys, numpy as np; from asc_ray.runtime import Bundle;"
@@ -290,6 +291,12 @@ def test_a_fresh_environment_with_the_runtime_alone_predicts(bundle, tmp_path):
     assert command.returncode == 1
     assert command.stderr.strip().endswith("pip install 'asc-ray[train]'")
     assert "Traceback" not in command.stderr
+    sf.write(tmp_path / "noise.wav", noise(1)[0], 32_000)
+    for model in ([], [bundle]):
+        words = [tmp_path / "env" / "bin" / "asc-ray", "predict", *model, "noise.wav", "--format", "jsonl"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert json.loads(done.stdout)["file"] == "noise.wav"
+        assert ("by the example model, which knows" in done.stderr) == (not model)
 
 
 def test_the_bundle_is_small(bundle):

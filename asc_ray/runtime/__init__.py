@@ -26,6 +26,7 @@ from asc_ray.shown import printable
 
 MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json", "SHA256SUMS"
 NEEDED = (MODEL, FRONTEND, LABELS)
+EXAMPLE = Path(__file__).parent / "example"  # a bundle that the package brings
 PRODUCER = "asc-ray"  # in the ONNX file's metadata, beside the same labels and front end as in the JSON files
 _MOST_TEXT = 1 << 20  # bytes of a list of checksums, a front end or a list of labels
 _MOST_OTHER = 1 << 24  # of a file that is only compared, such as the card
@@ -117,6 +118,11 @@ class Bundle:
         for file in (FRONTEND, LABELS):
             if _json(folder / MODEL, model.metadata.get(file, "null")) != _json(folder / file, content[file]):
                 raise UserError(f"{folder}: {file} is not what {MODEL} was exported with; export the bundle again")
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder is meant as a bundle: it has one of its files, sound or not."""
+    return any((folder / name).exists() for name in (CHECKSUMS, *NEEDED))
 
 
 def verify(folder: Path) -> dict[str, Any]:
