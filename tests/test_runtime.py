@@ -270,7 +270,7 @@ def test_the_runtime_imports_neither_torch_nor_ray_nor_mlflow(bundle):
 
 
 def test_a_fresh_environment_with_the_runtime_alone_predicts(bundle, tmp_path):
-    """`pip install asc-ray`: no torch and no Ray; recordings are answered, with the model that the package brings, too."""
+    """`pip install asc-ray`: no torch and no Ray; the model that the package brings answers, too."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", ROOT], check=True, timeout=600)
