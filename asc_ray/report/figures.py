@@ -76,7 +76,7 @@ def logarithmic(axes: Axes) -> None:
     """Make the x axis logarithmic, with plain numbers at the powers of ten, and at 2 and 5 of a narrow range."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(lambda value, _: plain(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -251,15 +251,14 @@ def energy_histogram(energies: np.ndarray, threshold: float | None) -> Figure:
     above = np.zeros(len(counts), bool) if threshold is None else edges[:-1] >= threshold
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=np.where(above, PALETTE[1], ACCENT), alpha=0.85)
     axes.set_xlim(edges[0], edges[-1])
-    logarithmic(axes)
     axes.set(xlabel="energy of the one-second clip, sum of squared samples at 32 kHz", ylabel="training clips a bin")
     axes.grid(axis="y")
     if threshold is not None:
         share = 100 * float((energies > threshold).mean())
-        left, right = axes.get_xlim()
-        axes.set_xlim(min(left, threshold / 2), max(right, threshold * 2))
+        axes.set_xlim(min(edges[0], threshold / 2), max(edges[-1], threshold * 2))
         axes.axvline(threshold, color=INK, lw=1.3, ls="--")
         axes.set_title(f"threshold {plain(threshold, 4)}: {share:.1f} % of the clips lie above (orange)", loc="left")
+    logarithmic(axes)
     return figure
 
 

@@ -25,7 +25,8 @@ def sweep(trials: Sequence[Tried]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.0 + 2.1 * rows))
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.35] + [1.0] * rows)
     course = figure.add_subplot(grid[0, :])
-    values = [100 * t.value for t in trials if t.result.has_value] or [0.0]
+    known = [t for t in trials if t.result.has_value]
+    values = [100 * (t.value + end * (t.deviation or 0.0)) for t in known for end in (-1, 1)] or [0.0]
     margin = 0.08 * (max(values) - min(values)) + 0.5
     floor = min(values) - margin  # trials without a value are drawn here, because their 0 would stretch the scale
     course.set_ylim(floor, max(values) + margin)
