@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,10 @@ def _corpus_tags(plan: Plan) -> dict[str, str]:
 @cache
 def _origin() -> Mapping[str, str]:
     """Return where a run comes from: command, version, commit, user, host; in MLflow's names where it has them."""
-    command = masked(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     tags = {
-        "mlflow.source.name": command,
+        "mlflow.source.name": " ".join(takewhile(lambda word: not word.startswith("-"), words)),  # MLflow cuts at a /
+        "asc_ray.command": masked(" ".join(words)),
         "mlflow.source.type": "JOB" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "LOCAL",
         "mlflow.user": getpass.getuser(),
         "asc_ray.host": os.uname().nodename,
