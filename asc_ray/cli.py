@@ -239,12 +239,12 @@ def verify(
 ) -> None:
     """Check exported bundles, and artifacts, or all in a storage, against their manifests; exit code 1 for damage."""
     from asc_ray.artifacts import artifacts_in, read_manifest
-    from asc_ray.runtime import is_bundle
+    from asc_ray.runtime import CHECKSUMS, FRONTEND
 
     problems: list[str] = []
     for folder in folders:
         try:
-            if is_bundle(folder):
+            if any((folder / name).is_file() for name in (CHECKSUMS, FRONTEND)):
                 _verify_bundle(folder)
             elif artifacts := artifacts_in(folder):
                 problems += _verify_storage(folder, artifacts)
@@ -453,7 +453,8 @@ def predict(
     if by == "bundle":
         from asc_ray.runtime import EXAMPLE, Bundle, is_bundle
 
-        given = is_bundle(paths[0])
+        # What is not there was meant as a model, if recordings are behind it.
+        given = is_bundle(paths[0]) or (len(paths) > 1 and str(paths[0]) != "-" and not paths[0].exists())
         opened = Bundle(paths.pop(0) if given else EXAMPLE)
         if not given:
             names = ", ".join(opened.labels)

@@ -11,7 +11,7 @@ from asc_ray.errors import UserError
 from asc_ray.evaluation import scores as evaluation
 from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.groups import device_groups
-from asc_ray.evaluation.scores import Evaluation, evaluate, log_posteriors
+from asc_ray.evaluation.scores import Evaluation, evaluate, guessed, log_posteriors
 
 LABELS = ["airport", "bus", "park"]
 
@@ -137,3 +137,9 @@ def test_what_is_refused():
 
 def test_docstring_example():
     assert doctest.testmod(evaluation).failed == 0
+
+
+def test_guessing_seldom_reaches_what_is_said():
+    right = np.random.default_rng(0).binomial(90, 1 / 10, 10_000) / 90
+    assert 0.005 < np.mean(right > guessed(10, 90)) < 0.05
+    assert guessed(2, 10**9) == pytest.approx(0.5, abs=1e-3)

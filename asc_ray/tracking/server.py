@@ -29,7 +29,7 @@ RUN_TAG = "asc_ray.run"
 KEY_TAG = "asc_ray.key"
 KIND_TAG = "asc_ray.kind"
 STORAGE_TAG = "asc_ray.storage"
-# MLflow's pages are of runs and curves with it, and of prompts and traces without.
+# Where MLflow's pages have no switch between model training and GenAI, they go by it.
 _KIND_OF_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 _MOST_METRICS, _MOST_PARAMETERS, _MOST_CHARACTERS = 1000, 100, 6000  # the protocol's limits
 # Another attempt would end as this one.
