@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
-from conftest import TINY, command, environment, joined
+from conftest import ROOT, TINY, command, environment, joined
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -99,19 +100,20 @@ def test_the_card_has_sizes_devices_operators_and_lineage(exported, storage):
 
 
 def test_mlflow_serves_the_champion(exported, storage, tmp_path):
+    """By the line of docs/delivery.md as it stands, from any folder."""
     out, _ = exported
     waves = 0.1 * np.random.default_rng(0).standard_normal((2, 32_000), dtype=np.float32)
     (tmp_path / "waves.json").write_text(json.dumps({"inputs": waves.tolist()}))
+    page = (ROOT / "docs" / "delivery.md").read_text()
+    (line,) = re.findall(r"^mlflow models predict .*$", page, re.M)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [
-            sys.executable, "-m", "mlflow", "models", "predict", "--model-uri", "models:/asc-ray@champion",
-            "--env-manager", "local", "--input-path", tmp_path / "waves.json", "--output-path", tmp_path / "out.json",
-        ],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-        env=environment() | {"MLFLOW_TRACKING_URI": default_uri(storage), "PATH": os.environ["PATH"]},
+        ["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=environment() | {"MLFLOW_TRACKING_URI": default_uri(storage), "PATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "out.json").read_text())["predictions"]
+    rows = json.loads(done.stdout)["predictions"]
+    assert {path.name for path in tmp_path.iterdir()} == {"waves.json"}, "no stray database"
     bundle = Bundle(out)
     for row, expected in zip(rows, bundle.probabilities(waves), strict=True):
         assert row.pop("scene_label") == bundle.labels[expected.argmax()]
@@ -131,6 +133,12 @@ def test_the_run_keeps_its_end_and_has_the_model(exported, storage, finished):
     model = mlflow.models.get_model_info("models:/asc-ray@champion")
     assert model.signature.inputs.inputs[0].shape == (-1, 32_000)
     assert model.saved_input_example_info is not None
+
+
+def test_a_copy_s_model_lies_in_the_copy(exported, storage, finished):
+    """The storage of these tests is one."""
+    assert list((storage / "mlartifacts").rglob("model.onnx"))
+    assert not list((finished.storage / "mlartifacts").rglob("SHA256SUMS"))
 
 
 def test_the_better_one_becomes_champion(exported, storage):

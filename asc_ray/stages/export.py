@@ -35,6 +35,7 @@ from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
 from asc_ray.tracking.config import default_uri
 from asc_ray.tracking.lookup import artifacts_of, runs_of
+from asc_ray.tracking.moved import follow
 from asc_ray.tracking.registry import check_name, register
 
 
@@ -121,6 +122,8 @@ def export_bundle(
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
         raise taken
     origin, uri = find(run, uri, default_storage)
+    if uri == default_uri(origin.storage):
+        follow(origin.storage)
     store, config = open_clips(origin.clips), origin.config()
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)

@@ -31,5 +31,8 @@ class TrackingConfig(Section):
         return value and masked(value)
 
 
+DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"  # in a storage, where no server is configured
+
+
 def default_uri(storage: Path) -> str:
-    return f"sqlite:///{storage / 'mlflow.db'}"
+    return f"sqlite:///{storage / DATABASE}"

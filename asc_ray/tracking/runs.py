@@ -16,7 +16,8 @@ from typing import Any
 from asc_ray.artifacts import content_key
 from asc_ray.errors import UserError
 from asc_ray.shown import masked
-from asc_ray.tracking.config import TrackingConfig, default_uri
+from asc_ray.tracking.config import ARTIFACTS, TrackingConfig, default_uri
+from asc_ray.tracking.moved import follow
 from asc_ray.tracking.spool import Spool
 from asc_ray.tracking.things import Thing, first_line
 
@@ -158,7 +159,9 @@ class Tracker:
                 if server is None:
                     from asc_ray.tracking.server import Server  # mlflow takes seconds to import
 
-                    files = None if self._config.uri else (self._storage / "mlartifacts").as_uri()
+                    files = None if self._config.uri else (self._storage / ARTIFACTS).as_uri()
+                    if files:
+                        follow(self._storage)
                     server = Server(self.uri, self._config.experiment, self._storage, files, self._say)
                     self._answered.set()
                 if records := self._spool.unsent():

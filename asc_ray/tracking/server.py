@@ -67,11 +67,6 @@ class Server:
     def _connect(self) -> None:
         client, name = self._client, self._experiment
         found = client.get_experiment_by_name(name)
-        if found and self._files and (old := found.artifact_location) != self._files:
-            # The storage was copied or moved, and this experiment's files are where it was. All is told anew here.
-            client.rename_experiment(found.experiment_id, f"{name} of {old}")
-            self._say(f"MLflow's experiment {name} has its files in {old}, so it is now called {name} of {old}")
-            found = None
         if found is None:
             self._id = client.create_experiment(name, self._files, _KIND_OF_EXPERIMENT)
         else:
