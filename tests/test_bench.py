@@ -62,6 +62,7 @@ def test_training(clips):
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+@pytest.mark.campaign
 def test_sweep(clips):
     output = run("sweep", clips, "--trials", 3, "--seconds", 1, "--only", "time")
     busy = re.search(r"3 trials of .* in 2 slots.*slots busy with training: ([\d.]+) %", output, re.DOTALL)
@@ -142,6 +143,7 @@ def test_int8():
         assert 0 < float(median) <= float(late)
 
 
+@pytest.mark.campaign
 def test_gpu_without_one(tmp_path):
     output = run(
         "gpu",

@@ -23,7 +23,8 @@ TWELVE = [
 @pytest.mark.parametrize("name", [path.stem for path in sorted(PRESETS.glob("*.yaml"))])
 def test_every_preset_loads_and_has_the_twelve_teachers(name):
     config = load_config(name)
-    assert list(config.teachers.recipes) == TWELVE
+    small = [name.replace("passt", "bsconv") for name in TWELVE]  # where a PaSST learns little
+    assert list(config.teachers.recipes) == (TWELVE if name in ("tau22", "demo") else small)
     assert config.storage.is_absolute()
 
 

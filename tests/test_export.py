@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, TINY, command, environment, joined
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -79,6 +80,8 @@ def test_the_card_has_sizes_devices_operators_and_lineage(exported, storage):
     facts, cost = read_manifest(int8)["facts"], read_manifest(student)["facts"]
     assert f"| int8 weights, bytes | {facts['bytes']['int8']:,} |" in card
     assert f"| parameters, before batch norms were folded | {cost['parameters']:,} |" in card
+    used = yaml.safe_load(card.partition("```yaml")[2].partition("```")[0])
+    assert used == read_manifest(student)["facts"]["recipe"]
     for device in ("| a | 10 |", "| (s6) | 10 |", "| all | 90 |"):
         assert device in card
     assert re.search(r"\| `aten.conv2d.default` \| int8 \| \d+ \|", card)
@@ -255,6 +258,7 @@ def test_without_a_run_nothing_is_registered(exported, storage, tmp_path):
     assert (tmp_path / "out" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
 
 
+@pytest.mark.campaign
 def test_post_training_quantization_is_exported_like_any(exported, storage, tmp_path):
     """Another int8 form of the same student, from ranges alone."""
     arguments = ("--config", TINY, "--set", f"storage={storage}", "--set", "qat.epochs=0")

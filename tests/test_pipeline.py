@@ -126,6 +126,7 @@ def test_two_workers_train_one_teacher(finished, plan, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
 
 
+@pytest.mark.campaign
 def test_how_clips_are_delivered_is_in_no_key_and_changes_no_bit(finished, plan, tmp_path):
     """A student trained from a stream, logits from a node's own copy of the clips."""
     storage = tmp_path / "storage"
@@ -347,6 +348,7 @@ def test_what_the_clips_cannot_give_is_refused_before_a_teacher_trains(finished,
         assert not list(storage.glob("teachers/*"))
 
 
+@pytest.mark.campaign
 def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_it(finished, plan, tmp_path):
     storage = tmp_path / "storage"
     shutil.copytree(finished.storage, storage, ignore=shutil.ignore_patterns("mlflow.db"))

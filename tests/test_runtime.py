@@ -277,7 +277,7 @@ def test_a_fresh_environment_with_the_runtime_alone_predicts(bundle, tmp_path):
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
     installed = {entry["name"] for entry in json.loads(listed.stdout)}
     assert {"asc-ray", "numpy", "onnxruntime"} <= installed
-    assert not {"torch", "ray", "mlflow", "pydantic", "pandas"} & installed
+    assert not {"torch", "ray", "mlflow", "pandas"} & installed
     np.save(tmp_path / "waves.npy", noise(3))
     code = (
         "import sys, numpy as np; from asc_ray.runtime import Bundle;"

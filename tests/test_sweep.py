@@ -238,6 +238,7 @@ def test_a_trial_without_a_network_fails_before_it_starts(tmp_path):
     assert not any(reason(*(parameters[key] for key in sorted(space))) for parameters in started)
 
 
+@pytest.mark.campaign
 def test_a_trial_whose_worker_dies_too_often_is_left_for_the_next_command(storage):
     """What killed the worker says nothing of the trial's parameters, so it is no result of the search."""
     overrides = [f"sweep.space={{{RATE}}}", "sweep.trials=2", "sweep.epochs=3", "cluster.retries=0"]

@@ -36,6 +36,7 @@ class Card:
     corpus_notes: Sequence[str]
     splits: Mapping[str, tuple[int, int]]
     fingerprint: str
+    recipe: str  # YAML
     license: str
     lineage: Mapping[str, str]
     operators: Sequence[tuple[str, str, int]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from asc_ray.artifacts import (
     Artifact,
@@ -210,6 +211,7 @@ def _card(
         corpus_notes=clips["facts"]["corpus_notes"],
         splits={split: (int(rows.sum()), len(set(store.place[rows]))) for split, rows in by_split.items()},
         fingerprint=store.corpus,
+        recipe=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         license=license,
         lineage=lineage,
         operators=operators,

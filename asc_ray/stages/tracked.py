@@ -1,6 +1,7 @@
 """What MLflow is told about a plan's artifacts."""
 
 import getpass
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -178,7 +179,8 @@ def differences(config: Config) -> dict[str, Value]:
     Recipes and a search's space are left out, because the runs of teachers and trials have theirs.
     """
     own = _whole(config)
-    presets = {file.stem: _whole(load_config(file)) for file in sorted(PRESETS.glob("*.yaml"))}
+    own_storage = [f"storage={json.dumps(str(config.storage))}"]  # a preset's own is relative, which a Ray job refuses
+    presets = {file.stem: _whole(load_config(file, own_storage)) for file in sorted(PRESETS.glob("*.yaml"))}
     differing = {
         name: {key: value for key, value in own.items() if values.get(key) != value} for name, values in presets.items()
     }

@@ -52,6 +52,7 @@ class _Known:
         self.key: str = run.data.tags.get(KEY_TAG, "") if run else ""
         self.end: int = (run.info.end_time or 0) if run else 0
         self.epoch: int | None = None if run else 0
+        self.metrics: dict[str, float] = dict(run.data.metrics) if run else {}  # the last values
 
 
 class Server:
@@ -174,7 +175,7 @@ class Server:
             self._client.log_inputs(known.id, [DatasetInput(Dataset(**corpus))])
 
     def _log(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Log metrics; an epoch that the run has from before is left out, because a resumed training reports it."""
+        """Log metrics, without epochs and final figures that the run has from before."""
         run = self._runs[records[0]["run"]]
         entries, last = [], run.epoch
         for record in records:
@@ -186,6 +187,9 @@ class Server:
                 if record["step"] <= last:
                     continue
                 last = record["step"]
+            else:  # every command tells the final figures
+                metrics = {name: value for name, value in metrics.items() if run.metrics.get(name) != value}
+                run.metrics |= metrics
             entries += [Metric(name, value, record["time"], record["step"]) for name, value in metrics.items()]
         for start in range(0, len(entries), _MOST_METRICS):
             self._client.log_batch(run.id, metrics=entries[start : start + _MOST_METRICS])

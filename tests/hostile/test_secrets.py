@@ -130,7 +130,7 @@ def test_odd_names_are_text_in_a_card():
         Card(
             title="t", version="1", network="n", labels=ODD, input=(1, 1, 2, 3), bytes=sizes, scores=scores,
             float_scores=None, unseen=ODD[1:], validation=0.5, agreement=agreement, corpus="<b>", fingerprint="f",
-            license="<b>", corpus_notes=ODD, splits={"train": (1, 1)},
+            recipe="", license="<b>", corpus_notes=ODD, splits={"train": (1, 1)},
             lineage={"<b>": "key"}, operators=(), **figures,
         )
     )  # fmt: skip
