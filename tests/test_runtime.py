@@ -295,7 +295,7 @@ def test_a_fresh_environment_with_the_runtime_alone_predicts(bundle, tmp_path):
     for model in ([], [bundle]):
         words = [tmp_path / "env" / "bin" / "asc-ray", "predict", *model, "noise.wav", "--format", "jsonl"]
         done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
-        assert json.loads(done.stdout)["file"] == "noise.wav"
+        assert json.loads(done.stdout)["filename"] == "noise.wav"
         assert ("by the example model, which knows" in done.stderr) == (not model)
 
 
