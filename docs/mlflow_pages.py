@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mlflow.tracking import MlflowClient
-from screenshots import NoBrowser, browser
+from screenshots import browser, from_command_line
 
 from asc_ray.tracking.config import default_uri
 
@@ -112,7 +112,4 @@ def main(storage: Path, pictures: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
-    except NoBrowser as reason:
-        print(f"not checked: {reason}")
+    from_command_line(main)

@@ -7,7 +7,7 @@ It needs `pip install playwright`, and a Chromium: Debian's package, or `playwri
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,13 @@ def main(report: Path, pictures: Path | None) -> None:
                 print(f"{width} px, {scheme}: as it should be")
 
 
-if __name__ == "__main__":
+def from_command_line(main: Callable[[Path, Path | None], None]) -> None:
+    """Call `main` with what is looked at and the folder for pictures; without a browser, say why nothing is checked."""
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
     except NoBrowser as reason:
         print(f"not checked: {reason}")
+
+
+if __name__ == "__main__":
+    from_command_line(main)

@@ -1,6 +1,5 @@
 """A storage's contents as a table for notebooks: one row a finished artifact, with its scores."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from asc_ray.artifacts import MANIFEST, Artifact
+from asc_ray.artifacts import MANIFEST, Artifact, artifacts_in
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
 
@@ -28,7 +27,6 @@ COLUMNS = {
     "log_loss": "float64",
     "problem": "str",
 }
-_FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{16})")
 
 
 def results(storage: str | Path) -> pd.DataFrame:
@@ -46,16 +44,13 @@ def results(storage: str | Path) -> pd.DataFrame:
     storage = Path(storage)
     if not storage.is_dir():
         raise UserError(f"{storage}: no such folder; give the `storage` of a configuration")
-    folders = [folder for folder in storage.glob("*/*") if folder.is_dir() and _FOLDER.fullmatch(folder.name)]
-    rows = [_row(storage, folder) for folder in folders]
+    rows = [_row(artifact) for artifact in artifacts_in(storage)]
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     return table.sort_values(["finished", "path"], ignore_index=True)
 
 
-def _row(storage: Path, folder: Path) -> dict[str, Any]:
-    found = _FOLDER.fullmatch(folder.name)
-    assert found is not None
-    artifact = Artifact(storage, folder.parent.name, found["name"], found["key"], {}, {})
+def _row(artifact: Artifact) -> dict[str, Any]:
+    folder = artifact.path
     row: dict[str, Any] = {"stage": artifact.stage, "name": artifact.name, "key": artifact.key, "path": str(folder)}
     row |= {"model": "", "problem": ""}
     try:
