@@ -21,7 +21,9 @@ from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
 from asc_ray.plan import dump
 from asc_ray.tracking.config import TrackingConfig, default_uri
+from asc_ray.tracking.moved import follow
 from asc_ray.tracking.runs import Tracker
+from asc_ray.tracking.spool import Spool
 from asc_ray.tracking.things import Thing, parameters
 
 PARENT = Thing("demo", "k", "pipeline")
@@ -221,7 +223,70 @@ def test_another_server_gets_what_was_made_before(tmp_path):
     client = MlflowClient(default_uri(tmp_path))
     history = client.get_metric_history(found["teacher"].info.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
+    assert len(client.get_metric_history(found["teacher"].info.run_id, "test/accuracy")) == 1
     assert len(all_runs(default_uri(tmp_path))) == 2
+
+
+def test_a_tag_is_set_changed_and_removed(tmp_path):
+    commands = [
+        [{"state": "running", "error": "no room"}],
+        [{"state": "complete", "error": None, "never": None}],
+        [{"error": "again"}, {"error": None}, {"error": "again"}],
+    ]
+    found = []
+    for command in commands:
+        with tracker(tmp_path) as t:
+            t.whole(TEACHER)
+            for tags in command:
+                t.tag(TEACHER, tags)
+        tags = runs(tmp_path)["teacher"].data.tags
+        found.append({name: tags.get(name) for name in ("state", "error", "never")})
+    assert [one["state"] for one in found] == ["running", "complete", "complete"]
+    assert [one["error"] for one in found] == ["no room", None, "again"]
+    assert {one["never"] for one in found} == {None}
+
+
+def test_a_record_that_a_crash_has_cut_spoils_no_other(tmp_path):
+    whole, cut = b'{"number": 1}\n', b'{"number": 2, "me'
+    (tmp_path / "spool").write_bytes(whole + cut)
+    spool = Spool(tmp_path / "spool")
+    spool.append({"number": 3}, durable=True)
+    assert [record["number"] for record in spool.unsent()] == [1, 3]
+    spool.sent()
+    assert (tmp_path / "spool").read_bytes() == b""
+
+
+def test_what_waits_for_a_deleted_parent_is_sent_without_it(tmp_path):
+    said = []
+    with tracker(tmp_path) as t:
+        t.start(HALF)
+    client = MlflowClient(default_uri(tmp_path))
+    client.delete_run(runs(tmp_path)["demo"].info.run_id)
+    with closing(Tracker(TrackingConfig(), tmp_path, said.append)) as later:
+        later._parent = PARENT
+        later.start(TEACHER)
+        later.end(TEACHER)
+    assert said == []
+    assert "mlflow.parentRunId" not in runs(tmp_path)["teacher"].data.tags
+
+
+def test_a_store_that_is_none_is_named(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError, match=r"mlflow\.db: cannot be read as MLflow's store .*move it away"):
+        follow(tmp_path)
+
+
+def test_a_server_that_is_silent_is_named_and_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("asc_ray.tracking.runs.GREETING_SECONDS", 0.2)
+    said = []
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with closing(Tracker(TrackingConfig(uri=uri, wait_seconds=0.0), tmp_path, said.append)) as t:
+            t.greet()
+    assert len(said) == 1
+    assert f"MLflow at {uri}, which has not answered yet; the run goes on" in said[0]
 
 
 def test_a_copied_storage_has_its_files_in_itself(tmp_path):

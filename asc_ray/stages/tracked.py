@@ -23,14 +23,14 @@ from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import ENDED_WELL, TrialResult, trial_name
 from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
-from asc_ray.tracking.runs import ERROR_TAG, Tracker
-from asc_ray.tracking.things import Thing, Value, curves, figures, parameters
+from asc_ray.tracking.runs import Tracker
+from asc_ray.tracking.things import ERROR_TAG, Thing, Value, curves, figures, parameters
 from asc_ray.training.recipe import Recipe
 
 
 def pipeline_thing(plan: Plan, name: str, key: str, kind: str = "pipeline") -> Thing:
     """Return the parent run of a plan's configuration; its parameters are those that differ from the nearest preset."""
-    return Thing(name, key, kind, differences(plan.config), {**_origin(), **_corpus_tags(plan)}, _dataset(plan))
+    return _thing(plan, name, key, kind, differences(plan.config))
 
 
 def teacher_thing(plan: Plan, name: str) -> Thing:
@@ -53,7 +53,7 @@ def student_thing(plan: Plan, name: str, called: str = "", below: str = "") -> T
 def fusion_thing(plan: Plan) -> Thing:
     own = {**parameters(plan.config.fusion, "fusion."), **parameters(plan.config.partition, "partition.")}
     own["systems"] = len(plan.trainings)
-    return Thing("fusion", plan.fusion.key, "fusion", own, {**_origin(), **_corpus_tags(plan)}, _dataset(plan))
+    return _thing(plan, "fusion", plan.fusion.key, "fusion", own)
 
 
 def trial_thing(plan: Plan, trial: Mapping[str, Any]) -> Thing:
@@ -140,7 +140,7 @@ def _tell_scores(plan: Plan, tracker: Tracker) -> None:
             thing = teacher_thing(plan, name)
         else:
             key = plan.logits[name].key if name in plan.logits else plan.evaluation.key
-            thing = Thing(name, key, "average", {}, {**_origin(), **_corpus_tags(plan)}, _dataset(plan))
+            thing = _thing(plan, name, key, "average", {})
             tracker.whole(thing)
         tracker.log(thing, figures(scores))
     for name, artifact in plan.evaluations.items():
@@ -170,7 +170,13 @@ def _of_recipe(plan: Plan, name: str, artifact: Artifact, kind: str, recipe: Rec
     config = plan.config
     resources = config.teachers.resources_of(recipe) if kind == "teacher" else config.student_resources
     tags["asc_ray.device"] = "gpu" if resources.gpus else "cpu"
-    return Thing(name, artifact.key, kind, own, {**tags, **_origin(), **_corpus_tags(plan)}, _dataset(plan))
+    thing = _thing(plan, name, artifact.key, kind, own)
+    return replace(thing, tags={**thing.tags, **tags})
+
+
+def _thing(plan: Plan, name: str, key: str, kind: str, own: Mapping[str, Value]) -> Thing:
+    """Return a run with the tags and the corpus that all runs of a plan have."""
+    return Thing(name, key, kind, own, {**_origin(), "asc_ray.corpus": plan.clips.name}, _dataset(plan))
 
 
 def differences(config: Config) -> dict[str, Value]:
@@ -199,10 +205,6 @@ def _dataset(plan: Plan) -> dict[str, str] | None:
         return None
     root = "demo" if plan.demo else str(plan.config.corpus.path)
     return {"name": plan.clips.facts()["corpus"], "digest": plan.clips.key, "source_type": "local", "source": root}
-
-
-def _corpus_tags(plan: Plan) -> dict[str, str]:
-    return {"asc_ray.corpus": plan.clips.name}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Questions to a tracking server, for `asc-ray export` and `asc-ray status`."""
+"""Questions to a tracking server, for `asc-ray export`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +9,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from asc_ray.errors import UserError
 from asc_ray.shown import masked
-from asc_ray.tracking.server import KEY_TAG, STORAGE_TAG
-from asc_ray.tracking.things import first_line
+from asc_ray.tracking.things import KEY_TAG, STORAGE_TAG, first_line
 
 
 def artifacts_of(uri: str, run_id: str) -> list[tuple[Path, str]]:

@@ -19,9 +19,8 @@ from asc_ray.shown import masked
 from asc_ray.tracking.config import ARTIFACTS, TrackingConfig, default_uri
 from asc_ray.tracking.moved import follow
 from asc_ray.tracking.spool import Spool
-from asc_ray.tracking.things import Thing, first_line
+from asc_ray.tracking.things import ERROR_TAG, KEY_TAG, KIND_TAG, Thing, first_line
 
-ERROR_TAG = "asc_ray.error"
 GREETING_SECONDS = 15.0
 # One thread at a time sends a file's records: a run's last attempt may outlive it, while the next run begins.
 _SENDING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
@@ -76,7 +75,7 @@ class Tracker:
         `configuration` is YAML.
         """
         self._tell("take over", thing, complete=sorted(complete))
-        self._open(thing)
+        self.start(thing)
         self._parent = thing
         self.tag(thing, {ERROR_TAG: None})
         self._tell("text", thing, text=configuration, path="config.yaml")
@@ -101,7 +100,7 @@ class Tracker:
 
     def start(self, thing: Thing) -> None:
         """Open or resume the thing's run below the parent."""
-        self._open(thing)
+        self._tell("open", thing, **self._about(thing))
 
     def log(self, thing: Thing, metrics: Mapping[str, float], step: int = 0, epoch: bool = False) -> None:
         """Log metrics at a step; an `epoch` that the run has from before is not logged again."""
@@ -125,13 +124,10 @@ class Tracker:
         """Make the run of what has ended on a server that does not have it ended, with its curve by epoch."""
         self._tell("whole", thing, curve=list(curve), status=status, **self._about(thing))
 
-    def _open(self, thing: Thing) -> None:
-        self._tell("open", thing, **self._about(thing))
-
     def _about(self, thing: Thing) -> dict[str, Any]:
         return {
             "name": thing.name,
-            "tags": {"asc_ray.key": thing.key, "asc_ray.kind": thing.kind, **thing.tags},
+            "tags": {KEY_TAG: thing.key, KIND_TAG: thing.kind, **thing.tags},
             "parameters": dict(thing.parameters),
             "below": self._parent.run if self._parent else None,
             "corpus": thing.corpus,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, ViewType
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from asc_ray.tracking.things import first_line
+from asc_ray.tracking.things import KEY_TAG, RUN_TAG, STORAGE_TAG, first_line
 
 # Messages about database migrations do not help the user of a pipeline.
 for _name in ("alembic", "mlflow"):
@@ -25,10 +25,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
-RUN_TAG = "asc_ray.run"
-KEY_TAG = "asc_ray.key"
-KIND_TAG = "asc_ray.kind"
-STORAGE_TAG = "asc_ray.storage"
 # Where MLflow's pages have no switch between model training and GenAI, they go by it.
 _KIND_OF_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 _MOST_METRICS, _MOST_PARAMETERS, _MOST_CHARACTERS = 1000, 100, 6000  # the protocol's limits
@@ -44,7 +40,7 @@ _FOR_GOOD = (
 
 
 class _Known:
-    """A run on the server, and the last epoch that it has; None where only the server knows."""
+    """A run on the server. `epoch`: the last one that it has; None where only the server knows."""
 
     def __init__(self, run: Run | None = None) -> None:
         self.id: str = run.info.run_id if run else ""
@@ -53,6 +49,7 @@ class _Known:
         self.end: int = (run.info.end_time or 0) if run else 0
         self.epoch: int | None = None if run else 0
         self.metrics: dict[str, float] = dict(run.data.metrics) if run else {}  # the last values
+        self.tags: dict[str, str] = dict(run.data.tags) if run else {}
 
 
 class Server:
@@ -156,7 +153,7 @@ class Server:
         name, known = record["run"], self._runs.get(record["run"])
         self._opened[name] = dict(record)
         tags = dict(record["tags"])
-        if parent := record["below"]:
+        if (parent := record["below"]) in self._runs:  # somebody may have deleted it
             tags[MLFLOW_PARENT_RUN_ID] = self._runs[parent].id
         if known and (known.status != "FINISHED" or not parent or record["time"] <= known.end):
             if known.status != "RUNNING" and record["time"] > known.end:
@@ -167,7 +164,7 @@ class Server:
         tags |= {STORAGE_TAG: str(self._storage), RUN_TAG: name}
         run = self._client.create_run(self._id, record["time"], tags, record["name"])
         self._runs[name] = known = _Known()
-        known.id, known.status, known.key = run.info.run_id, "RUNNING", tags[KEY_TAG]
+        known.id, known.status, known.key, known.tags = run.info.run_id, "RUNNING", tags[KEY_TAG], tags
         parameters = [Param(_named(key), str(value)[:_MOST_CHARACTERS]) for key, value in record["parameters"].items()]
         for start in range(0, len(parameters), _MOST_PARAMETERS):
             self._client.log_batch(known.id, params=parameters[start : start + _MOST_PARAMETERS])
@@ -196,13 +193,15 @@ class Server:
         run.epoch = last
 
     def _tag(self, record: Mapping[str, Any]) -> None:
+        """Set tags and remove those that are None, without what is so already: every command tells them."""
         run = self._runs[record["run"]]
-        for tag, value in record["tags"].items():
-            if value is None:
-                if tag in self._client.get_run(run.id).data.tags:
-                    self._client.delete_tag(run.id, tag)
-            else:
-                self._client.set_tag(run.id, tag, value)
+        differing = {tag: value for tag, value in record["tags"].items() if run.tags.get(tag) != value}
+        if set_now := {tag: value for tag, value in differing.items() if value is not None}:
+            self._client.log_batch(run.id, tags=[RunTag(tag, value) for tag, value in set_now.items()])
+        for tag in differing.keys() - set_now.keys():
+            self._client.delete_tag(run.id, tag)
+            del run.tags[tag]
+        run.tags |= set_now
 
     def _file(self, record: Mapping[str, Any]) -> None:
         if Path(record["path"]).is_file():  # it may have been deleted since

@@ -23,9 +23,11 @@ class Spool:
         self._read = 0  # bytes of the file that were sent
         self._next = 0  # bytes of the file that `unsent` returned last
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
+        with open(path, "ab+") as file:
             if file.tell():
-                file.write(b"\n")  # ends a line that a crash has cut
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")  # ends a line that a crash has cut
 
     def append(self, record: Mapping[str, Any], durable: bool) -> None:
         """Append a record; `durable`: it survives a power cut, with all before it."""

@@ -13,6 +13,10 @@ from asc_ray.shown import masked
 from asc_ray.training.validation import Metrics
 
 Value = str | int | float | bool
+# Tags of runs.
+RUN_TAG, KEY_TAG, KIND_TAG, STORAGE_TAG, ERROR_TAG = (
+    f"asc_ray.{name}" for name in ("run", "key", "kind", "storage", "error")
+)
 
 
 @dataclass(frozen=True)
