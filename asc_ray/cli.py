@@ -570,7 +570,12 @@ def _show_preview(plan: Any, steps: list[Any]) -> None:
         typer.echo("another run is at work in this storage; until it ends, this command would not start")
 
 
-INTERRUPTED = 130
+# Exit codes, and what a user is told with each.
+INTERRUPTS = {
+    128 + signal.SIGINT: "interrupted",
+    128 + signal.SIGTERM: "ended by SIGTERM",
+    128 + signal.SIGHUP: "hung up",
+}
 _LINES = "\n\t"
 
 
@@ -586,16 +591,19 @@ def main(*command: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a file's name may not be valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # `ray job stop` and a shutdown send SIGTERM: exit by SystemExit, so that runs are ended as KILLED.
-    signal.signal(signal.SIGTERM, _terminate)
+    # `ray job stop` and a shutdown send SIGTERM, a closed terminal SIGHUP: exit by SystemExit, so that runs are ended
+    # as KILLED. Under nohup SIGHUP stays ignored.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"asc-ray: {masked(printable(error, keep=_LINES))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this code
-            print("asc-ray: interrupted; the same command goes on from here", file=sys.stderr)
+        if end.code in INTERRUPTS:  # typer turns Ctrl-C into such a code
+            print(f"asc-ray: {INTERRUPTS[end.code]}; the same command goes on from here", file=sys.stderr)
         raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "asc_ray":

@@ -43,6 +43,9 @@ class ClusterConfig(Section):
     address: str | None = Field(
         None, description="a Ray cluster to join; null: that of RAY_ADDRESS; without that, an embedded one"
     )
+    connect_seconds: float = Field(
+        60, ge=1.0, description="how long Ray may take to start or to answer before the command gives up, s"
+    )
     retries: int = Field(3, ge=0, description="how often a training is resumed after its worker died")
 
     @property

@@ -96,7 +96,8 @@ def at_work(
 ) -> Iterator["Work"]:
     """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
     # Import these only when there is work, so that `asc-ray status` and a finished configuration answer at once.
-    from asc_ray.cluster import tasks
+    from asc_ray.cluster.connection import connected
+    from asc_ray.cluster.tasks import check_feasible
     from asc_ray.stages.work import Work
 
     config = plan.config
@@ -106,9 +107,9 @@ def at_work(
         tracker = Tracker(config.tracking, config.storage, progress.note)
         address = config.cluster.joined
         progress.note("starting Ray ..." if address == "local" else f"joining the Ray cluster {address} ...")
-        with closing(tracker), tasks.connected(config.cluster):
+        with closing(tracker), connected(config.cluster, progress.note):
             tracker.greet()
-            tasks.check_feasible(
+            check_feasible(
                 {
                     **config.teachers.requests(),
                     "logits.resources": config.logits.resources,

@@ -584,9 +584,9 @@ def test_status_names_every_artifact(finished, plan):
 HALF_DONE = {
     "ingest": ("clips/*.partial/shard-*.json", signal.SIGKILL),
     "teachers": ("teachers/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
-    "logits": ("logits/*.partial/train-*.arrow", signal.SIGKILL),
+    "logits": ("logits/*.partial/train-*.arrow", signal.SIGTERM),
     "sweep": ("sweep/*.partial/trials/0000.json", signal.SIGINT),
-    "student": ("students/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
+    "student": ("students/*.partial/checkpoints/epoch-00001", signal.SIGHUP),
     "qat": ("int8/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
 }
 
@@ -609,8 +609,9 @@ def test_a_driver_killed_half_way_ends_with_the_results_of_an_unbroken_run(finis
         assert driver.poll() is None, f"never saw {pattern}: {driver.stdout.read().decode()}"
         os.kill(driver.pid, how)
         output = driver.communicate()[0].decode()
-        assert driver.returncode == (130 if how is signal.SIGINT else -how), output
-        assert ("interrupted; the same command goes on" in output) == (how is signal.SIGINT)
+        polite = how is not signal.SIGKILL
+        assert driver.returncode == (128 + how if polite else -how), output
+        assert ("; the same command goes on" in output) == polite
         driver.stdout.close()
         done_before = {p: p.stat().st_mtime_ns for p in storage.rglob("manifest.json")}
     last = subprocess.run(command("status", *arguments[1:]), capture_output=True, text=True, check=True)

@@ -1,9 +1,7 @@
-"""The Ray cluster that runs the pipeline: connecting to it, checking it before work starts, running tasks on it."""
+"""Work on the Ray cluster: checking that it has room before work starts, running tasks on it."""
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,27 +11,9 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.resources import ClusterConfig, Resources, TrainerResources
+from asc_ray.resources import Resources, TrainerResources
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-
-
-@contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray while the context lasts. Raises UserError where Ray cannot be reached.
-
-    An embedded cluster is shut down at the end.
-    """
-    # Not None: Ray would then join the cluster that was last started on this machine, or wait for it if it is dead.
-    address = config.joined
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"cluster.address {address}: Ray cannot be reached ({str(error).splitlines()[0]})") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def slots(request: Resources) -> int:
