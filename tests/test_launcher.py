@@ -254,10 +254,14 @@ def test_the_batch_script_makes_one_cluster_of_its_nodes(machines, finished):
     """Without Slurm: two commands of it are stood in for, and each node starts what `srun` would start there."""
     _, head, worker, shared = machines
     storage = half_done(finished, shared)
-    script = snippet("bash").replace("tau22 ", "tests/tiny.yaml ").replace("--set corpus.path=/shared/tau22", "")
-    script = script.replace("/shared/asc-ray", f"/mnt/{storage.name}").replace(
-        "$HOME/asc-ray/.venv", "$HOME/asc-ray-env"
-    )
+    script = snippet("bash").replace("--set corpus.path=/shared/tau22 ", "")
+    for written, here in (
+        ("--config tau22", "--config tests/tiny.yaml"),
+        ("/shared/asc-ray", f"/mnt/{storage.name}"),
+        ("$HOME/asc-ray/.venv", "$HOME/asc-ray-env"),
+    ):
+        assert written in script
+        script = script.replace(written, here)
     slurm = f'scontrol() {{ echo {FILE["provider"]["head_ip"]}; }}; srun() {{ shift; "$@"; }}'
     slurm += "; export SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST=; cd ~/checkout; "
     head.run("ray get-auth-token --generate")
