@@ -22,6 +22,7 @@ from conftest import ROOT, noise
 from test_docs import CURRENT
 
 from asc_ray.cli import app
+from asc_ray.runtime import EXAMPLE
 
 SHELL = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.M | re.S)
 NOTED = ("asc-ray", "mlflow", "mypy", "pip", "pytest", "python", "ray", "ruff")
@@ -142,9 +143,10 @@ def check(words: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_every_shell_command_of_the_pages(checkout, finished, bundle):
+def test_every_shell_command_of_the_pages(checkout, finished):
     (checkout / "runs").mkdir()
     (checkout / "runs" / "demo").symlink_to(finished.storage)
+    (checkout / "bundle").symlink_to(EXAMPLE)
     (corpus,) = (finished.storage / "corpus").iterdir()
     for place in ("DIR", "shared/tau22", "data/TAU-urban-acoustic-scenes-2022-mobile-development"):
         (checkout / place).parent.mkdir(exist_ok=True)
