@@ -560,7 +560,8 @@ def _show_preview(plan: Any, steps: list[Any]) -> None:
         table.add_row(step.state.stage, step.state.name, step.does, step.resources, takes)
     _console().print(table)
     counts = Counter(step.does for step in steps)
-    typer.echo("would " + ", ".join(f"{does} {count}" for does, count in counts.items()) + "; nothing was written")
+    would = ", ".join(f"{does} {count}" for does, count in counts.items()) or "do nothing"
+    typer.echo(f"would {would}; nothing was written")
     if known := [step.seconds for step in steps if step.seconds is not None]:
         typer.echo(
             f"{len(known)} trainings, one after the other: about {duration(sum(known))}, at the speed of those seen in "

@@ -2,7 +2,7 @@
 
 python docs/mlflow_pages.py runs/demo [FOLDER FOR PICTURES]
 
-It starts `mlflow ui` itself, and needs what docs/screenshots.py needs.
+The run has an exported model. The script starts `mlflow ui` itself, and needs what docs/screenshots.py needs.
 """
 
 import socket
@@ -23,6 +23,10 @@ from screenshots import browser, from_command_line
 from asc_ray.tracking.config import default_uri
 
 COLUMNS = ("test/accuracy", "test/unseen", "test/log_loss", "validation/accuracy")
+UNWANTED = ("Dataset", "Source", "Models")  # they push the columns above out of the picture
+SEARCHED = ("optimizer.learning_rate", "distillation.label_weight", "distillation.temperature", "augment.dir.p")
+HEIGHTS = {"teachers": 704, "trials": 600, "registry": 560}
+OBJECTIVE = "final_objective"
 
 
 @contextmanager
@@ -47,42 +51,68 @@ def ui(storage: Path) -> Iterator[str]:
             node.wait()
 
 
-def runs_page(page: Any, address: str, experiment: str, kind: str) -> None:
-    """Open the runs of one kind: as in docs/mlflow.md, with the parent unfolded."""
+def close_assistant(page: Any) -> None:
+    """Close the panel that MLflow opens beside its pages on the first visit."""
+    page.locator("[data-component-id='mlflow.assistant.chat_panel.close']").click()
+
+
+def runs_page(page: Any, address: str, experiment: str, kind: str, order: str) -> None:
+    """Open the runs of one kind, the largest of a metric first, as docs/mlflow.md says."""
     query = quote(f"tags.`asc_ray.kind` = '{kind}'")
-    page.goto(f"{address}/experiments/{experiment}/runs?workflowType=machine_learning&searchFilter={query}")
-    page.locator(".ag-row button").first.click()  # unfolds the parent
+    runs = f"{address}/experiments/{experiment}/runs?workflowType=machine_learning&searchFilter={query}"
+    page.goto(f"{runs}&orderByKey={quote(f'metrics.`{order}`')}&orderByAsc=false")
+    close_assistant(page)
     page.get_by_text("matching runs").wait_for()
 
 
 def check_teachers(page: Any, address: str, experiment: str, scores: dict[str, float]) -> None:
-    """Assert that the teachers stand in one table with their accuracy on the test split."""
-    runs_page(page, address, experiment, "teacher")
+    """Assert that the teachers stand in one table with their accuracy on the test split, the best one first."""
+    runs_page(page, address, experiment, "teacher", "test/accuracy")
     page.get_by_role("button", name="Columns").click()
-    for name in COLUMNS:
-        page.get_by_text(name, exact=True).last.click()
+    for name in (*UNWANTED, *COLUMNS):
+        page.get_by_test_id("column-selector-tree").get_by_text(name, exact=True).click()
     page.keyboard.press("Escape")
     page.locator(".ag-header").get_by_text("test/accuracy").wait_for()
     page.wait_for_timeout(2000)
     cells = page.locator(".ag-row").evaluate_all(
         "rows => rows.map(row => [row.getAttribute('row-index'), row.innerText])"
     )
-    rows: dict[str, str] = {}  # a table's fixed part and its scrolling part have each row once
+    rows: dict[int, str] = {}  # a table's fixed part and its scrolling part have each row once
     for number, text in cells:
-        rows[number] = rows.get(number, "") + "\n" + text
-    for name, accuracy in scores.items():
-        row = next(text for text in rows.values() if name in text)
-        assert any(abs(float(word) - accuracy) < 1e-3 for word in row.split() if _is_number(word)), (name, row)
+        rows[int(number)] = rows.get(int(number), "") + "\n" + text
+    best = sorted(scores, key=lambda name: -scores[name])
+    assert len(rows) == len(scores), rows
+    for number, name in enumerate(best):
+        accuracy = scores[name]
+        shown = [float(word) for word in rows[number].split() if _is_number(word)]
+        assert any(abs(value - accuracy) < 1e-3 for value in shown), (name, rows[number])
 
 
 def check_trials(page: Any, address: str, experiment: str) -> None:
     """Assert that trials can be compared by what was searched and by the objective."""
-    runs_page(page, address, experiment, "trial")
+    runs_page(page, address, experiment, "trial", OBJECTIVE)
     page.get_by_role("checkbox", name="Select all runs").check()
     page.get_by_test_id("runs-compare-button").click()
     page.get_by_text("Parallel Coordinates Plot").wait_for()
-    for name in ("distillation.temperature", "final_objective"):
-        assert page.get_by_text(name, exact=True).count(), name
+    page.get_by_test_id("clear-button").click()
+    parameters, metrics = page.get_by_role("combobox").all()[:2]
+    for box, names in ((parameters, SEARCHED), (metrics, (OBJECTIVE,))):
+        for name in names:
+            box.click(force=True)
+            page.keyboard.type(name)
+            page.keyboard.press("Enter")
+        page.keyboard.press("Escape")
+    for name in (*SEARCHED, OBJECTIVE):
+        page.locator(".js-plotly-plot").get_by_text(name, exact=True).wait_for()
+
+
+def check_registry(page: Any, address: str, champion: Any) -> None:
+    """Assert that the champion's page leads to its run, and tells what made it the champion."""
+    page.goto(f"{address}/models/{champion.name}/versions/{champion.version}?workflowType=machine_learning")
+    close_assistant(page)
+    page.get_by_text("@ champion").wait_for()
+    page.locator(f"a[href*='{champion.run_id}']").first.wait_for()
+    page.get_by_text(champion.tags["asc_ray.validation"], exact=True).wait_for()
 
 
 def _is_number(word: str) -> bool:
@@ -93,17 +123,19 @@ def main(storage: Path, pictures: Path | None) -> None:
     client = MlflowClient(default_uri(storage))
     experiment = client.get_experiment_by_name("asc-ray").experiment_id
     teachers = client.search_runs([experiment], "tags.`asc_ray.kind` = 'teacher'")
+    champion = client.get_model_version_by_alias("asc-ray", "champion")
     scores = {run.info.run_name: run.data.metrics["test/accuracy"] for run in teachers}
     with browser() as found, ui(storage) as address:
         checks = {
             "teachers": lambda page: check_teachers(page, address, experiment, scores),
             "trials": lambda page: check_trials(page, address, experiment),
-            "registry": lambda page: page.goto(f"{address}/models?workflowType=machine_learning"),
+            "registry": lambda page: check_registry(page, address, champion),
         }
         for name, check in checks.items():
-            page = found.new_page(viewport={"width": 1900, "height": 640})  # with a memory of its own
+            page = found.new_page(viewport={"width": 1200, "height": HEIGHTS[name]})  # with a memory of its own
             page.set_default_timeout(60_000)
             check(page)
+            page.mouse.move(0, 0)  # or a figure's whole number is laid over others
             page.wait_for_timeout(3000)  # plots are drawn
             if pictures:
                 page.screenshot(path=pictures / f"mlflow-{name}.png")

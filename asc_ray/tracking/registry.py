@@ -93,7 +93,9 @@ def _register(
     tone = np.sin(2 * np.pi * 440 / opened.frontend.sample_rate * np.arange(opened.frontend.samples))
     example = tone[None].astype(np.float32) / 10
     signature = mlflow.models.infer_signature(example, _scene_model(opened).predict(None, example))
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
+    # MLflow writes bars, and warnings about pickles, which are not for the user; the caller prints what became of it.
+    quiet = redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id), quiet:
         logged = mlflow.pyfunc.log_model(
             name="bundle",
             python_model=_scene_model(),
@@ -103,10 +105,9 @@ def _register(
             code_paths=[_needed_code(Path(folder))],
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
         )
-        with redirect_stderr(io.StringIO()):  # the caller prints a better message
-            made = mlflow.register_model(
-                logged.model_uri, name, tags={_VALIDATION: repr(validation), _JUDGED_ON: judged_on}
-            )
+        made = mlflow.register_model(
+            logged.model_uri, name, tags={_VALIDATION: repr(validation), _JUDGED_ON: judged_on}
+        )
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
