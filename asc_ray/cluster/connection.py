@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import ray._private.parameter
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from asc_ray.errors import UserError
@@ -161,6 +162,7 @@ def _greet(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+        ensure_token_if_auth_enabled(None, create_token_if_missing=False)  # without a token, asking ends the process
         raylet: Any = ray._raylet
         raylet.GcsClient(address=address)
 
