@@ -1,22 +1,18 @@
 """MLflow through a real sqlite store and real servers: what every run ends as, and that nothing waits for MLflow."""
 
 import os
+import re
 import shutil
-import signal
 import socket
 import sqlite3
-import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, new_storage
+from conftest import ROOT, TINY, new_storage
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
@@ -31,6 +27,9 @@ from asc_ray.tracking.runs import Tracker
 from asc_ray.tracking.spool import Spool
 from asc_ray.tracking.store import on_a_network
 from asc_ray.tracking.things import Thing, parameters
+
+sys.path.insert(0, str(ROOT / "bench"))
+import tracking
 
 PARENT = Thing("demo", "k", "pipeline")
 ODD = """it's "100%25" a?b#c@d here"""
@@ -414,68 +413,41 @@ def test_a_server_that_is_not_there_stops_nobody_and_gets_it_all_later(tmp_path)
             t.greet()
 
 
-class Failing(BaseHTTPRequestHandler):
-    """A proxy that answers 503 until it is mended, and then passes requests on."""
+class Failing(tracking.Proxy):
+    """Answers 503 until it is mended, and then passes requests on."""
 
-    behind = ""
     mended = False
 
-    def _answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not self.mended:
+    def answer(self):
+        if self.mended:
+            super().answer()
+        else:
             self.send_error(503)
-            return
-        request = urllib.request.Request(self.behind + self.path, body or None, method=self.command)
-        request.add_header("Content-Type", "application/json")
-        try:
-            with urllib.request.urlopen(request) as answer:
-                status, text = answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    do_GET = do_POST = do_PUT = do_PATCH = _answer
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A real tracking server on a port of its own, and its folder."""
     folder = new_storage(tmp_path_factory.mktemp("server") / ODD)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = ["--backend-store-uri", default_uri(folder), "--artifacts-destination", (folder / "files").as_uri()]
-    node = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(480):
-            try:
-                urllib.request.urlopen(f"{uri}/health").close()
-                break
-            except OSError:
-                time.sleep(0.5)
+    with tracking.server(folder) as uri:
         yield uri, folder
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
+
+
+def test_the_benchmark_of_a_slow_server(server, capsys):
+    words = ["--trials", "2", "--epochs", "2", "--seconds", "0.2", "--slots", "2", "--delay", "0.01"]
+    tracking.main([*words, "--uri", server[0]])
+    output = capsys.readouterr().out
+    assert re.search(r"^driver: [\d.]+ ms an epoch, [\d.]+ s in all, [\d.]+ %$", output, re.MULTILINE), output
+    assert re.search(r"^writer: \d+ requests, ", output, re.MULTILINE)
+    found = {run.info.run_name: run for run in all_runs(server[0], "bench")}
+    assert sorted(found) == ["bench", "trial-000", "trial-001"]
+    assert found["trial-001"].data.metrics["objective"] == 2.0
 
 
 def test_a_server_that_fails_for_a_while_misses_nothing(server, tmp_path):
     Failing.behind, Failing.mended, said = server[0], False, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as proxy:
-        threading.Thread(target=proxy.serve_forever, args=(0.01,)).start()
-        settings = {"uri": f"http://127.0.0.1:{proxy.server_port}", "experiment": "fails"}
+    with tracking.proxy(Failing) as uri:
+        settings = {"uri": uri, "experiment": "fails"}
         with tracker(tmp_path, said=said, wait_seconds=0.1, **settings) as t:
             t.start(TEACHER)
             t.log(TEACHER, {"train/loss": 1.0}, 1, epoch=True)
@@ -485,7 +457,6 @@ def test_a_server_that_fails_for_a_while_misses_nothing(server, tmp_path):
             t.start(TEACHER)
             t.log(TEACHER, {"train/loss": 0.5}, 2, epoch=True)
             t.end(TEACHER)
-        proxy.shutdown()
     assert [line for line in said if "503" in line], said
     found = {run.info.run_name: run for run in all_runs(server[0], "fails")}
     assert {name: run.info.status for name, run in found.items()} == {"demo": "FINISHED", "teacher": "FINISHED"}

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Read by MLflow when it is imported. Its telemetry writes to the environment from a thread, and a request that reads
+# the environment at that moment fails.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -22,6 +25,7 @@ for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # a traceback for each error, which the tracker tells
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines and a request for each run
 # A request fails soon, because it is tried again: by the thread, or by the user's next command.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
