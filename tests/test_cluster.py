@@ -76,6 +76,30 @@ def test_the_last_words_of_a_task_that_fails_are_heard_before_its_error(cluster,
         assert own == [*range(50), *(["done"] if number not in (1, 4) else [])]
 
 
+def test_twice_as_many_tasks_are_submitted_as_fit(cluster):
+    submitted, done, most = [], [], []
+
+    class Number:
+        """Is pickled when its task is submitted."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __reduce__(self):
+            submitted.append(self.number)
+            most.append(len(submitted) - len(done))
+            return int, (self.number,)
+
+    def square(number: int) -> int:
+        return number**2
+
+    tasks = [Task(f"task-{n}", square, (Number(n),), Resources()) for n in range(20)]
+    results = run_tasks(tasks, 0, lambda name, event: None, lambda name, _: done.append(name))
+    assert results == [n**2 for n in range(20)]
+    assert submitted == list(range(20))
+    assert max(most) == 4
+
+
 def test_every_training_computes_where_it_asked_for(finished):
     """The share of a GPU that a job asks of the cluster is the one that its function is given."""
     asked = ["student_resources.gpus=0.25", f"storage={finished.storage}"]

@@ -8,15 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from asc_ray.config.composition import load_config
 from asc_ray.config.configuration import check_space
 from asc_ray.errors import UserError
 from asc_ray.search.config import BudgetConfig, ObjectiveConfig, SweepConfig
+from asc_ray.search.course import Course, checkpoints_of
 from asc_ray.search.halving import should_stop
-from asc_ray.search.order import finalists, may_start, planned, repeated, within_budget
+from asc_ray.search.order import finalists, may_start, planned, repeated, visible, within_budget
 from asc_ray.search.population import PopulationConfig, explored
 from asc_ray.search.proposals import cost_of, parent, propose, trial_config
 from asc_ray.search.space import Parameter
 from asc_ray.search.trials import TrialResult, best, importances, pareto
+from asc_ray.stages.sweep import advice
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import Limits, student_cost
 from asc_ray.training.objective import LearnedWeight, ScheduledWeight
@@ -143,6 +146,30 @@ def test_a_budget_of_epochs_ends_a_search_alike_whatever_ends_first(data, budget
         assert used >= budget or started == sweep.trials
         assert used < budget + lookback * 9
     assert len(counts) == 1
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 60), st.integers(1, 6), st.randoms())
+def test_a_budget_goes_by_the_trials_that_each_one_sees(lengths, budget, lookback, rng):
+    sweep = SWEEP.model_copy(update={"budget": BudgetConfig(epochs=budget), "lookback": lookback})
+    ended = [TrialResult(number=n, parameters={}, curve=(0.5,) * k, state="stopped") for n, k in enumerate(lengths)]
+    rng.shuffle(ended)
+    spent = [sum(len(r.curve) for r in visible(sweep, number, ended)) for number in range(sweep.trials)]
+    assert within_budget(sweep, ended).trials == sum(epochs < budget for epochs in spent)
+
+
+def test_a_budget_looks_at_each_result_once():
+    looked = []
+
+    class Looked(list):
+        def __iter__(self):
+            for result in super().__iter__():
+                looked.append(result.number)
+                yield result
+
+    sweep = SWEEP.model_copy(update={"trials": 800, "budget": BudgetConfig(epochs=800)})
+    ended = Looked(TrialResult(number=n, parameters={}, curve=(0.5,), state="stopped") for n in range(790))
+    assert within_budget(sweep, ended).trials == 800
+    assert len(looked) == 790
 
 
 # --- two objectives -----------------------------------------------------------------------------------------------
@@ -275,6 +302,24 @@ def test_the_worst_of_a_population_go_on_from_the_best():
     assert not should_stop(POPULATION, 9, [0.0] * 2, first)
 
 
+def test_a_population_removes_a_generations_checkpoints_once(tmp_path):
+    """When the second generation after it starts; until then its trials may be gone on from."""
+    sweep = POPULATION.model_copy(update={"trials": 2, "epochs": 8})
+    course = Course(sweep, STUDENT, Limits(), 10, tmp_path, [], lambda name, event: None)
+    present = []
+    for generation in range(4):
+        started = [course.start()["number"], course.start()["number"]]
+        present.append(sorted(int(folder.name[:4]) for folder in tmp_path.glob("*.checkpoints")))
+        for number in started:
+            (tmp_path / checkpoints_of(number)).mkdir()
+            for epoch in (1, 2):
+                course.hear(number, {"epoch": 2 * generation + epoch, "objective": 0.1 * number})
+            course.close(number, failed=False)
+        if generation == 2:
+            (tmp_path / checkpoints_of(0)).mkdir()  # back again
+    assert present == [[], [0, 1], [2, 3], [0, 4, 5]]
+
+
 @given(st.integers(0, 10**6))
 def test_explored_parameters_stay_in_the_space(seed):
     space = {name: Parameter.model_validate(own) for name, own in SPACE.items()}
@@ -394,3 +439,24 @@ def test_every_alternative_is_checked_with_all_its_ends():
     sweep = SweepConfig.model_validate({"space": {"distillation.label_weight": wrong}})
     with pytest.raises(ValueError, match=r"label_weight: \{'low': 0\.2, 'start': 0\.1\}: .*low 0\.2 < start 0\.1"):
         check_space(sweep, STUDENT)
+
+
+# --- slots --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "room", "line"),
+    [
+        ({"lookback": 4}, 4, ""),
+        ({"lookback": 4}, 16, "advice: sweep.lookback 4 leaves 12 of 16 slots idle; "),
+        ({"lookback": 4, "scheduler": "pbt", "trials": 8}, 10, "advice: sweep.trials 8 leaves 2 of 10 slots idle; "),
+    ],
+)
+def test_idle_slots_are_told_with_the_key(config, room, line):
+    told = advice(SWEEP.model_copy(update=config), room)
+    assert told.startswith(line)
+    assert bool(told) == bool(line)
+
+
+def test_the_preset_for_tau22_fills_sixteen_slots():
+    assert advice(load_config("tau22", ["storage=/unused"]).sweep, 16) == ""

@@ -1,32 +1,38 @@
 """MLflow through a real sqlite store and real servers: what every run ends as, and that nothing waits for MLflow."""
 
 import os
+import re
 import shutil
-import signal
 import socket
-import subprocess
+import sqlite3
 import sys
-import threading
 import time
-import urllib.request
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, new_storage
+from conftest import ROOT, TINY, new_storage
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
+from sqlalchemy import make_url
 
 from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
 from asc_ray.plan import dump
-from asc_ray.tracking.config import TrackingConfig, default_uri
-from asc_ray.tracking.moved import follow
+from asc_ray.shown import masked
+from asc_ray.tracking.config import TrackingConfig, database_of, default_uri
 from asc_ray.tracking.runs import Tracker
 from asc_ray.tracking.spool import Spool
+from asc_ray.tracking.store import on_a_network
 from asc_ray.tracking.things import Thing, parameters
 
+sys.path.insert(0, str(ROOT / "bench"))
+import tracking
+
 PARENT = Thing("demo", "k", "pipeline")
+ODD = """it's "100%25" a?b#c@d here"""
 TEACHER = Thing("teacher", "t1", "teacher", {"optimizer.epochs": 2}, {"asc_ray.network": "passt"})
 
 
@@ -80,14 +86,17 @@ def test_a_pipeline_is_a_parent_with_children_and_their_curves(tmp_path):
 
 
 def test_names_that_mlflow_does_not_take_as_they_are(tmp_path):
-    storage = tmp_path / "it's here"
-    storage.mkdir()
+    storage = tmp_path / ODD
     table = Thing("a's table", "k1", "table", {"rows (2)": 1})
     with tracker(storage) as t:
         t.log(t.top, {"test/device/iPhone (2)": 0.5})
         t.start(table)
         t.end(table)
         t.tag(table, {"asc_ray.winner": "true"})
+    with tracker(storage):
+        pass
+    assert len(all_runs(default_uri(storage))) == 2, "they are known again"
+    assert list(tmp_path.iterdir()) == [storage], "nothing is beside the storage"
     found = runs(storage)
     assert found["demo"].data.metrics == {"test/device/iPhone _2_": 0.5}
     assert found["a's table"].data.tags["asc_ray.winner"] == "true"
@@ -270,10 +279,94 @@ def test_what_waits_for_a_deleted_parent_is_sent_without_it(tmp_path):
     assert "mlflow.parentRunId" not in runs(tmp_path)["teacher"].data.tags
 
 
-def test_a_store_that_is_none_is_named(tmp_path):
-    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(UserError, match=r"mlflow\.db: cannot be read as MLflow's store .*move it away"):
-        follow(tmp_path)
+@contextmanager
+def garbage(database):
+    database.write_bytes(b"no database" * 1000)
+    yield
+
+
+@contextmanager
+def truncated(database):
+    os.truncate(database, database.stat().st_size // 2)
+    yield
+
+
+@contextmanager
+def locked(database):
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (garbage, "file is not a database; where nothing else uses the file now, move it away: the next run begins"),
+        (truncated, "database disk image is malformed; where nothing else uses the file now, move it away"),
+        (locked, "database is locked; end the program that holds the file, such as `mlflow ui`"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line_and_stops_nobody(tmp_path, capfd, harm, reason):
+    said, connect = [], sqlite3.connect
+    with pytest.MonkeyPatch.context() as patch, harm(new_storage(tmp_path) / "mlflow.db"):
+        patch.setattr("sqlite3.connect", lambda *words, **given: connect(*words, **{**given, "timeout": 0.1}))
+        with tracker(tmp_path, said=said) as t:
+            t.greet()
+            t.start(TEACHER)
+            t.end(TEACHER)
+        with closing(Tracker(TrackingConfig(required=True), tmp_path, print)) as t, pytest.raises(UserError) as raised:
+            t.greet()
+    assert len(said) == 2, "once when it happens, and once at the end"
+    assert f"MLflow at {default_uri(tmp_path)}, which does not answer ({reason}" in said[0]
+    assert "records were not sent" in said[1]
+    assert reason in str(raised.value)
+    assert capfd.readouterr().err == ""
+    new_storage(tmp_path)  # it is mended
+    with tracker(tmp_path):
+        pass
+    assert {name: run.info.status for name, run in runs(tmp_path).items()} == {
+        "demo": "FINISHED", "teacher": "FINISHED",
+    }  # fmt: skip
+
+
+def test_a_store_that_is_damaged_while_it_is_used_loses_no_record(tmp_path):
+    said = []
+    with tracker(tmp_path, said=said, wait_seconds=0.5) as t:
+        t.start(TEACHER)
+        while len(t._spool):
+            time.sleep(0.01)
+        database = tmp_path / "mlflow.db"
+        with database.open("r+b") as file:  # MLflow holds the file open
+            file.seek(4096)
+            file.write(b"\xff" * (database.stat().st_size - 4096))
+        t.log(TEACHER, {"train/loss": 0.5}, 1, epoch=True)
+        while not said:
+            time.sleep(0.01)
+    assert "which does not answer (database disk image is malformed; where" in said[0]
+    assert len(said) == 2
+    new_storage(tmp_path)
+    with tracker(tmp_path) as t:
+        t.whole(TEACHER, [(1, {"train/loss": 0.5})])
+    assert runs(tmp_path)["teacher"].data.metrics == {"train/loss": 0.5}
+
+
+@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1))
+def test_a_storage_of_any_name_has_a_uri(name):
+    storage = Path("/storages") / name / "own"
+    uri = default_uri(storage)
+    assert make_url(uri).database == str(storage / "mlflow.db")
+    assert database_of(uri) == storage / "mlflow.db"
+    assert masked(uri) == uri
+
+
+def test_a_file_system_of_a_network_is_known_by_its_type():
+    mounts = """/dev/vda / ext4 rw 0 0
+server:/x /shared nfs4 rw 0 0
+tmpfs /shared/local tmpfs rw 0 0
+me@there: /mnt/my\\040files fuse.sshfs rw 0 0
+"""
+    places = ("/shared/runs", "/sharedruns", "/shared/local/runs", "/mnt/my files", "/home")
+    assert [on_a_network(Path(place), mounts) for place in places] == ["nfs4", "", "", "fuse.sshfs", ""]
 
 
 def test_a_server_that_is_silent_is_named_and_not_waited_for(tmp_path, monkeypatch):
@@ -291,7 +384,7 @@ def test_a_server_that_is_silent_is_named_and_not_waited_for(tmp_path, monkeypat
 
 def test_a_copied_storage_has_its_files_in_itself(tmp_path):
     """And its runs are taken up, not doubled. (In one process MLflow remembers where a run's files are.)"""
-    one, two = tmp_path / "it's one", tmp_path / "two"
+    one, two = tmp_path / ODD, tmp_path / "two"
     with tracker(one) as t:
         t.whole(TEACHER, [(1, {"train/loss": 1.0})])
     shutil.copytree(one, two)
@@ -316,72 +409,45 @@ def test_a_server_that_is_not_there_stops_nobody_and_gets_it_all_later(tmp_path)
     assert "records were not sent" in said[1]
     with closing(Tracker(TrackingConfig(uri="http://127.0.0.1:9", required=True), tmp_path, print)) as t:
         t._config = t._config.model_copy(update={"wait_seconds": 0.0})
-        with pytest.raises(UserError, match=r"tracking\.uri MLflow at http://127\.0\.0\.1:9.*required"):
+        with pytest.raises(UserError, match=r"tracking\.required: MLflow at http://127\.0\.0\.1:9"):
             t.greet()
 
 
-class Failing(BaseHTTPRequestHandler):
-    """A proxy that answers 503 until it is mended, and then passes requests on."""
+class Failing(tracking.Proxy):
+    """Answers 503 until it is mended, and then passes requests on."""
 
-    behind = ""
     mended = False
 
-    def _answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not self.mended:
+    def answer(self):
+        if self.mended:
+            super().answer()
+        else:
             self.send_error(503)
-            return
-        request = urllib.request.Request(self.behind + self.path, body or None, method=self.command)
-        request.add_header("Content-Type", "application/json")
-        try:
-            with urllib.request.urlopen(request) as answer:
-                status, text = answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    do_GET = do_POST = do_PUT = do_PATCH = _answer
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A real tracking server on a port of its own, and its folder."""
-    folder = new_storage(tmp_path_factory.mktemp("server"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
-    node = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(480):
-            try:
-                urllib.request.urlopen(f"{uri}/health").close()
-                break
-            except OSError:
-                time.sleep(0.5)
+    folder = new_storage(tmp_path_factory.mktemp("server") / ODD)
+    with tracking.server(folder) as uri:
         yield uri, folder
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
+
+
+def test_the_benchmark_of_a_slow_server(server, capsys):
+    words = ["--trials", "2", "--epochs", "2", "--seconds", "0.2", "--slots", "2", "--delay", "0.01"]
+    tracking.main([*words, "--uri", server[0]])
+    output = capsys.readouterr().out
+    assert re.search(r"^driver: [\d.]+ ms an epoch, [\d.]+ s in all, [\d.]+ %$", output, re.MULTILINE), output
+    assert re.search(r"^writer: \d+ requests, ", output, re.MULTILINE)
+    found = {run.info.run_name: run for run in all_runs(server[0], "bench")}
+    assert sorted(found) == ["bench", "trial-000", "trial-001"]
+    assert found["trial-001"].data.metrics["objective"] == 2.0
 
 
 def test_a_server_that_fails_for_a_while_misses_nothing(server, tmp_path):
     Failing.behind, Failing.mended, said = server[0], False, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as proxy:
-        threading.Thread(target=proxy.serve_forever, args=(0.01,)).start()
-        settings = {"uri": f"http://127.0.0.1:{proxy.server_port}", "experiment": "fails"}
+    with tracking.proxy(Failing) as uri:
+        settings = {"uri": uri, "experiment": "fails"}
         with tracker(tmp_path, said=said, wait_seconds=0.1, **settings) as t:
             t.start(TEACHER)
             t.log(TEACHER, {"train/loss": 1.0}, 1, epoch=True)
@@ -391,7 +457,6 @@ def test_a_server_that_fails_for_a_while_misses_nothing(server, tmp_path):
             t.start(TEACHER)
             t.log(TEACHER, {"train/loss": 0.5}, 2, epoch=True)
             t.end(TEACHER)
-        proxy.shutdown()
     assert [line for line in said if "503" in line], said
     found = {run.info.run_name: run for run in all_runs(server[0], "fails")}
     assert {name: run.info.status for name, run in found.items()} == {"demo": "FINISHED", "teacher": "FINISHED"}

@@ -116,7 +116,7 @@ def run_sweep(
 
 def concurrent(sweep: SweepConfig, resources: Resources) -> int:
     """Return how many trials run at once: the number of slots, but no more than the search can propose."""
-    return min(sweep.trials if sweep.scheduler == "pbt" else sweep.lookback, slots(resources))
+    return min(sweep.most_at_once[1], slots(resources))
 
 
 class _Proposals(Searcher):

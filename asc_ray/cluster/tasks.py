@@ -103,6 +103,7 @@ def run_tasks(
 ) -> list[Any]:
     """Run all tasks, as many at once as fit, and return their results in the order of `tasks`.
 
+    Ray is given twice as many as fit: no worker waits for the driver, and Ray's queue does not grow with the corpus.
     A task whose worker died is started again, up to `retries` times. The first error cancels the other tasks and is
     raised, as `fetch` does. With `patient`, a UserError lets the other tasks end; one UserError then lists all.
     """
@@ -110,12 +111,9 @@ def run_tasks(
     errors: dict[str, UserError] = {}
     if any(task.reports for task in tasks):
         events = Events.options(scheduling_strategy=beside_the_driver()).remote()
-    running = {
-        _run.options(**task.resources.options(), max_retries=retries, name=task.name).remote(
-            task.function, task.arguments, task.resources.threads, task.name, events if task.reports else None
-        ): index
-        for index, task in enumerate(tasks)
-    }
+    requests = {task.resources for task in tasks}
+    running: dict[Any, int] = {}
+    submitted = 0
     results: list[Any] = [None] * len(tasks)
     told: set[str] = set()  # tasks whose last event has arrived
 
@@ -126,7 +124,14 @@ def run_tasks(
             on_event(name, event)
 
     try:
-        while running:
+        while running or submitted < len(tasks):
+            window = 2 * max(1, *map(slots, requests))  # nodes may have come or gone
+            for task in tasks[submitted : submitted + window - len(running)]:
+                reference = _run.options(**task.resources.options(), max_retries=retries, name=task.name).remote(
+                    task.function, task.arguments, task.resources.threads, task.name, events if task.reports else None
+                )
+                running[reference] = submitted
+                submitted += 1
             done, _ = ray.wait(list(running), timeout=0.5)
             if events is not None:
                 pass_on(events, listener)

@@ -91,6 +91,11 @@ class SweepConfig(Section):
         """Return the largest possible number of trials, with the finalists' other seeds."""
         return self.searched + self.finalists * (self.seeds - 1)
 
+    @property
+    def most_at_once(self) -> tuple[str, int]:
+        """Return the key that bounds how many trials run at once, and its value."""
+        return ("sweep.trials", self.trials) if self.scheduler == "pbt" else ("sweep.lookback", self.lookback)
+
     def span(self, number: int) -> tuple[int, int]:
         """Return the epochs that this trial trains: after the first number, up to the second."""
         if self.scheduler != "pbt":

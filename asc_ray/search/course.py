@@ -97,7 +97,11 @@ class Course:
         sweep = self.sweep
         parameters = proposals.propose(sweep, number, self.ended)
         repeats, seed = repeated(sweep, number, self.ended)
-        parent = proposals.parent(sweep, number, self.ended) if sweep.scheduler == "pbt" else None
+        parent = None
+        if sweep.scheduler == "pbt":
+            parent = proposals.parent(sweep, number, self.ended)
+            # No trial goes on from the generation before the last any more; each member removes one trial of it.
+            shutil.rmtree(self._folder / checkpoints_of(number - 2 * sweep.trials), ignore_errors=True)
         trial = self._running[number] = _Running(parameters, repeats, seed, parent, cost=None)
         self._on_event(trial_name(number), {"started": True, **vars(trial)})
         try:
@@ -110,8 +114,6 @@ class Course:
         if trial.error:
             self.close(number, failed=True)
             return False
-        for old in range(number // sweep.trials * sweep.trials - sweep.trials):  # no trial goes on from these any more
-            shutil.rmtree(self._folder / checkpoints_of(old), ignore_errors=True)
         return True
 
     def _counted(self, student: StudentConfig) -> Complexity:

@@ -10,8 +10,11 @@ def within_budget(config: SweepConfig, ended: Sequence[TrialResult]) -> SweepCon
     """Return the search as far as its budget goes: no trial starts when those it learns from have used that up."""
     if config.budget.epochs is None:
         return config
+    epochs = {result.number: len(result.curve) for result in ended}
+    spent = 0
     for number in range(config.trials):
-        if sum(len(result.curve) for result in visible(config, number, ended)) >= config.budget.epochs:
+        spent += epochs.get(number - config.lookback, 0)  # each trial sees one more than the trial before
+        if spent >= config.budget.epochs:
             return config.model_copy(update={"trials": number})
     return config
 

@@ -1,6 +1,7 @@
 """`asc-ray export`: write a finished int8 student as one folder, checked and with a card, and register it in MLflow."""
 
 import shutil
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,10 +35,11 @@ from asc_ray.report.card import Card, render_card
 from asc_ray.runtime import CHECKSUMS, MODEL
 from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
-from asc_ray.tracking.config import default_uri
+from asc_ray.tracking.config import database_of, default_uri
 from asc_ray.tracking.lookup import artifacts_of, runs_of
-from asc_ray.tracking.moved import follow
 from asc_ray.tracking.registry import check_name, register
+from asc_ray.tracking.store import prepare
+from asc_ray.tracking.things import first_line
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
     return Origin(best, student, clips), uri
 
 
+def _prepare(storage: Path, uri: str) -> None:
+    try:
+        prepare(storage)
+    except sqlite3.Error as error:
+        raise UserError(f"{database_of(uri)}: cannot be used as MLflow's store ({first_line(error, uri)})") from None
+
+
 def export_bundle(
     run: str, out: Path, name: str, license: str, uri: str | None, default_storage: Path, progress: Progress
 ) -> None:
@@ -124,7 +133,7 @@ def export_bundle(
         raise taken
     origin, uri = find(run, uri, default_storage)
     if uri == default_uri(origin.storage):
-        follow(origin.storage)
+        _prepare(origin.storage, uri)
     store, config = open_clips(origin.clips), origin.config()
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)

@@ -27,8 +27,9 @@ def make(work: Work) -> None:
     ended = ended_trials(plan.sweep)
     work.progress.expect("sweep", dict.fromkeys(numbers, sweep.epochs), len(ended))
     room, running = slots(config.student_resources), concurrent(sweep, config.student_resources)
-    idle = f"; sweep.lookback {sweep.lookback} leaves {room - running} slots idle" if running < room else ""
-    work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots{idle}")
+    work.progress.note(f"{running} of at most {sweep.most} trials at a time, in {room} slots")
+    if line := advice(sweep, room):
+        work.progress.note(line)
     work.progress.note(f"searched: {', '.join(sweep.space)}")
     if sweep.scheduler == "asha" and sweep.grace_epochs >= sweep.epochs:
         work.progress.note(f"no trial is stopped early: they end before sweep.grace_epochs, {sweep.grace_epochs}")
@@ -76,6 +77,14 @@ def make(work: Work) -> None:
     plan.sweep.finish({"trials": [dump(result) for result in results]}, SCRATCH)
     for file in files:
         work.tracker.log_file(work.tracker.top, plan.sweep.path / file)
+
+
+def advice(sweep: SweepConfig, room: int) -> str:
+    """Return a line about the slots, of `room`, that the search leaves idle; empty where it leaves none."""
+    key, most = sweep.most_at_once
+    if most >= room:
+        return ""
+    return f"advice: {key} {most} leaves {room - most} of {room} slots idle; a larger one uses them, in another search"
 
 
 def sweep_summary(sweep: SweepConfig, results: Sequence[TrialResult], winner: TrialResult) -> list[str]:

@@ -1,6 +1,8 @@
 """Where runs are tracked; it does not import mlflow, so a configuration can be read without it."""
 
+import re
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from pydantic import Field, field_serializer, field_validator
 
@@ -35,4 +37,14 @@ DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"  # in a storage, where no serve
 
 
 def default_uri(storage: Path) -> str:
-    return f"sqlite:///{storage / DATABASE}"
+    """Return the URI of the storage's own store."""
+    database = str(storage / DATABASE)
+    quoted = quote(database, safe="/ ")
+    # For plain sqlite:/// MLflow makes the folders of the path as it is written, quotes included.
+    return f"{'sqlite' if quoted == database else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def database_of(uri: str) -> Path | None:
+    """Return the file of a sqlite URI; None for other URIs."""
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+).*", uri)
+    return Path(unquote(found[1])) if found else None

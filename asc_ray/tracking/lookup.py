@@ -9,6 +9,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from asc_ray.errors import UserError
 from asc_ray.shown import masked
+from asc_ray.tracking.config import database_of
 from asc_ray.tracking.things import KEY_TAG, STORAGE_TAG, first_line
 
 
@@ -29,7 +30,7 @@ def artifacts_of(uri: str, run_id: str) -> list[tuple[Path, str]]:
 
 def runs_of(uri: str, keys: Mapping[str, str]) -> dict[str, str]:
     """Return the newest run's ID for each key that the server has a run for."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (database := database_of(uri)) and not database.is_file():
         return {}
     client = client_of(uri)
     everywhere = [experiment.experiment_id for experiment in client.search_experiments()]

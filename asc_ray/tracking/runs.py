@@ -16,9 +16,9 @@ from typing import Any
 from asc_ray.artifacts import content_key
 from asc_ray.errors import UserError
 from asc_ray.shown import masked
-from asc_ray.tracking.config import ARTIFACTS, TrackingConfig, default_uri
-from asc_ray.tracking.moved import follow
+from asc_ray.tracking.config import ARTIFACTS, TrackingConfig, database_of, default_uri
 from asc_ray.tracking.spool import Spool
+from asc_ray.tracking.store import on_a_network, prepare
 from asc_ray.tracking.things import ERROR_TAG, KEY_TAG, KIND_TAG, Thing, first_line
 
 GREETING_SECONDS = 15.0
@@ -47,10 +47,15 @@ class Tracker:
 
     def greet(self) -> None:
         """Wait for the server's first answer. Raises UserError if there is none and `tracking.required` is set."""
+        if (database := database_of(self.uri)) and (kind := on_a_network(database.resolve(), _mounts())):
+            self._say(
+                f"warning: MLflow's store {database} lies on {kind}, where locks may not hold between machines; run "
+                "`mlflow ui` on this machine alone, or let tracking.uri name a server or a file on a local disk"
+            )
         if self._answered.wait(GREETING_SECONDS) and self._error is None:
             return
         if self._config.required:
-            raise UserError(f"tracking.uri {self._failure()}; start it, or leave tracking.required out")
+            raise UserError(f"tracking.required: {self._failure()}; start or mend it, or leave tracking.required out")
         if self._error is None:  # else the thread has said it
             self._say(f"warning: {self._failure()}; the run goes on, and sends what it has to tell later")
 
@@ -157,7 +162,7 @@ class Tracker:
 
                     files = None if self._config.uri else (self._storage / ARTIFACTS).as_uri()
                     if files:
-                        follow(self._storage)
+                        prepare(self._storage)
                     server = Server(self.uri, self._config.experiment, self._storage, files, self._say)
                     self._answered.set()
                 if records := self._spool.unsent():
@@ -196,6 +201,13 @@ def resend(config: TrackingConfig, storage: Path, say: Callable[[str], None]) ->
     """Send what waits for this server, as long as `tracking.wait_seconds` allow."""
     if waiting(config, storage):
         Tracker(config, storage, say).close()
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text(errors="replace")
+    except OSError:  # not Linux
+        return ""
 
 
 def _file_of(config: TrackingConfig, storage: Path) -> Path:

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Read by MLflow when it is imported. Its telemetry writes to the environment from a thread, and a request that reads
+# the environment at that moment fails.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -20,7 +23,9 @@ from asc_ray.tracking.things import KEY_TAG, RUN_TAG, STORAGE_TAG, first_line
 # Messages about database migrations do not help the user of a pipeline.
 for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # a traceback for each error, which the tracker tells
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines and a request for each run
 # A request fails soon, because it is tried again: by the thread, or by the user's next command.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -73,12 +78,14 @@ class Server:
                 client.restore_experiment(self._id)
                 self._say(f"MLflow's experiment {name} was deleted; it is restored, because this run is one of its own")
         self._runs: dict[str, _Known] = {}
-        query, token = f"tags.`{STORAGE_TAG}` = {_quoted(str(self._storage))}", None
+        storage, token = str(self._storage), None
+        query = f"tags.`{STORAGE_TAG}` {_equal(storage)}"
         while True:
             page = client.search_runs(
                 [self._id], query, ViewType.ACTIVE_ONLY, 1000, ["attributes.start_time ASC"], token
             )
-            self._runs |= {run.data.tags.get(RUN_TAG, ""): _Known(run) for run in page}
+            own = [run for run in page if run.data.tags[STORAGE_TAG] == storage]
+            self._runs |= {run.data.tags.get(RUN_TAG, ""): _Known(run) for run in own}
             token = page.token
             if not token:
                 break
@@ -105,7 +112,7 @@ class Server:
         try:
             tell(what)
         except MlflowException as error:
-            if error.error_code not in _FOR_GOOD:
+            if error.error_code not in _FOR_GOOD or "is malformed" in str(error):  # a damaged sqlite file
                 raise
             if not self._deleted(run):
                 self._say(f"MLflow refuses a part of {run}: {first_line(error, self._uri)}")
@@ -246,5 +253,8 @@ def _named(name: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
-def _quoted(value: str) -> str:
-    return f'"{value}"' if "'" in value else f"'{value}'"
+def _equal(value: str) -> str:
+    """Return a filter's condition for this value; one with both kinds of quotes finds a little more."""
+    if "'" not in value:
+        return f"= '{value}'"
+    return f'= "{value}"' if '"' not in value else "LIKE '" + value.replace("'", "_") + "'"

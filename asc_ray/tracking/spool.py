@@ -3,11 +3,13 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 MOST_AT_ONCE = 500  # records that are sent together
+SYNC_SECONDS = 1.0  # a search's trials report many times a second, and a disk takes milliseconds to answer for each
 
 
 class Spool:
@@ -22,6 +24,7 @@ class Spool:
         self._lock = threading.Lock()
         self._read = 0  # bytes of the file that were sent
         self._next = 0  # bytes of the file that `unsent` returned last
+        self._synced = -SYNC_SECONDS  # when the disk last had all of it
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             if file.tell():
@@ -30,13 +33,14 @@ class Spool:
                     file.write(b"\n")  # ends a line that a crash has cut
 
     def append(self, record: Mapping[str, Any], durable: bool) -> None:
-        """Append a record; `durable`: it survives a power cut, with all before it."""
+        """Append a record; `durable`: it survives a power cut, with all before it, unless another did a moment ago."""
         line = json.dumps(record, default=str).encode() + b"\n"
         with self._lock, open(self._path, "ab") as file:
             file.write(line)
             file.flush()
-            if durable:
+            if durable and time.monotonic() - self._synced >= SYNC_SECONDS:
                 os.fsync(file.fileno())
+                self._synced = time.monotonic()
 
     def unsent(self) -> list[dict[str, Any]]:
         """Return the oldest records that were not sent, at most MOST_AT_ONCE; lines that a crash has cut are none."""

@@ -1,6 +1,7 @@
 """What runs are about, in MLflow's terms; it does not import mlflow."""
 
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,20 @@ from typing import Any
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.section import Section
 from asc_ray.shown import masked
+from asc_ray.tracking.config import database_of
 from asc_ray.training.validation import Metrics
 
 Value = str | int | float | bool
+# What a sqlite store's errors ask for, by words in their messages.
+_MOVE_AWAY = "; where nothing else uses the file now, move it away: the next run begins another"
+_REMEDIES = {
+    "malformed": _MOVE_AWAY,
+    "not a database": _MOVE_AWAY,
+    "locked": "; end the program that holds the file, such as `mlflow ui`",
+    "readonly": "; make the file and its folder writable",
+    "unable to open": "; make the file and its folder readable and writable",
+    "disk is full": "; make room there",
+}
 # Tags of runs.
 RUN_TAG, KEY_TAG, KIND_TAG, STORAGE_TAG, ERROR_TAG = (
     f"asc_ray.{name}" for name in ("run", "key", "kind", "storage", "error")
@@ -102,5 +114,9 @@ def figures(scores: Evaluation, part: str = "test") -> dict[str, float]:
 
 
 def first_line(error: BaseException, uri: str) -> str:
-    """Return the first line of an error's message, without the logins of the URI."""
-    return masked(next(iter(str(error).splitlines()), type(error).__name__), uri)
+    """Return the first line of an error's message, without the logins of the URI; for sqlite with what to do."""
+    line = masked(next(iter(str(error).splitlines()), type(error).__name__), uri)
+    if database_of(uri) is None:
+        return line
+    remedy = next((do for words, do in _REMEDIES.items() if words in line), "")
+    return re.sub(r"^\(sqlite3\.\w+\) ", "", line) + remedy
