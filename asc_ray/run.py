@@ -4,12 +4,14 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from asc_ray.config.configuration import Config
-from asc_ray.errors import UserError
+from asc_ray.disk import disk_error
+from asc_ray.errors import ConfigError, UserError
 from asc_ray.lock import exclusive
 from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
@@ -101,7 +103,7 @@ def at_work(
     from asc_ray.stages.work import Work
 
     config = plan.config
-    with exclusive(config.storage):
+    with _told_apart(config.storage), exclusive(config.storage):
         progress.note(f"storage {config.storage}")
         # MLflow starts beside Ray: both take equally long, and Ray mostly waits.
         tracker = Tracker(config.tracking, config.storage, progress.note)
@@ -119,3 +121,16 @@ def at_work(
             text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
             with tracker.parent(parent, text, complete):
                 yield Work(plan, tracker, progress)
+
+
+@contextmanager
+def _told_apart(storage: Path) -> Iterator[None]:
+    """Raise DiskError for errors that came of the storage's disk, whoever met them."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if failure := disk_error(error, storage):
+            raise failure from None
+        raise

@@ -98,7 +98,7 @@ def parse(script: str, words: list[str]) -> None:
     """Run a script until it has read its command line."""
     read = argparse.ArgumentParser.parse_args
 
-    def stop(parser: argparse.ArgumentParser) -> None:
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         read(parser, words)
         raise Parsed
 

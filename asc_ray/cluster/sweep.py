@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from asc_ray.artifacts import Artifact, write_record
 from asc_ray.cluster.tasks import OnEvent, settle, slots
+from asc_ray.disk import disk_error
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.resources import Resources
@@ -74,6 +75,7 @@ def run_sweep(
                 _trial,
                 work={
                     "folder": folder,
+                    "storage": artifact.storage,
                     "source": source,
                     # Passed as parameters so that each node holds one copy, in Ray's shared memory.
                     "soft": {name: read_soft_targets(data, path) for name, path in targets.items()},
@@ -85,7 +87,7 @@ def run_sweep(
             resources.per_worker(),
         )
         try:
-            tune.Tuner(
+            grid = tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
                     metric=METRIC,
@@ -107,6 +109,9 @@ def run_sweep(
             shutil.rmtree(scratch, ignore_errors=True)
             settle()
     if left := course.left():
+        for error in grid.errors:
+            if failure := disk_error(error, artifact.storage):
+                raise failure
         raise UserError(
             f"sweep: {len(left)} of {planned(course.sweep, course.ended)} trials did not end, because their workers "
             "died too often or there was no room for them; the same command goes on"
@@ -177,6 +182,8 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
     try:
         _train(config, work)
     except Exception as error:
+        if disk_error(error, work["storage"]):  # which says nothing of the trial
+            raise
         write_record(note, {"error": " ".join(f"{type(error).__name__}: {error}".split())})
         raise
 

@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.tasks import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
+from asc_ray.disk import disk_error
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
@@ -221,7 +222,8 @@ def _work_through_queue(work: dict[str, Any]) -> None:
                     on_epoch=lambda metrics, name=name: queue.post.remote(name, metrics),  # type: ignore[misc]
                 )
         except Exception as error:
-            # A user's mistake or a divergence would come again; any other error may be the machine's fault.
+            # A user's mistake, a divergence or a full disk would come again; another error may be the machine's fault.
+            error = disk_error(error, teacher.artifact.storage) or error
             final = isinstance(error, UserError)
             message = str(error) if final else traceback.format_exc(limit=-1).strip().replace("\n", " ")
             ray.get(queue.note_error.remote(name, message, final))

@@ -8,6 +8,7 @@ import numpy as np
 from asc_ray.artifacts import write_record
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
+from asc_ray.disk import disk_error
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.teachers import import_teacher
 from asc_ray.ensemble.weak import Standing, far_below
@@ -40,6 +41,8 @@ def make(work: Work) -> None:
     with work.tracked(todo, {name: teacher_thing(plan, name) for name in todo}) as on_event:
         errors = train_teachers(waiting, config.cluster.retries, watched(work, data, on_event))
     for name, error in errors.items():
+        if failure := disk_error(error, config.storage):  # which says nothing of the system
+            raise failure
         write_record(todo[name].open_partial() / FAILED, {"error": error})
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:
         raise UserError(

@@ -42,15 +42,19 @@ def save_checkpoint(
     epoch = len(history)
     name = _name(epoch) + (f"-step-{len(steps):06d}" if steps else "")
     final, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
-    save_file(_plain(model.state_dict()), temporary / "model.safetensors")
-    save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-    checksums = {name: file_sha256(temporary / name) for name in TENSORS}
-    meta = {"epoch": epoch, "steps": list(steps), "history": history, "sha256": checksums}
-    write_record(temporary / "meta.json", meta)
-    if final.exists():  # a damaged one that resuming passed over
-        shutil.rmtree(final)
-    os.rename(temporary, final)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        save_file(_plain(model.state_dict()), temporary / "model.safetensors")
+        save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        checksums = {name: file_sha256(temporary / name) for name in TENSORS}
+        meta = {"epoch": epoch, "steps": list(steps), "history": history, "sha256": checksums}
+        write_record(temporary / "meta.json", meta)
+        if final.exists():  # a damaged one that resuming passed over
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     # The best of the earlier ones stays too: if this one is damaged, it is the best again.
     best = {_name(best_epoch(past)) for past in (history, history[:-1]) if past}
     there = sorted(folder.glob("epoch-*"))
