@@ -571,12 +571,8 @@ def _show_preview(plan: Any, steps: list[Any]) -> None:
         typer.echo("another run is at work in this storage; until it ends, this command would not start")
 
 
-# Exit codes, and what a user is told with each.
-INTERRUPTS = {
-    128 + signal.SIGINT: "interrupted",
-    128 + signal.SIGTERM: "ended by SIGTERM",
-    128 + signal.SIGHUP: "hung up",
-}
+# Signals that end a run as Ctrl-C does, and what a user is told.
+INTERRUPTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "hung up"}
 _LINES = "\n\t"
 
 
@@ -592,20 +588,26 @@ def main(*command: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a file's name may not be valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # `ray job stop` and a shutdown send SIGTERM, a closed terminal SIGHUP: exit by SystemExit, so that runs are ended
-    # as KILLED. Under nohup SIGHUP stays ignored.
+    received = [signal.SIGINT]
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt  # an exit code, as of SystemExit, would not come through a call of Ray
+
+    # `ray job stop` and a shutdown send SIGTERM, a closed terminal SIGHUP. Under nohup SIGHUP stays ignored.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+            signal.signal(number, interrupt)
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"asc-ray: {masked(printable(error, keep=_LINES))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code in INTERRUPTS:  # typer turns Ctrl-C into such a code
-            print(f"asc-ray: {INTERRUPTS[end.code]}; the same command goes on from here", file=sys.stderr)
-        raise
+        if end.code != 128 + signal.SIGINT:  # into which typer turns Ctrl-C
+            raise
+        print(f"asc-ray: {INTERRUPTS[received[-1]]}; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + received[-1])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "asc_ray":
             raise
@@ -617,10 +619,6 @@ def main(*command: str) -> None:
     except Exception:  # our own bug: show the whole traceback, but no passwords
         print(masked(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
-
-
-def _terminate(signum: int, frame: Any) -> None:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from asc_ray.section import Section
 
+RAYS_FOLDER = ".ray"  # the folder of a storage where Ray Train and Tune write what nobody reads; no run leaves it
+
 
 class Resources(Section):
     """What one training worker or inference task asks of the cluster; fractions of a GPU are allowed."""

@@ -1,6 +1,7 @@
 """Running the stages of a plan: complete artifacts are skipped, unfinished ones are resumed."""
 
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib import import_module
@@ -15,6 +16,7 @@ from asc_ray.errors import ConfigError, UserError
 from asc_ray.lock import exclusive
 from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
+from asc_ray.resources import RAYS_FOLDER
 from asc_ray.shown import masked
 from asc_ray.stages.tracked import pipeline_thing, tell_made
 from asc_ray.tracking.config import default_uri
@@ -103,7 +105,7 @@ def at_work(
     from asc_ray.stages.work import Work
 
     config = plan.config
-    with _told_apart(config.storage), exclusive(config.storage):
+    with _told_apart(config.storage), exclusive(config.storage), _without_scratch(config.storage):
         progress.note(f"storage {config.storage}")
         # MLflow starts beside Ray: both take equally long, and Ray mostly waits.
         tracker = Tracker(config.tracking, config.storage, progress.note)
@@ -121,6 +123,16 @@ def at_work(
             text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
             with tracker.parent(parent, text, complete):
                 yield Work(plan, tracker, progress)
+
+
+@contextmanager
+def _without_scratch(storage: Path) -> Iterator[None]:
+    """Leave nothing of Ray's own in the storage, nor what a killed driver has left."""
+    shutil.rmtree(storage / RAYS_FOLDER, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(storage / RAYS_FOLDER, ignore_errors=True)
 
 
 @contextmanager

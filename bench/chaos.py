@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,11 @@ class Server(Proxy):
     def answer(self) -> None:
         if self.closed:
             self.send_error(503)
-        else:
+            return
+        try:
             super().answer()
+        except OSError:  # nothing listens behind it, or the driver has been killed
+            self.close_connection = True
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = lambda self: self.answer()
 
@@ -114,12 +117,12 @@ class World:
     def go_on(self) -> None:
         """Give the pipeline's command, which is always the same."""
         settings = [f"storage={self.storage}", f"tracking.uri={self.uri}", *SETTINGS]
-        words = ["pipeline", "--config", str(ROOT / "tests" / "tiny.yaml")]
-        words += [word for setting in settings for word in ("--set", setting)]
+        self.words = ["--config", str(ROOT / "tests" / "tiny.yaml")]
+        self.words += [word for setting in settings for word in ("--set", setting)]
         self.begun = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self.driver = subprocess.Popen(
-                [*self.jump, sys.executable, "-m", "asc_ray.cli", *words],
+                [*self.jump, sys.executable, "-m", "asc_ray.cli", "pipeline", *self.words],
                 stdout=out, stderr=out, env=environment() | {"RAY_ADDRESS": self.address}, start_new_session=True,
             )  # fmt: skip
         self.jump = []
@@ -308,6 +311,8 @@ def disturbed(world: World, kinds: list[str], draw: random.Random, note: Callabl
                 assert not again, f"finished things were made again: {again}"
                 finished = {p: p.stat().st_mtime_ns for p in world.storage.glob("*/*/manifest.json")}
                 if world.driver is not None and world.driver.returncode == 0:
+                    resend = [sys.executable, "-m", "asc_ray.cli", "track", "--resend", *world.words]
+                    subprocess.run(resend, env=environment(), check=True, stdout=subprocess.DEVNULL)
                     return
                 state = f"{world.stage() if world.driver else ''} {len(finished)}"
                 without_gain = without_gain + 1 if state == last else 0
@@ -346,7 +351,7 @@ def differences(world: World, whole: Path) -> list[str]:
     for name in mine.keys() & theirs.keys():
         one, other = (content(artifact) for artifact in (mine[name], theirs[name]))
         found += [f"{name}: {key} differs" for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
-    for pattern in ("**/*.tmp", "**/.*.tmp", "*/*.partial", ".ray-tune", ".ray-train/*"):
+    for pattern in ("**/*.tmp", "**/.*.tmp", "*/*.partial", ".ray"):
         found += [f"left behind: {path}" for path in world.storage.glob(pattern)]
     client = MlflowClient(world.uri)
     query = f"tags.`{STORAGE_TAG}` = '{world.storage}'"
@@ -359,21 +364,25 @@ def differences(world: World, whole: Path) -> list[str]:
     return found
 
 
-# Times of the work, and what says where it was done.
-_OF_THE_MACHINE = {"seconds", "clips_per_second", "fitted", "took", "began", "ended", "machine"}
-
-
 def content(artifact: Any) -> dict[str, Any]:
     """Return what two runs agree about: facts without times, and the checksums of files that hold results."""
     files = artifact.manifest()["files"]
     kept = {name: entry["sha256"] for name, entry in files.items() if re.search(r"\.(safetensors|arrow|npy)$", name)}
-    return {**kept, "facts": timeless(artifact.facts())}
+    return kept | dict(leaves(artifact.facts()))
 
 
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: timeless(part) for name, part in value.items() if name not in _OF_THE_MACHINE}
-    return [timeless(part) for part in value] if isinstance(value, list) else value
+# Times of the work.
+_OF_THE_MACHINE = re.compile(r"seconds|per_second|minutes_left")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dictionaries and lists with their paths."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if not _OF_THE_MACHINE.search(str(name)):
+                yield from leaves(part, f"{path}/{name}")
+    else:
+        yield path, value
 
 
 def campaign(seed: int, pipelines: int, faults: int, kinds: list[str], out: Path | None) -> int:
@@ -419,7 +428,7 @@ def campaign(seed: int, pipelines: int, faults: int, kinds: list[str], out: Path
             if number:
                 shutil.rmtree(world.storage)
     table = pd.Series(counts, dtype=int).unstack(fill_value=0)
-    print(table.reindex(columns=[stage for stage in ("start", *STAGES) if stage in table]).to_markdown())
+    print(table.reindex(columns=[stage for stage in ("start", *STAGES) if stage in table]).to_string())
     print(f"{sum(counts.values())} faults, {pipelines - wrong} of {pipelines} pipelines ended as undisturbed")
     return wrong
 

@@ -78,7 +78,8 @@ class _Session(threading.Thread):
             raise UserError(f"{self.where}: {self._silence()}")
         if self._error:
             raise UserError(f"{self.where}: {_refusal(self._error)}") from None
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray's own prints where each thread is
+        for number in (signal.SIGTERM, signal.SIGHUP):  # Ray's own say where each thread is, or end the process at once
+            signal.signal(number, signal.getsignal(number))
 
     def end(self) -> None:
         if self._ready.is_set() and not self.lost:

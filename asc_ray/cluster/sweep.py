@@ -17,7 +17,7 @@ from asc_ray.cluster.tasks import OnEvent, settle, slots
 from asc_ray.disk import disk_error
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
-from asc_ray.resources import Resources
+from asc_ray.resources import RAYS_FOLDER, Resources
 from asc_ray.search.config import METRIC, SweepConfig
 from asc_ray.search.course import TRIALS, Course, checkpoints_of, ended_trials, error_of
 from asc_ray.search.order import planned
@@ -64,8 +64,6 @@ def run_sweep(
     data = source.open()
     folder = artifact.open_partial() / TRIALS
     folder.mkdir(exist_ok=True)
-    scratch = artifact.storage / ".ray-tune"
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed driver
     course = Course(sweep, student, limits, len(data.store.labels), folder, ended_trials(artifact), on_event)
     if course.left():
         for name, value in SETTINGS.items():
@@ -100,13 +98,12 @@ def run_sweep(
                 ),
                 run_config=tune.RunConfig(
                     name="sweep",
-                    storage_path=str(scratch),
+                    storage_path=str(artifact.storage / RAYS_FOLDER),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=retries),
                 ),
             ).fit()
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
             settle()
     if left := course.left():
         for error in grid.errors:

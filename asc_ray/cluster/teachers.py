@@ -7,7 +7,6 @@ lanes of their own, started as soon as they fit.
 """
 
 import os
-import shutil
 import time
 import traceback
 import uuid
@@ -32,7 +31,7 @@ from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
-from asc_ray.resources import TrainerResources
+from asc_ray.resources import RAYS_FOLDER, TrainerResources
 from asc_ray.students.cost import input_shape
 from asc_ray.training import parallel
 from asc_ray.training.dataset import Source
@@ -112,7 +111,7 @@ def train_teachers(teachers: Mapping[str, Teacher], retries: int, on_event: OnEv
         waiting.setdefault(teachers[name].resources, []).append(name)
     queue = Queue.options(scheduling_strategy=beside_the_driver()).remote(waiting, retries)  # type: ignore[attr-defined]
     storage = next(iter(teachers.values())).artifact.storage
-    scratch = storage / ".ray-train" / uuid.uuid4().hex
+    scratch = storage / RAYS_FOLDER / uuid.uuid4().hex
     work = {"queue": queue, "teachers": dict(teachers)}
     lanes: dict[str, _Lane] = {}
     crashes = 0
@@ -139,7 +138,6 @@ def train_teachers(teachers: Mapping[str, Teacher], retries: int, on_event: OnEv
         pass_on(queue, on_event)
     errors = ray.get(queue.errors.remote())
     ray.kill(queue)
-    shutil.rmtree(scratch, ignore_errors=True)
     settle()
     return {name: error for name, error in errors.items() if not teachers[name].artifact.complete}
 
