@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ from asc_ray.artifacts import artifacts_in
 from asc_ray.tracking.things import RUN_TAG, STORAGE_TAG
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = [
+SETTINGS = (
     "teachers.systems=[passt_dirfms_1, cpr_128k_fms_1, cpr_128k_dirfms_1]",
     "teachers.resources_for={cp_resnet: {workers: 2}}",
-]
+)
 STAGES = ("corpus", "ingest", "teachers", "logits", "fuse", "sweep", "student", "qat", "evaluate", "report")
 MOST_ATTEMPTS = 8  # in which a command gets no further
 DISK_MB = 400
@@ -76,8 +76,8 @@ class Server(Proxy):
 class World:
     """A cluster of three raylets, a tracking server, a disk, and the driver of one pipeline among them."""
 
-    def __init__(self, folder: Path, storage: Path, uri: str) -> None:
-        self.storage, self.uri = storage, uri
+    def __init__(self, folder: Path, storage: Path, uri: str, settings: Sequence[str] = SETTINGS) -> None:
+        self.storage, self.uri, self.settings = storage, uri, settings
         self.log = folder / f"{storage.name}.log"
         self.driver: subprocess.Popen[bytes] | None = None
         self.jump: list[str] = []
@@ -116,7 +116,7 @@ class World:
 
     def go_on(self) -> None:
         """Give the pipeline's command, which is always the same."""
-        settings = [f"storage={self.storage}", f"tracking.uri={self.uri}", *SETTINGS]
+        settings = [f"storage={self.storage}", f"tracking.uri={self.uri}", *self.settings]
         self.words = ["--config", str(ROOT / "tests" / "tiny.yaml")]
         self.words += [word for setting in settings for word in ("--set", setting)]
         self.begun = self.log.stat().st_size if self.log.exists() else 0

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -578,65 +576,6 @@ def test_status_names_every_artifact(finished, plan):
     for artifact in artifacts(plan):
         assert f"{artifact.path}" in done.stdout
     assert "missing" not in done.stdout
-
-
-# In each of these stages the driver gets the signal as soon as the file shows that the stage is half-done.
-HALF_DONE = {
-    "ingest": ("clips/*.partial/shard-*.json", signal.SIGKILL),
-    "teachers": ("teachers/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
-    "logits": ("logits/*.partial/train-*.arrow", signal.SIGTERM),
-    "sweep": ("sweep/*.partial/trials/0000.json", signal.SIGINT),
-    "student": ("students/*.partial/checkpoints/epoch-00001", signal.SIGHUP),
-    "qat": ("int8/*.partial/checkpoints/epoch-00001", signal.SIGKILL),
-}
-
-
-@pytest.mark.parametrize(
-    "stages",
-    [("teachers", "sweep"), pytest.param(tuple(HALF_DONE), marks=pytest.mark.campaign)],
-    ids=["two stages", "every stage"],
-)
-def test_a_driver_killed_half_way_ends_with_the_results_of_an_unbroken_run(finished, plan, tmp_path, stages):
-    storage = tmp_path / "storage"
-    arguments = ("pipeline", "--config", TINY, "--set", f"storage={storage}")
-    for stage in stages:
-        pattern, how = HALF_DONE[stage]
-        driver = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
-        )
-        while driver.poll() is None and not list(storage.glob(pattern)):
-            time.sleep(0.01)
-        assert driver.poll() is None, f"never saw {pattern}: {driver.stdout.read().decode()}"
-        os.kill(driver.pid, how)
-        output = driver.communicate()[0].decode()
-        polite = how is not signal.SIGKILL
-        assert driver.returncode == (128 + how if polite else -how), output
-        assert ("; the same command goes on" in output) == polite
-        driver.stdout.close()
-        done_before = {p: p.stat().st_mtime_ns for p in storage.rglob("manifest.json")}
-    last = subprocess.run(command("status", *arguments[1:]), capture_output=True, text=True, check=True)
-    assert "missing" in last.stdout
-    assert "running" not in last.stdout
-    end = subprocess.run(command(*arguments), capture_output=True, text=True, env=joined(), check=False)
-    assert end.returncode == 0, end.stdout + end.stderr
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done_before.items())
-
-    broken = plan_of(type(finished)(storage, ""))
-    for ours, theirs in zip(artifacts(broken), artifacts(plan), strict=True):
-        assert ours.key == theirs.key
-    for one, other in [
-        *zip(broken.teachers.values(), plan.teachers.values(), strict=True),
-        (broken.students["student"], plan.students["student"]),
-    ]:
-        mine, whole = load_file(one.path / "model.safetensors"), load_file(other.path / "model.safetensors")
-        assert all(torch.equal(mine[name], whole[name]) for name in whole), one.name
-    assert broken.sweep.facts() == plan.sweep.facts()
-    for ours, theirs in zip(broken.by_stage()["evaluate"], plan.by_stage()["evaluate"], strict=True):
-        assert (ours.path / "evaluation.json").read_text() == (theirs.path / "evaluation.json").read_text()
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
 
 
 def test_more_resources_than_the_cluster_has_are_refused_before_any_work(tmp_path):
