@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 # itself lies in another layer than its package.
 LAYERS = (
     {"errors"},
-    {"files", "shown", "provenance"},
+    {"files", "shown", "provenance", "disk"},
     {"runtime"},
     {"section", "artifacts", "lock", "resources", "config.yaml_text", "config.overrides"},
     {"audio", "models"},
