@@ -59,6 +59,15 @@ def test_every_writer_s_error_is_told_as_the_disk_s(small_disk, writer):
         assert not list(small_disk.iterdir())
 
 
+def test_a_disk_that_became_read_only_is_told(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match="Read-only") as raised:
+        write_atomically(small_disk / "file", b"")
+    told = str(disk_error(raised.value, small_disk))
+    assert told.startswith(f"storage {small_disk}: Read-only file system")
+    assert told.endswith("; mount it writable, and the same command goes on from here")
+
+
 def test_an_error_that_is_none_of_the_disk_s_stays_what_it_is(tmp_path):
     assert disk_error(ValueError("a mistake"), tmp_path) is None
     assert disk_error(FileNotFoundError(2, "No such file or directory", str(tmp_path / "file")), tmp_path) is None

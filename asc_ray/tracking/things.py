@@ -115,7 +115,8 @@ def figures(scores: Evaluation, part: str = "test") -> dict[str, float]:
 
 def first_line(error: BaseException, uri: str) -> str:
     """Return the first line of an error's message, without the logins of the URI; for sqlite with what to do."""
-    line = masked(next(iter(str(error).splitlines()), type(error).__name__), uri)
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]  # SQLAlchemy's
+    line = masked(next(iter(lines), type(error).__name__), uri)
     if database_of(uri) is None:
         return line
     remedy = next((do for words, do in _REMEDIES.items() if words in line), "")
