@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field, field_validator
 
-from asc_ray.artifacts import Artifact, content_key, write_atomically
+from asc_ray.artifacts import Artifact, content_key, stored_file, write_atomically
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
 from asc_ray.data.corpus import unseen_devices
+from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.errors import ConfigError
-from asc_ray.evaluation.artifact import read_evaluation
+from asc_ray.evaluation.artifact import ANSWERS, read_evaluation
+from asc_ray.evaluation.gains import Gain, gain
 from asc_ray.plan import STAGES, Plan, dump
 from asc_ray.preview import Step, preview
 from asc_ray.progress import Progress
@@ -277,6 +280,17 @@ def _track(work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison:
 def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     lead = next(iter(plans.values()))
     store = source_of(lead).store()
+    test = np.flatnonzero(store.split == "test")
+    unseen = unseen_devices(store.clips)
+    answers = {name: _answers(plan, store.ids[test]) for name, plan in plans.items()}
+    first = answers[spec.rows[0].name]
+
+    def over_first(row: str, among: np.ndarray) -> Gain:
+        """Return the row's gain over the first row on these clips of the test split."""
+        own = test[among]
+        return gain(first[:, among], answers[row][:, among], store.scene[own], store.place[own])
+
+    among = {"unseen": np.isin(store.device[test], unseen), "all": np.ones(len(test), dtype=bool)}
     rows = []
     for row in spec.rows:
         plan = plans[row.name]
@@ -289,6 +303,9 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
                 scores=plan.scores(plan.students),
                 int8=plan.scores(plan.int8) if spec.int8 else None,
                 paper=row.paper,
+                gains={group: over_first(row.name, own) for group, own in among.items() if own.any()}
+                if row is not spec.rows[0]
+                else {},
             )
         )
     return Comparison(
@@ -296,6 +313,12 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
         corpus=lead.clips.facts()["corpus"],
         remark=spec.note,
         training_clips=int((store.split == "train").sum()),
-        unseen_devices=unseen_devices(store.clips),
+        unseen_devices=unseen,
         rows=rows,
     )
+
+
+def _answers(plan: Plan, ids: np.ndarray) -> np.ndarray:
+    """Return the logits (S, N, K) of the plan's students on the clips `ids` of the test split."""
+    stored = [read_logits([stored_file(plan.evaluations[name].path, ANSWERS)]) for name in plan.students]
+    return Ensemble(stored, ids).read()

@@ -18,7 +18,7 @@ from asc_ray.data.division import partition
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.fusion import FUSION_FORM
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.evaluation.artifact import read_evaluation
+from asc_ray.evaluation.artifact import EVALUATION_FORM, read_evaluation
 from asc_ray.evaluation.seeds import OverSeeds, over_seeds
 from asc_ray.int8.config import INT8_FORM
 from asc_ray.models.pretrained import published
@@ -155,7 +155,7 @@ class Plan:
             for name, artifact in self.students.items()
         }
         self.evaluations = {
-            name: self._artifact("evaluation", artifact.stage, {}, {"model": artifact.key})
+            name: self._artifact("evaluation", artifact.stage, {"form": EVALUATION_FORM}, {"model": artifact.key})
             for name, artifact in (self.students | self.int8).items()
         }
 

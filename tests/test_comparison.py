@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from asc_ray.comparison import read_table
 from asc_ray.config.composition import load_config
 from asc_ray.evaluation.artifact import read_evaluation
+from asc_ray.evaluation.gains import Gain, Interval
 from asc_ray.evaluation.scores import evaluate
 from asc_ray.evaluation.seeds import over_seeds
 from asc_ray.plan import Plan
@@ -84,6 +85,19 @@ def test_a_table_has_ours_and_the_paper_s_in_one_order(tmp_path):
     assert "A &lt;title&gt;" in html
     assert "made &amp; up" in html
     assert html.count("<tr") == 4
+
+
+def test_a_difference_to_the_first_row_says_whether_it_is_told_from_none(tmp_path):
+    better = Interval(value=0.021, low=0.004, high=0.04)
+    gains = {"unseen": Gain(log_loss=better, accuracy=Interval(value=-0.01, low=-0.03, high=0.015), places=7, runs=3)}
+    gains["all"] = Gain(log_loss=better, accuracy=better, places=9, runs=3)
+    first, second = compared(0, 1, 2), ComparedRow(**{**vars(compared(3, 4, 5)), "gains": gains})
+    table.write(comparison(first, second), tmp_path)
+    *_, head, _, row = (tmp_path / "table.md").read_text().splitlines()
+    assert head == "|  | unseen | all | log loss |"
+    figures = "-1.0 (-3.0 to +1.5), not told from 0 | +2.1 (+0.4 to +4.0) | -0.021 (-0.040 to -0.004)"
+    assert row == f"| row \\| 3 | {figures} |"
+    assert "resampling 9 places and 3 seeds" in (tmp_path / "table.html").read_text()
 
 
 @pytest.mark.parametrize("number", ["2", "3", "4", "5"])
@@ -191,6 +205,13 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR091
     rows = {line["row"]: line for line in csv.DictReader((folder / "table.csv").open()) if line["source"] == "ours"}
     assert float(rows["fused"]["all"]) == pytest.approx(100 * np.mean([s.accuracy for s in scores]), rel=1e-5)
     assert {**rows["fused again"], "row": ""} == {**rows["fused"], "row": ""}
+    gains = {(line["row"], line["what"]): line for line in csv.DictReader((folder / "gains.csv").open())}
+    assert {row for row, _ in gains} == {"none", "fused again", "other fusion"}
+    for column in ("unseen", "all", "log_loss"):
+        over = float(rows["none"][column]) - float(rows["fused"][column])
+        assert float(gains["none", column]["value"]) == pytest.approx(over, rel=1e-3, abs=1e-4)
+        assert {gains["fused again", column][end] for end in ("value", "low", "high")} <= {"0", "-0"}
+        assert gains["none", column]["seeds"] == "2"
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
     tables = {run.info.status: run for run in runs if run.info.run_name == "tiny table labels"}

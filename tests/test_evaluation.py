@@ -107,6 +107,27 @@ def test_the_gain_is_resampled_by_places():
     assert nothing.log_loss.low == nothing.log_loss.high == nothing.accuracy.value == 0
 
 
+def test_the_gain_is_resampled_by_seeds_too():
+    """Clips that all gain alike, by an amount that only the seed decides, leave the spread of the seeds' mean."""
+    rng = np.random.default_rng(0)
+    scene, places = rng.integers(0, 3, 60), np.arange(60)
+    before = np.zeros((9, 60, 3))
+    amounts = rng.normal(0.5, 0.3, 9)
+    after = before + amounts[:, None, None] * np.eye(3)[scene]
+    found = gain(before, after, scene, places)
+    each = np.array([gain(b, a, scene, places).log_loss.value for b, a in zip(before, after, strict=True)])
+    assert found.runs == 9
+    assert found.log_loss.value == pytest.approx(each.mean())
+    width = 2 * 1.96 * each.std(ddof=1) / 3
+    assert found.log_loss.high - found.log_loss.low == pytest.approx(width, rel=0.1)
+    assert found.log_loss.told
+    both = gain(before + amounts[:, None, None] * np.eye(3)[scene], after, scene, places)
+    assert both.log_loss.low == both.log_loss.high == 0  # a training and its partner are drawn together
+    alone = gain(before[:1], after, scene, places)
+    assert alone.runs == 1
+    assert alone.log_loss.model_dump() == pytest.approx(found.log_loss.model_dump(), abs=0.02)
+
+
 def test_device_groups():
     assert device_groups(["a", "b", "s1"], ["s4", "s1", "b", "a", "phone", "sx"]) == {
         "seen": ("a", "b", "s1"),

@@ -13,6 +13,8 @@ from asc_ray.evaluation.scores import Evaluation, evaluate
 from asc_ray.section import Section
 
 EVALUATION = "evaluation.json"
+ANSWERS = "test-00000.arrow"  # a student's logits of the test split
+EVALUATION_FORM = 2  # part of the key of a student's scores: raise it when something else is written
 
 
 class Scores(Section):

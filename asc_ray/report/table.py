@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asc_ray.evaluation.gains import Gain, Interval
 from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.models.complexity import BYTES_EACH
 from asc_ray.report.page import environment
@@ -16,7 +17,7 @@ PAPER = "the paper, TAU22"
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRow:
-    """A row of a comparison. `paper` has the paper's figures by column.
+    """A row of a comparison. `paper` has the paper's figures by column, `gains` those over the first row by group.
 
     Columns: `parameters` in K, `macs` in M, `float32 kB` and `int8 kB`; devices' names, `all` and `int8` in %.
     """
@@ -27,6 +28,7 @@ class ComparedRow:
     scores: OverSeeds
     int8: OverSeeds | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
+    gains: Mapping[str, Gain] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +114,57 @@ def cell(column: str, value: float | None, deviation: float | None, paper: bool)
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
+def gains(comparison: Comparison) -> list[tuple[str, dict[str, Interval]]]:
+    """Return for each row but the first its difference to the first row, by column: points, and nats of log loss."""
+    found = []
+    for row in comparison.rows:
+        if row.gains:
+            points = {group: _scaled(own.accuracy, 100) for group, own in row.gains.items()}
+            found.append((row.name, points | {"log loss": _scaled(row.gains["all"].log_loss, -1)}))
+    return found
+
+
+def _scaled(interval: Interval, factor: float) -> Interval:
+    low, high = sorted((factor * interval.low, factor * interval.high))
+    return Interval(value=factor * interval.value, low=low, high=high)
+
+
+def gains_note(comparison: Comparison) -> str:
+    """Say what the differences are, and what their intervals do not hold."""
+    found = [gain for row in comparison.rows for gain in row.gains.values()]
+    runs = min(gain.runs for gain in found)
+    over = f"and {runs} seeds" if runs > 1 else "alone: with one seed the seed's own luck is not in it"
+    return (
+        f"Difference to the first row, {comparison.rows[0].name}, in points and nats (95 % by resampling "
+        f"{max(gain.places for gain in found)} places {over}). Where 0 lies within, the difference is not told from 0."
+    )
+
+
+def difference(column: str, interval: Interval) -> str:
+    """Return a difference's text."""
+    digits = 3 if column == "log loss" else 1
+    value, low, high = (f"{each:+.{digits}f}" for each in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high})" + ("" if interval.told else ", not told from 0")
+
+
 def markdown(comparison: Comparison) -> str:
     names = columns(comparison)
-    rows = [["", *(in_markdown(TITLES.get(name, name)) for name in names)], ["---"] * (len(names) + 1)]
+    rows = [["", *(in_markdown(TITLES.get(name, name)) for name in names)]]
     for line in lines(comparison):
         shown = [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)]
         rows.append([in_markdown(line.name), *shown])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"# {in_markdown(comparison.title)}\n\n{in_markdown(comparison.note)}\n\n{table}\n"
+    text = f"# {in_markdown(comparison.title)}\n\n{in_markdown(comparison.note)}\n\n{_piped(rows)}"
+    if found := gains(comparison):
+        rows = [["", *found[0][1]]]
+        rows += [[in_markdown(name), *(difference(*own) for own in values.items())] for name, values in found]
+        text += f"\n{in_markdown(gains_note(comparison))}\n\n{_piped(rows)}"
+    return text
+
+
+def _piped(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows, the first of which is the head, as a table in Markdown."""
+    head, *others = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *others))
 
 
 def comma_separated(comparison: Comparison) -> str:
@@ -141,8 +186,23 @@ def comma_separated(comparison: Comparison) -> str:
     return out.getvalue()
 
 
+def _gains_separated(comparison: Comparison) -> str:
+    """Return CSV with a line a row and column of `gains`."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "over", "what", "value", "low", "high", "places", "seeds"])
+    for name, values in gains(comparison):
+        of_row = next(row.gains for row in comparison.rows if row.name == name)
+        for column, own in values.items():
+            gain = of_row.get(column, of_row["all"])
+            figures = [f"{each:.6g}" for each in (own.value, own.low, own.high)]
+            over = in_csv(comparison.rows[0].name)
+            writer.writerow([in_csv(name), over, column.replace(" ", "_"), *figures, gain.places, gain.runs])
+    return out.getvalue()
+
+
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write table.md, table.csv and table.html to the folder, and return their paths."""
+    """Write table.md, table.csv, gains.csv and table.html to the folder, and return their paths."""
     names = columns(comparison)
     html = (
         environment()
@@ -154,9 +214,14 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
                 (line, [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)])
                 for line in lines(comparison)
             ],
+            gains=[(name, [difference(*own) for own in values.items()]) for name, values in gains(comparison)],
+            gained=[column for _, values in gains(comparison)[:1] for column in values],
+            gains_note=gains_note(comparison) if gains(comparison) else "",
         )
     )
     texts = {"table.md": markdown(comparison), "table.csv": comma_separated(comparison), "table.html": html}
+    if gains(comparison):
+        texts["gains.csv"] = _gains_separated(comparison)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]

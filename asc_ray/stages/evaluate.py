@@ -1,5 +1,6 @@
 """The scores of the ensemble and of all students on the test split, on which no earlier stage learns or scores."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import torch
 
 from asc_ray.artifacts import Artifact, stored_file, stored_files, write_atomically
 from asc_ray.audio.frontend import LogMel
-from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.data.logits import Ensemble, read_logits, write_logits
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
-from asc_ray.evaluation.artifact import EVALUATION, headline, score, score_ensemble
+from asc_ray.evaluation.artifact import ANSWERS, EVALUATION, headline, score, score_ensemble
 from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.int8.train import load_fake_quantized
 from asc_ray.plan import Plan
@@ -62,7 +63,10 @@ def evaluate_ensemble(artifact: Artifact, source: Source, logits: Mapping[str, P
 def evaluate_student(
     artifact: Artifact, source: Source, student: Path, config: StudentConfig, gpus: float = 0.0
 ) -> None:
-    """Score a finished student on the test split, or its int8 form if that is what the folder `student` holds."""
+    """Score a finished student on the test split, or its int8 form if that is what the folder `student` holds.
+
+    Its logits are kept beside the scores.
+    """
     folder = artifact.open_partial()
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
@@ -82,6 +86,8 @@ def evaluate_student(
     outputs = predict(model, front_end, store, test, device)
     scores = score(store, test, outputs.numpy())
     write_atomically(folder / EVALUATION, scores.model_dump_json())
+    metadata = {"system": student.name, "labels": json.dumps(store.labels), "corpus": store.corpus, "split": "test"}
+    write_logits(folder / ANSWERS, store.ids[test], outputs.numpy(), metadata)
     facts = headline(scores)
     for name, other in others.items():
         own = predict(other, front_end, store, test, device)
