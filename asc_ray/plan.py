@@ -15,6 +15,7 @@ from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.corpus import Corpus, read_corpus
 from asc_ray.data.demo import SCENES
 from asc_ray.data.division import partition
+from asc_ray.data.recordings import check_followed
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.fusion import FUSION_FORM
 from asc_ray.errors import ConfigError, UserError
@@ -222,8 +223,9 @@ class Plan:
     def _check_corpus(self, corpus: Corpus) -> None:
         """Raise ConfigError or CorpusError if the configuration asks for something that the corpus does not have."""
         config = self.config
-        trained = [(f"teachers.recipes.{name}", recipe.augment.dir) for name, recipe in config.teachers.recipes.items()]
-        asked = [(key, dir_) for key, dir_ in [*trained, ("student", config.student.augment.dir)] if dir_.p > 0]
+        recipes: dict[str, Recipe] = {f"teachers.recipes.{name}": own for name, own in config.teachers.recipes.items()}
+        recipes["student"] = config.student
+        asked = [(key, recipe.augment.dir) for key, recipe in recipes.items() if recipe.augment.dir.p > 0]
         for key, parameter in config.sweep.space.items() if config.sweep else ():
             if key in ("augment", "augment.dir", "augment.dir.apply_to"):
                 asked += [("sweep.space", changed(config.student, {key: end}).augment.dir) for end in parameter.ends()]
@@ -234,6 +236,9 @@ class Plan:
                     f"allowed: all, or some of {', '.join(corpus.devices)}"
                 )
         train = [clip for clip in corpus.clips if clip.split == "train"]
+        for key, recipe in recipes.items():
+            if recipe.augment.crop:
+                check_followed(key, train)
         shares = config.partition.shares(config.fusion.data, config.fusion.folds)
         parts = partition(train, shares, config.partition.seed)
         if self.config.sweep:

@@ -1,13 +1,13 @@
 """Augmentation of batches on the GPU or CPU that trains (READING.md "Augmentation"), in the published code's order:
 
-    waveform: DIR / ADIR, roll, mixup     log-mel: frequency and time mask, Freq-MixStyle
+    waveform: crop, DIR / ADIR, roll, mixup     log-mel: frequency and time mask, Freq-MixStyle
 
 Everything random is drawn on the host beforehand, so a GPU meets no data-dependent shape, no synchronization and no
 loop over clips, and a draw gives the same batch on every GPU or CPU.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ class FreqMixStyleConfig(Section):
 class AugmentConfig(Section):
     """Augmentation of training batches; the default augments nothing."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"crop"})
+    crop: bool = Field(
+        False,
+        description="whether a clip starts anywhere in its second and goes on in its recording's next one, if that was "
+        "recorded by the same device and is in the same part; else it is rotated",
+    )
     roll: int = Field(0, ge=0, description="largest rotation of the waveform either way, samples")
     dir: DirConfig = DirConfig()
     freq_mixstyle: FreqMixStyleConfig = FreqMixStyleConfig()
@@ -73,6 +79,7 @@ class Draw:
     """
 
     fmax_shift: Tensor  # (B,) float32, Hz, for LogMel: the same for all clips
+    start: Tensor | None  # (B,) int64, samples after the clip's own first one
     response: Tensor | None  # (B,) int64: which response of the bank DIR convolves the clip with, -1: none
     shift: Tensor | None  # (B,) int64, samples to the right
     lam: Tensor | None  # (B,) float32: mixup's weight of the clip's own wave
@@ -117,6 +124,7 @@ class Augment:
         self.config = config
         self._bank = bank
         self._threshold = mean_energy if config.dir.threshold == "auto" else config.dir.threshold
+        self._second = frontend.sample_rate  # samples of a clip
         self._fmax_steps = int(frontend.fmax_jitter / 2 / FMAX_STEP)
         self._spectra: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
 
@@ -128,13 +136,14 @@ class Augment:
         """
         config, clips = self.config, len(devices)
         seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
-        fmax, dir_, roll, mixup, freq, time, style = np.random.default_rng(seed).spawn(7)
+        fmax, dir_, roll, mixup, freq, time, style, crop = np.random.default_rng(seed).spawn(8)
         fmax_shift = FMAX_STEP * int(fmax.integers(-self._fmax_steps, self._fmax_steps + 1))
         lam, partner = _draw_mix(mixup, 1.0, config.mixup_alpha, clips) if config.mixup_alpha else (None, None)
         p, alpha = config.freq_mixstyle.p, config.freq_mixstyle.alpha
         style_weight, style_partner = _draw_mix(style, p, alpha, clips) if p else (None, None)
         return Draw(
             fmax_shift=torch.full((clips,), float(fmax_shift)),
+            start=torch.from_numpy(crop.integers(0, self._second, clips)) if config.crop else None,
             response=self._draw_dir(dir_, energies, devices) if config.dir.p else None,
             shift=torch.from_numpy(roll.integers(-config.roll, config.roll + 1, clips)) if config.roll else None,
             lam=lam,
@@ -157,7 +166,12 @@ class Augment:
 
     @torch.no_grad()
     def wave(self, wave: Tensor, draw: Draw) -> Tensor:
-        """Apply DIR, roll and mixup to waveforms (B, T) float32, as drawn; the input is left as it is."""
+        """Apply crop, DIR, roll and mixup to waveforms (B, T) float32, as drawn; the input is left as it is.
+
+        To be cropped, they are (B, 2 T): each clip, and the second that follows it or the clip again.
+        """
+        if draw.start is not None:
+            wave = _windows(wave, draw.start, wave.shape[1] // 2)
         if draw.response is not None:
             wave = self._convolved(wave, draw.response)
         if draw.shift is not None:
@@ -227,9 +241,13 @@ def _masked(mask: Tensor, size: int) -> Tensor:
 
 def _roll(wave: Tensor, shift: Tensor) -> Tensor:
     """Rotate each clip (B, T) to the right by its shift (B,): read T samples of the clip and its copy, from -shift."""
-    clips, samples = wave.shape
-    windows = torch.cat([wave, wave], dim=1).unfold(1, samples, 1)
-    return windows[torch.arange(clips, device=wave.device), torch.remainder(-shift, samples)]
+    samples = wave.shape[1]
+    return _windows(torch.cat([wave, wave], dim=1), torch.remainder(-shift, samples), samples)
+
+
+def _windows(wave: Tensor, start: Tensor, samples: int) -> Tensor:
+    """Return (B, samples) of each wave (B, T), from its start (B,) on."""
+    return wave.unfold(1, samples, 1)[torch.arange(len(wave), device=wave.device), start]
 
 
 def _freq_mixstyle(mel: Tensor, weight: Tensor, partner: Tensor) -> Tensor:

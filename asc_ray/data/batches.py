@@ -101,6 +101,8 @@ MAPPED = DataConfig(mode="mapped")
 class Waves:
     """The waveforms of the store's clips `rows`, batch by batch, on `device`; with `gpus` below 1 on a part of it.
 
+    With `after`, positions in `rows`, each clip brings that one along, behind its own samples.
+
     Raises ConfigError where `resident` is asked for and does not fit.
     """
 
@@ -112,8 +114,9 @@ class Waves:
         config: DataConfig = MAPPED,
         stream: Stream | None = None,
         gpus: float = 1.0,
+        after: np.ndarray | None = None,
     ) -> None:
-        self._store, self._rows, self._device, self._stream = store, rows, device, stream
+        self._store, self._rows, self._device, self._stream, self._after = store, rows, device, stream, after
         self.mode = delivery(config, len(rows), device, gpus)
         if self.mode == "stream" and stream is None:
             raise ConfigError("data.mode: stream needs a Ray cluster; allowed without: auto, mapped, resident")
@@ -123,7 +126,17 @@ class Waves:
                 self._resident[part[0] : part[-1] + 1] = torch.from_numpy(store.pcm(rows[part]))
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Yield (B, 32000) int16 for each batch of positions in `rows`; `waveform` turns them into waves."""
+        """Yield (B, 32000) int16 for each batch of positions in `rows`, (B, 64000) with `after`.
+
+        `waveform` turns them into waves.
+        """
+        if self._after is not None:
+            pairs = self._batches([np.concatenate([batch, self._after[batch]]) for batch in batches])
+            yield from (torch.cat(pcm.chunk(2), dim=1) for pcm in pairs)
+        else:
+            yield from self._batches(batches)
+
+    def _batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
         if self.mode == "resident":
             for batch in batches:
                 yield self._resident.index_select(0, moved(torch.from_numpy(batch), self._device))

@@ -15,6 +15,7 @@ from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.division import FusionData, PartitionConfig, partition
+from asc_ray.data.recordings import following
 from asc_ray.errors import ConfigError
 
 IMPULSE_RESPONSES = "impulse_responses.safetensors"
@@ -95,8 +96,13 @@ class Dataset:
     folds: tuple[np.ndarray, ...] = ()  # only with cross-fitting
     held_out_devices: tuple[str, ...] = ()  # `train` and `fusion` have no clips of these
 
-    def waves(self, rows: np.ndarray, device: torch.device, gpus: float = 1.0) -> Waves:
-        return Waves(self.store, rows, device, self.delivery, self.stream, gpus)
+    def waves(self, rows: np.ndarray, device: torch.device, gpus: float = 1.0, crop: bool = False) -> Waves:
+        """Return the waveforms of these rows; to be cropped, each with the second that follows it among the rows."""
+        after = None
+        if crop:
+            clips = self.store.clips
+            after = following([clips[row] for row in rows])
+        return Waves(self.store, rows, device, self.delivery, self.stream, gpus, after)
 
     @property
     def mean_energy(self) -> float:

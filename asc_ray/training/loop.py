@@ -93,7 +93,7 @@ def fit(
         if recipe.compile and len(history) < settings.epochs:
             set_mode(model, len(history))
             trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
-        waves = data.waves(train, device, gpus)
+        waves = data.waves(train, device, gpus, crop=recipe.augment.crop)
         shares = device_shares(data.store.device[train], recipe.balance)
 
         for epoch in range(len(history), settings.epochs):

@@ -94,8 +94,8 @@ class Trainer:
     def step(self, pcm: Tensor, clips: np.ndarray, generator: torch.Generator) -> Tensor:
         """Make one update on the store's `clips`; return (summed loss, clips, right answers), not waiting for the GPU.
 
-        The clips and their samples (B, 32000) int16 are the whole batch. It goes through the network in pieces, first
-        by rank and then by `accumulate`. The gradient is that of the batch's mean loss.
+        The clips and their samples, (B, 32000) int16 or to be cropped (B, 64000), are the whole batch. It goes through
+        the network in pieces, first by rank and then by `accumulate`. The gradient is that of the batch's mean loss.
         """
         with record_function("augmentation"):
             energies, devices = torch.from_numpy(self.store.energy[clips]), self.store.device[clips].tolist()
