@@ -387,6 +387,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def campaign(seed: int, pipelines: int, faults: int, kinds: list[str], out: Path | None) -> int:
     """Run the pipelines; return how many did not end as they must."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts behind itself
     draw, wrong, begun = random.Random(seed), 0, time.monotonic()
     counts: Counter[tuple[str, str]] = Counter()
     bag: list[str] = []
