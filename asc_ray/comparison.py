@@ -42,9 +42,11 @@ TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # the paper
 class RowConfig(Section):
     """A row of a table. `set`: what it changes, by dotted key. `paper`: the paper's figures, see ComparedRow."""
 
+    later = frozenset({"against"})
     name: str = Field(pattern=r"^[^'\"\\]+$", description="name of the row, and of its runs in MLflow")
     set: dict[str, Any] = Field({})
     paper: dict[str, float] = Field({})
+    against: str | None = Field(None, description="the row that this one's difference is to; null: the first row")
 
 
 class TableConfig(Section):
@@ -62,6 +64,10 @@ class TableConfig(Section):
         names = [row.name for row in rows]
         if len(set(names)) < len(names):
             raise ValueError("two rows have the same name")
+        for row in rows:
+            if row.against is not None and (row.against not in names or row.against == row.name):
+                others = ", ".join(name for name in names if name != row.name)
+                raise ValueError(f"row {row.name}: against: found {row.against!r}; allowed: another row, of {others}")
         return rows
 
 
@@ -283,12 +289,11 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     test = np.flatnonzero(store.split == "test")
     unseen = unseen_devices(store.clips)
     answers = {name: _answers(plan, store.ids[test]) for name, plan in plans.items()}
-    first = answers[spec.rows[0].name]
 
-    def over_first(row: str, among: np.ndarray) -> Gain:
-        """Return the row's gain over the first row on these clips of the test split."""
-        own = test[among]
-        return gain(first[:, among], answers[row][:, among], store.scene[own], store.place[own])
+    def gained(row: RowConfig, among: np.ndarray) -> Gain:
+        """Return the row's gain over another on these clips of the test split."""
+        before, own = answers[row.against or spec.rows[0].name], test[among]
+        return gain(before[:, among], answers[row.name][:, among], store.scene[own], store.place[own])
 
     among = {"unseen": np.isin(store.device[test], unseen), "all": np.ones(len(test), dtype=bool)}
     rows = []
@@ -303,8 +308,9 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
                 scores=plan.scores(plan.students),
                 int8=plan.scores(plan.int8) if spec.int8 else None,
                 paper=row.paper,
-                gains={group: over_first(row.name, own) for group, own in among.items() if own.any()}
-                if row is not spec.rows[0]
+                over=row.against or (spec.rows[0].name if row is not spec.rows[0] else None),
+                gains={name: gained(row, own) for name, own in among.items() if own.any()}
+                if row.against or row is not spec.rows[0]
                 else {},
             )
         )

@@ -91,12 +91,12 @@ def test_a_difference_to_the_first_row_says_whether_it_is_told_from_none(tmp_pat
     better = Interval(value=0.021, low=0.004, high=0.04)
     gains = {"unseen": Gain(log_loss=better, accuracy=Interval(value=-0.01, low=-0.03, high=0.015), places=7, runs=3)}
     gains["all"] = Gain(log_loss=better, accuracy=better, places=9, runs=3)
-    first, second = compared(0, 1, 2), ComparedRow(**{**vars(compared(3, 4, 5)), "gains": gains})
+    first, second = compared(0, 1, 2), ComparedRow(**{**vars(compared(3, 4, 5)), "gains": gains, "over": "row | 0"})
     table.write(comparison(first, second), tmp_path)
     *_, head, _, row = (tmp_path / "table.md").read_text().splitlines()
-    assert head == "|  | unseen | all | log loss |"
+    assert head == "|  | against | unseen | all | log loss |"
     figures = "-1.0 (-3.0 to +1.5), not told from 0 | +2.1 (+0.4 to +4.0) | -0.021 (-0.040 to -0.004)"
-    assert row == f"| row \\| 3 | {figures} |"
+    assert row == f"| row \\| 3 | row \\| 0 | {figures} |"
     assert "resampling 9 places and 3 seeds" in (tmp_path / "table.html").read_text()
 
 
@@ -136,6 +136,7 @@ def test_the_paper_s_figures_are_those_of_the_paper(number):
         (["table", "6"], "6: no such table; known: 2, 3, 4, 5"),
         (["figure", "4"], "4: no such figure; known: 2, 3"),
         (["table", "rows.yaml"], "rows: is required"),
+        (["table", "against.yaml"], "row first: against: found 'frist'; allowed: another row, of second"),
         (["table", "wrong.yaml"], "student.optimizer.epoch: unknown key"),
         (["table", "column.yaml"], "row first: paper.al: no such column; did you mean all?"),
         (["table", "large.yaml"], "row second: student.model: cp_resnet is too large for the device"),
@@ -146,6 +147,7 @@ def test_the_paper_s_figures_are_those_of_the_paper(number):
 def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, message):
     (tmp_path / "rows.yaml").write_text("title: none\n")
     (tmp_path / "wrong.yaml").write_text("title: x\nrows: [{name: first, set: {student.optimizer.epoch: 3}}]\n")
+    (tmp_path / "against.yaml").write_text("title: x\nrows: [{name: first, against: frist}, {name: second}]\n")
     elsewhere = "{name: second, set: {storage: other}}"
     (tmp_path / "elsewhere.yaml").write_text(f"title: x\nrows: [{{name: first}}, {elsewhere}]\n")
     apart = "{name: second, set: {corpus.demo.seed: 7}}"
@@ -173,6 +175,7 @@ rows:
   - name: fused again
   - name: other fusion
     set: {fusion.ridge: 0.5, student.seeds: 1}
+    against: none
 """
 
 
@@ -212,6 +215,8 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR091
         assert float(gains["none", column]["value"]) == pytest.approx(over, rel=1e-3, abs=1e-4)
         assert {gains["fused again", column][end] for end in ("value", "low", "high")} <= {"0", "-0"}
         assert gains["none", column]["seeds"] == "2"
+        over = float(rows["other fusion"][column]) - float(rows["none"][column])
+        assert float(gains["other fusion", column]["value"]) == pytest.approx(over, rel=1e-3, abs=1e-4)
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("asc-ray").experiment_id])
     tables = {run.info.status: run for run in runs if run.info.run_name == "tiny table labels"}

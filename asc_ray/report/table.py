@@ -17,7 +17,7 @@ PAPER = "the paper, TAU22"
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRow:
-    """A row of a comparison. `paper` has the paper's figures by column, `gains` those over the first row by group.
+    """A row of a comparison. `paper` has the paper's figures by column, `gains` those over the row `over` by group.
 
     Columns: `parameters` in K, `macs` in M, `float32 kB` and `int8 kB`; devices' names, `all` and `int8` in %.
     """
@@ -28,6 +28,7 @@ class ComparedRow:
     scores: OverSeeds
     int8: OverSeeds | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
+    over: str | None = None
     gains: Mapping[str, Gain] = field(default_factory=dict)
 
 
@@ -114,13 +115,13 @@ def cell(column: str, value: float | None, deviation: float | None, paper: bool)
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def gains(comparison: Comparison) -> list[tuple[str, dict[str, Interval]]]:
-    """Return for each row but the first its difference to the first row, by column: points, and nats of log loss."""
+def differences(comparison: Comparison) -> list[tuple[ComparedRow, dict[str, Interval]]]:
+    """Return for each row that is compared with another the difference, by column: points, and nats of log loss."""
     found = []
     for row in comparison.rows:
         if row.gains:
             points = {group: _scaled(own.accuracy, 100) for group, own in row.gains.items()}
-            found.append((row.name, points | {"log loss": _scaled(row.gains["all"].log_loss, -1)}))
+            found.append((row, points | {"log loss": _scaled(row.gains["all"].log_loss, -1)}))
     return found
 
 
@@ -135,8 +136,8 @@ def gains_note(comparison: Comparison) -> str:
     runs = min(gain.runs for gain in found)
     over = f"and {runs} seeds" if runs > 1 else "alone: with one seed the seed's own luck is not in it"
     return (
-        f"Difference to the first row, {comparison.rows[0].name}, in points and nats (95 % by resampling "
-        f"{max(gain.places for gain in found)} places {over}). Where 0 lies within, the difference is not told from 0."
+        f"Difference to another row, in points and nats (95 % by resampling {max(own.places for own in found)} "
+        f"places {over}). Where 0 lies within, the difference is not told from 0."
     )
 
 
@@ -154,9 +155,12 @@ def markdown(comparison: Comparison) -> str:
         shown = [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)]
         rows.append([in_markdown(line.name), *shown])
     text = f"# {in_markdown(comparison.title)}\n\n{in_markdown(comparison.note)}\n\n{_piped(rows)}"
-    if found := gains(comparison):
-        rows = [["", *found[0][1]]]
-        rows += [[in_markdown(name), *(difference(*own) for own in values.items())] for name, values in found]
+    if found := differences(comparison):
+        rows = [["", "against", *found[0][1]]]
+        rows += [
+            [in_markdown(row.name), in_markdown(str(row.over)), *(difference(*own) for own in values.items())]
+            for row, values in found
+        ]
         text += f"\n{in_markdown(gains_note(comparison))}\n\n{_piped(rows)}"
     return text
 
@@ -187,23 +191,22 @@ def comma_separated(comparison: Comparison) -> str:
 
 
 def _gains_separated(comparison: Comparison) -> str:
-    """Return CSV with a line a row and column of `gains`."""
+    """Return CSV with a line a row and column of `differences`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "over", "what", "value", "low", "high", "places", "seeds"])
-    for name, values in gains(comparison):
-        of_row = next(row.gains for row in comparison.rows if row.name == name)
+    writer.writerow(["row", "against", "what", "value", "low", "high", "places", "seeds"])
+    for row, values in differences(comparison):
         for column, own in values.items():
-            gain = of_row.get(column, of_row["all"])
+            gain = row.gains.get(column, row.gains["all"])
             figures = [f"{each:.6g}" for each in (own.value, own.low, own.high)]
-            over = in_csv(comparison.rows[0].name)
-            writer.writerow([in_csv(name), over, column.replace(" ", "_"), *figures, gain.places, gain.runs])
+            names = [in_csv(row.name), in_csv(str(row.over)), column.replace(" ", "_")]
+            writer.writerow([*names, *figures, gain.places, gain.runs])
     return out.getvalue()
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write table.md, table.csv, gains.csv and table.html to the folder, and return their paths."""
-    names = columns(comparison)
+    names, found = columns(comparison), differences(comparison)
     html = (
         environment()
         .get_template("table.html.j2")
@@ -214,13 +217,13 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
                 (line, [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)])
                 for line in lines(comparison)
             ],
-            gains=[(name, [difference(*own) for own in values.items()]) for name, values in gains(comparison)],
-            gained=[column for _, values in gains(comparison)[:1] for column in values],
-            gains_note=gains_note(comparison) if gains(comparison) else "",
+            gains=[(row, [difference(*own) for own in values.items()]) for row, values in found],
+            gained=[column for _, values in found[:1] for column in values],
+            gains_note=gains_note(comparison) if found else "",
         )
     )
     texts = {"table.md": markdown(comparison), "table.csv": comma_separated(comparison), "table.html": html}
-    if gains(comparison):
+    if found:
         texts["gains.csv"] = _gains_separated(comparison)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
