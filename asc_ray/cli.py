@@ -607,7 +607,9 @@ def main(*command: str) -> None:
         if end.code != 128 + signal.SIGINT:  # into which typer turns Ctrl-C
             raise
         print(f"asc-ray: {INTERRUPTS[received[-1]]}; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + received[-1])
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(128 + received[-1])  # at once: threads may still wait for Ray, and must not see it go
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "asc_ray":
             raise

@@ -3,7 +3,6 @@
 import random
 import sys
 
-import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -14,7 +13,6 @@ from tracking import proxy, server
 KINDS = [kind for kind in FAULTS if kind not in ("head killed", "disk full", "clock jumps", "MLflow slow")]
 
 
-@pytest.mark.campaign  # minutes: the suite has no room for it yet
 def test_ten_faults_change_no_result(finished, tmp_path):
     faults = []
     with server(tmp_path) as Server.behind, proxy(Server) as uri:

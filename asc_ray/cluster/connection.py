@@ -55,6 +55,10 @@ def connected(config: ClusterConfig, say: Callable[[str], None]) -> Iterator[Non
         session.end()
 
 
+class Caller(threading.Thread):
+    """A thread that waits for Ray, which ends the process, with an exit code of its own, where it is shut down under it."""
+
+
 class _Session(threading.Thread):
     """Connects to Ray in a thread, for nothing interrupts `ray.init`, and then watches whether the head answers.
 
@@ -66,7 +70,8 @@ class _Session(threading.Thread):
         self.where = f"cluster.address {address}" if address != EMBEDDED else "Ray's embedded cluster"
         self._address, self._seconds, self._say = address, seconds, say
         self._deadline = time.monotonic() + seconds
-        self._ready, self._left = threading.Event(), threading.Event()
+        self._ready, self._left, self._leaving = threading.Event(), threading.Event(), threading.Event()
+        self._asking = threading.Thread(target=self._ask, name="head", daemon=True)
         self._error: Exception | None = None
         self._heard = 0  # how often the head has answered
         self.lost = False
@@ -82,7 +87,11 @@ class _Session(threading.Thread):
             signal.signal(number, signal.getsignal(number))
 
     def end(self) -> None:
-        if self._ready.is_set() and not self.lost:
+        self._leaving.set()
+        # An interrupted driver has such threads: it ends without Ray's farewell, and so does an embedded cluster.
+        if self._ready.is_set() and not self.lost and not any(isinstance(one, Caller) for one in threading.enumerate()):
+            if self._asking.is_alive():
+                self._asking.join(5.0)
             ray.shutdown()
         self._left.set()
 
@@ -93,7 +102,7 @@ class _Session(threading.Thread):
             self._error = error
         self._ready.set()
         if self._error is None:
-            threading.Thread(target=self._ask, name="head", daemon=True).start()
+            self._asking.start()
             self._watch()
         self._left.wait()
 
@@ -129,7 +138,7 @@ class _Session(threading.Thread):
         )
 
     def _ask(self) -> None:
-        while not self._left.wait(5.0):
+        while not self._leaving.wait(5.0):
             try:
                 ray.nodes()
                 self._heard += 1
@@ -139,7 +148,7 @@ class _Session(threading.Thread):
     def _watch(self) -> None:
         """End the driver when the head is silent. A driver that was stopped for a while counts no seconds meanwhile."""
         heard, silent = 0, 0
-        while not self._left.wait(1.0):
+        while not self._leaving.wait(1.0):
             silent = 0 if self._heard != heard else silent + 1
             heard = self._heard
             if silent == SILENT_SECONDS:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import ray
@@ -25,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from asc_ray.artifacts import Artifact
+from asc_ray.cluster.connection import Caller
 from asc_ray.cluster.tasks import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
 from asc_ray.disk import disk_error
 from asc_ray.ensemble.teachers import train_teacher
@@ -156,7 +156,7 @@ def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:
     return sorted(teachers, key=cost, reverse=True)
 
 
-class _Lane(Thread):
+class _Lane(Caller):
     """A trainer of Ray Train in a thread, because `fit` blocks; a daemon, so that it ends with the program."""
 
     def __init__(self, work: dict[str, Any], scratch: Path, retries: int) -> None:
