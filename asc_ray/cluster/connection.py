@@ -56,7 +56,7 @@ def connected(config: ClusterConfig, say: Callable[[str], None]) -> Iterator[Non
 
 
 class Caller(threading.Thread):
-    """A thread that waits for Ray, which ends the process, with an exit code of its own, where it is shut down under it."""
+    """A thread that waits for Ray. Shut down under it, Ray ends the process with an exit code of its own."""
 
 
 class _Session(threading.Thread):
