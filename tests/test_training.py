@@ -128,8 +128,10 @@ def test_lambda_by_schedule_and_learned_within_its_bounds():
     torch.testing.assert_close(losses["total"], weight * losses["label"] + (1 - weight) * losses["distillation"])
 
 
-def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tmp_path, monkeypatch):
-    """What the objective is given in the first step, against the step's own draw."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tmp_path, monkeypatch, smoothing):
+    """What the objective is given in the first step, against the step's own draw; smooth labels are mixed as such."""
+    monkeypatch.setitem(RECIPES, "cp_resnet", {**RECIPES["cp_resnet"], "label_smoothing": smoothing})
     given = []
 
     def note(self, logits, target, soft_targets, progress=0.0):
@@ -147,6 +149,7 @@ def test_under_mixup_labels_and_soft_targets_are_mixed_as_probabilities(data, tm
     energies, devices = torch.from_numpy(data.store.energy[clips]), data.store.device[clips].tolist()
     draw = augment.draw(energies, devices, step_generator(0, 0, 0))
     scenes = torch.nn.functional.one_hot(torch.from_numpy(data.store.scene[clips]).long(), 10).float()
+    scenes = (1 - smoothing) * scenes + smoothing / 10
     softened = torch.softmax(soft[clips] / 1.7, 1)
     lam = draw.lam[:, None]
     for found, own in zip(given[0], (scenes, softened), strict=True):

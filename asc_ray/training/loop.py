@@ -85,6 +85,7 @@ def fit(
         store=data.store,
         soft=None if soft_targets is None else torch.from_numpy(soft_targets),
         objective=objective,
+        label_smoothing=recipe.label_smoothing,
         clip_norm=settings.clip_norm,
         accumulate=settings.accumulate,
         precision="fp32" if device.type == "cpu" else recipe.precision,

@@ -19,13 +19,16 @@ Precision = Literal["bf16", "tf32", "fp32"]
 class Recipe(Section):
     """All that defines one training, except its data."""
 
-    later = frozenset({"precision", "deterministic"})
+    later = frozenset({"precision", "deterministic", "label_smoothing"})
     model: ModelConfig = Field(discriminator="name", description="the network, and its settings")
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     balance: float = Field(
         0.0, ge=0.0, le=1.0, description="0: an epoch has every clip once; 1: it has equally many clips of every device"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of each label that is spread evenly over all scenes"
     )
     compile: bool = Field(False, description="torch.compile the network; where that fails, train without it")
     precision: Precision = Field("bf16", description="arithmetic of the training on a GPU; on a CPU it is fp32")

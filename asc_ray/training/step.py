@@ -35,6 +35,7 @@ class Trainer:
         store: ClipStore,
         soft: Tensor | None,
         objective: Objective,
+        label_smoothing: float,
         clip_norm: float,
         accumulate: int,
         precision: Precision,
@@ -47,7 +48,9 @@ class Trainer:
         self._distributed: Any = parallel.distributed(model)
         self._forward: Callable[..., Tensor] = self._distributed
         self._device = next(model.parameters()).device
-        self._one_hot = torch.eye(len(store.labels), device=self._device)
+        scenes = len(store.labels)
+        self._labels = torch.lerp(torch.eye(scenes), torch.full((scenes, scenes), 1 / scenes), label_smoothing)
+        self._labels = self._labels.to(self._device)
         self._draw: Draw | None = None  # what the columns of a plan mean, the same in every step
         self._replayed: Replayed | None = None
 
@@ -126,7 +129,7 @@ class Trainer:
             mel = self.front_end(wave[:, None], draw.fmax_shift)
         with record_function("augmentation"):
             mel = self.augment.mel(mel, draw)
-            target = self._one_hot[scene]
+            target = self._labels[scene]
             teacher = None if self.soft is None else soft.float()
             if draw.lam is not None:
                 lam, partner = draw.lam[:, None], draw.partner
