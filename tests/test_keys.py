@@ -380,7 +380,7 @@ def test_fields_that_came_later_are_in_no_key_while_they_have_their_default():
     config = load_config(TINY)
     plan = Plan(config)
     sections = [plan.students["student"].config["student"], next(iter(plan.teachers.values())).config["recipe"]]
-    assert Recipe.later == {"precision", "deterministic"}
+    assert Recipe.later == {"precision", "deterministic", "label_smoothing"}
     assert not any(Recipe.later & set(section) for section in sections)
     students = [Plan(load_config(TINY, [f"student.deterministic={value}"])).students for value in ("false", "true")]
     assert students[0]["student"].key == plan.students["student"].key != students[1]["student"].key
