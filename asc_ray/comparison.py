@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from asc_ray.artifacts import Artifact, content_key, stored_file, write_atomically
+from asc_ray.artifacts import Artifact, content_key, write_atomically
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
 from asc_ray.data.corpus import unseen_devices
-from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.errors import ConfigError
-from asc_ray.evaluation.artifact import ANSWERS, read_evaluation
+from asc_ray.evaluation.artifact import read_answers, read_evaluation
 from asc_ray.evaluation.gains import Gain, gain
 from asc_ray.plan import STAGES, Plan, dump
 from asc_ray.preview import Step, preview
@@ -288,7 +287,10 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     store = source_of(lead).store()
     test = np.flatnonzero(store.split == "test")
     unseen = unseen_devices(store.clips)
-    answers = {name: _answers(plan, store.ids[test]) for name, plan in plans.items()}
+    answers = {
+        name: read_answers([plan.evaluations[student].path for student in plan.students], store.ids[test])
+        for name, plan in plans.items()
+    }
 
     def gained(row: RowConfig, among: np.ndarray) -> Gain:
         """Return the row's gain over another on these clips of the test split."""
@@ -322,9 +324,3 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
         unseen_devices=unseen,
         rows=rows,
     )
-
-
-def _answers(plan: Plan, ids: np.ndarray) -> np.ndarray:
-    """Return the logits (S, N, K) of the plan's students on the clips `ids` of the test split."""
-    stored = [read_logits([stored_file(plan.evaluations[name].path, ANSWERS)]) for name in plan.students]
-    return Ensemble(stored, ids).read()

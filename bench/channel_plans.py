@@ -114,7 +114,7 @@ def worth(clips: Path, plan: ChannelPlan, epochs: int, seed: int) -> tuple[float
     )
     recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.scaled_to(epochs)})
     data = Source(clips, PartitionConfig(fusion=0.08, validation=0.04)).open(test=True)
-    scores, _ = trained(data, recipe, student_clips(data))
+    scores = trained(data, recipe, student_clips(data))[0][1]
     return scores.log_loss, 100 * scores.accuracy, 100 * scores.accuracies()["unseen"]
 
 

@@ -7,6 +7,8 @@ CLIPS are clip stores (`storage/clips/NAME-KEY`) of the corpora that bench/corpo
 one of `design-1` to `design-8`: eight of the 32 recipes that five settings give. Students have no teacher and hear all
 training clips; scores are of the test split.
 
+Each training is scored by its last weights, and beside that by the mean of its last 3, 5 and 8 epochs' weights.
+
 A training that OUT already has is not made again. Printed are each recipe's mean over the corpora, the effects of the
 settings with their standard errors over the corpora, and what choosing on all other corpora gives on the one left out.
 """
@@ -15,6 +17,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import merged, network_preset, preset
@@ -68,14 +72,34 @@ def recipe_of(name: str, model: str, seed: int, epochs: int) -> StudentConfig:
     return recipe.model_copy(update={"optimizer": recipe.optimizer.scaled_to(epochs)})
 
 
-def trained(data: Dataset, recipe: StudentConfig, train: np.ndarray) -> tuple[Evaluation, list[Metrics]]:
-    """Train a student on the store's clips `train`, without teachers; return its test scores and its epochs."""
+AVERAGED = (1, 3, 5, 8)
+
+
+def trained(data: Dataset, recipe: StudentConfig, train: np.ndarray) -> tuple[dict[int, Evaluation], list[Metrics]]:
+    """Train a student on the store's clips `train`, without teachers.
+
+    Return the test scores of the mean of the last n epochs' weights, by n of AVERAGED, and the epochs.
+    """
     store, test = data.store, data.parts["test"]
     model = build(recipe.model, len(store.labels), recipe.seed)
+    last: deque[dict[str, Tensor]] = deque(maxlen=max(AVERAGED))
+
+    def keep(metrics: Metrics) -> None:
+        last.append({name: value.clone() for name, value in model.state_dict().items()})
+
     with tempfile.TemporaryDirectory() as folder:
-        history = fit(model, recipe, data, train, Path(folder))
-    logits = predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy()
-    return score(store, test, logits), history
+        history = fit(model, recipe, data, train, Path(folder), on_epoch=keep)
+    scores = {}
+    for count in AVERAGED:
+        some = list(last)[-count:]
+        mean = {
+            name: torch.stack([state[name] for state in some]).mean(0) if value.is_floating_point() else value
+            for name, value in some[-1].items()
+        }
+        model.load_state_dict(mean)
+        logits = predict(model, LogMel(recipe.frontend), store, test, torch.device("cpu")).numpy()
+        scores[count] = score(store, test, logits)
+    return scores, history
 
 
 def worth(clips: Path, recipe: StudentConfig, threads: int = 1) -> dict[str, float]:
@@ -83,12 +107,13 @@ def worth(clips: Path, recipe: StudentConfig, threads: int = 1) -> dict[str, flo
     torch.set_num_threads(threads)
     data = Source(clips, PartitionConfig()).open(test=True)
     scores, history = trained(data, recipe, np.flatnonzero(data.store.split == "train"))
-    return {
-        "log_loss": scores.log_loss,
-        "all": 100 * scores.accuracy,
-        "unseen": 100 * scores.accuracies()["unseen"],
-        "train": 100 * history[-1]["train_accuracy"],
-    }
+    figures = {"train": 100 * history[-1]["train_accuracy"]}
+    for count, own in scores.items():
+        of_mean = f", mean of {count}" if count > 1 else ""
+        figures[f"log_loss{of_mean}"] = own.log_loss
+        figures[f"all{of_mean}"] = 100 * own.accuracy
+        figures[f"unseen{of_mean}"] = 100 * own.accuracies()["unseen"]
+    return figures
 
 
 def report(table: pd.DataFrame) -> None:
@@ -113,6 +138,12 @@ def report(table: pd.DataFrame) -> None:
                 error = effect.std(ddof=1) / np.sqrt(len(effect))
                 print(f"{one}: {setting}: {effect.mean():+.3f} +- {error:.3f}")
             print()
+    for one, count in itertools.product(scores, AVERAGED[1:]):
+        if (name := f"{one}, mean of {count}") in table:
+            gained = (table[name] - table[one]).dropna()
+            spread = table.groupby(["recipe", "corpus"])[[one, name]].std(ddof=1).dropna().mean()
+            print(f"{name}: {gained.mean():+.3f} +- {gained.sem():.3f} in {len(gained)} trainings; deviation of seeds "
+                  f"{spread[name]:.3f}, of the last weights {spread[one]:.3f}")  # fmt: skip
     loss = means["log_loss"].unstack()
     for corpus in complete if len(complete) > 1 else []:
         chosen = str(loss.drop(columns=corpus).mean(axis=1).idxmin())

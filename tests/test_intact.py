@@ -18,7 +18,7 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.ensemble.fuse import fuse_systems
 from asc_ray.errors import UserError
-from asc_ray.evaluation.artifact import read_evaluation, read_scores
+from asc_ray.evaluation.artifact import read_answers, read_evaluation, read_scores
 from asc_ray.plan import Plan, failure
 from asc_ray.search.course import ended_trials
 from asc_ray.search.trials import TrialResult
@@ -65,6 +65,11 @@ def load_teachers(plan: Plan) -> None:
         load_model(teacher.path, plan.config.teachers.recipes[name], 10)
 
 
+def ids_of_test(plan):
+    store = source_of(plan).store()
+    return store.ids[store.split == "test"]
+
+
 # What reads each file of a finished run, below the storage.
 READERS = {
     "clips/*": lambda plan: source_of(plan).open(),
@@ -81,6 +86,9 @@ READERS = {
     "students/*": evaluate_models,
     "int8/*": evaluate_models,
     "evaluation/ensemble-*": lambda plan: read_scores(plan.evaluation.path),
+    "evaluation/*/test-*": lambda plan: read_answers(
+        [artifact.path for artifact in plan.evaluations.values()], ids_of_test(plan)
+    ),
     "evaluation/*": lambda plan: [read_evaluation(artifact.path) for artifact in plan.evaluations.values()],
 }
 # What people read and no stage does; the corpus has a test of its own.

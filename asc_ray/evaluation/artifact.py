@@ -1,12 +1,13 @@
 """Scores in artifacts: what a stage writes of them, and how they are read back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from asc_ray.artifacts import stored_file
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.evaluation.gains import Gain, gain
 from asc_ray.evaluation.groups import device_groups
 from asc_ray.evaluation.scores import Evaluation, evaluate
@@ -47,6 +48,11 @@ def read_scores(folder: Path) -> Scores:
 
 def read_evaluation(folder: Path) -> Evaluation:
     return Evaluation.model_validate_json(stored_file(folder, EVALUATION).read_text())
+
+
+def read_answers(folders: Iterable[Path], ids: np.ndarray) -> np.ndarray:
+    """Return the logits (S, N, K) of S scored students on the clips `ids` of the test split."""
+    return Ensemble([read_logits([stored_file(folder, ANSWERS)]) for folder in folders], ids).read()
 
 
 def headline(e: Evaluation) -> dict[str, float]:
