@@ -309,6 +309,7 @@ RECIPES = {
     },
 }
 AUGMENT = {
+    "crop": True,
     "roll": 4000,
     "dir": {"p": 0.5, "apply_to": "all", "threshold": "auto"},
     "freq_mixstyle": {"p": 0.5},
