@@ -95,8 +95,8 @@ def run_table(
     parent = pipeline_thing(lead, title, artifact.key, kind.removesuffix("s"))
     about = {"table": dump(spec), "overrides": list(overrides)}
     with at_work(lead, parent, about, complete, progress) as work:
-        _compare(work, kind, spec, plans, artifact)
-    return artifact, _comparison(spec, plans)
+        comparison = _compare(work, kind, spec, plans, artifact)
+    return artifact, comparison
 
 
 def preview_table(
@@ -232,7 +232,7 @@ def _parts(plan: Plan, int8: bool) -> list[Artifact]:
     return [models[name] for name in names] + [plan.evaluations[name] for name in names]
 
 
-def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan], artifact: Artifact) -> None:
+def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan], artifact: Artifact) -> Comparison:
     work.progress.note(
         f"{spec.title}: {len(plans)} rows, {sum(len(plan.students) for plan in plans.values())} students"
     )
@@ -254,6 +254,7 @@ def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan]
     artifact.finish({row.name: {"accuracy": row.scores[0].accuracy} for row in comparison.rows})
     for name in artifact.manifest()["files"]:
         work.tracker.log_file(work.tracker.top, artifact.path / name)
+    return comparison
 
 
 def _jobs(plans: Mapping[str, Plan], of: Callable[[Plan], Mapping[str, Job]], table: str = "") -> dict[str, Job]:
@@ -292,16 +293,22 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
         for name, plan in plans.items()
     }
 
-    def gained(row: RowConfig, among: np.ndarray) -> Gain:
-        """Return the row's gain over another on these clips of the test split."""
-        before, own = answers[row.against or spec.rows[0].name], test[among]
-        return gain(before[:, among], answers[row.name][:, among], store.scene[own], store.place[own])
-
     among = {"unseen": np.isin(store.device[test], unseen), "all": np.ones(len(test), dtype=bool)}
+
+    def gained(row: str, over: str) -> dict[str, Gain]:
+        """Return the row's gain over another on each group of the test split's clips that has some."""
+        before, after = answers[over], answers[row]
+        return {
+            group: gain(before[:, own], after[:, own], store.scene[test[own]], store.place[test[own]])
+            for group, own in among.items()
+            if own.any()
+        }
+
     rows = []
     for row in spec.rows:
         plan = plans[row.name]
         facts = next(iter(plan.students.values())).facts()
+        over = row.against or (None if row is spec.rows[0] else spec.rows[0].name)
         rows.append(
             ComparedRow(
                 name=row.name,
@@ -310,10 +317,8 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
                 scores=plan.scores(plan.students),
                 int8=plan.scores(plan.int8) if spec.int8 else None,
                 paper=row.paper,
-                over=row.against or (spec.rows[0].name if row is not spec.rows[0] else None),
-                gains={name: gained(row, own) for name, own in among.items() if own.any()}
-                if row.against or row is not spec.rows[0]
-                else {},
+                over=over,
+                gains=gained(row.name, over) if over else {},
             )
         )
     return Comparison(

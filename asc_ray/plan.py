@@ -226,9 +226,12 @@ class Plan:
         recipes: dict[str, Recipe] = {f"teachers.recipes.{name}": own for name, own in config.teachers.recipes.items()}
         recipes["student"] = config.student
         asked = [(key, recipe.augment.dir) for key, recipe in recipes.items() if recipe.augment.dir.p > 0]
+        cropped = [key for key, recipe in recipes.items() if recipe.augment.crop]
         for key, parameter in config.sweep.space.items() if config.sweep else ():
             if key in ("augment", "augment.dir", "augment.dir.apply_to"):
                 asked += [("sweep.space", changed(config.student, {key: end}).augment.dir) for end in parameter.ends()]
+            if key in ("augment", "augment.crop"):
+                cropped += ["sweep.space" for e in parameter.ends() if changed(config.student, {key: e}).augment.crop]
         for key, dir_ in asked:
             if dir_.apply_to != "all" and (unknown := sorted(set(dir_.apply_to) - set(corpus.devices))):
                 raise ConfigError(
@@ -236,9 +239,8 @@ class Plan:
                     f"allowed: all, or some of {', '.join(corpus.devices)}"
                 )
         train = [clip for clip in corpus.clips if clip.split == "train"]
-        for key, recipe in recipes.items():
-            if recipe.augment.crop:
-                check_followed(key, train)
+        if cropped:
+            check_followed(cropped[0], train)
         shares = config.partition.shares(config.fusion.data, config.fusion.folds)
         parts = partition(train, shares, config.partition.seed)
         if self.config.sweep:

@@ -81,6 +81,8 @@ class World:
         self.log = folder / f"{storage.name}.log"
         self.driver: subprocess.Popen[bytes] | None = None
         self.jump: list[str] = []
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it starts behind itself
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the driver would ignore it, too
         self.start_cluster()
 
     def stop(self) -> None:
@@ -387,7 +389,6 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def campaign(seed: int, pipelines: int, faults: int, kinds: list[str], out: Path | None) -> int:
     """Run the pipelines; return how many did not end as they must."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts behind itself
     draw, wrong, begun = random.Random(seed), 0, time.monotonic()
     counts: Counter[tuple[str, str]] = Counter()
     bag: list[str] = []

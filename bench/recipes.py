@@ -18,6 +18,7 @@ import itertools
 import json
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -75,14 +76,17 @@ def recipe_of(name: str, model: str, seed: int, epochs: int) -> StudentConfig:
 AVERAGED = (1, 3, 5, 8)
 
 
-def trained(data: Dataset, recipe: StudentConfig, train: np.ndarray) -> tuple[dict[int, Evaluation], list[Metrics]]:
+def trained(
+    data: Dataset, recipe: StudentConfig, train: np.ndarray, averaged: Sequence[int] = (1,)
+) -> tuple[dict[int, Evaluation], list[Metrics]]:
     """Train a student on the store's clips `train`, without teachers.
 
-    Return the test scores of the mean of the last n epochs' weights, by n of AVERAGED, and the epochs.
+    Return the test scores of the mean of the last n epochs' weights, by each n of `averaged` that there are epochs for,
+    and the epochs.
     """
     store, test = data.store, data.parts["test"]
     model = build(recipe.model, len(store.labels), recipe.seed)
-    last: deque[dict[str, Tensor]] = deque(maxlen=max(AVERAGED))
+    last: deque[dict[str, Tensor]] = deque(maxlen=max(averaged))
 
     def keep(metrics: Metrics) -> None:
         last.append({name: value.clone() for name, value in model.state_dict().items()})
@@ -90,7 +94,7 @@ def trained(data: Dataset, recipe: StudentConfig, train: np.ndarray) -> tuple[di
     with tempfile.TemporaryDirectory() as folder:
         history = fit(model, recipe, data, train, Path(folder), on_epoch=keep)
     scores = {}
-    for count in AVERAGED:
+    for count in (number for number in averaged if number <= len(history)):
         some = list(last)[-count:]
         mean = {
             name: torch.stack([state[name] for state in some]).mean(0) if value.is_floating_point() else value
@@ -106,7 +110,7 @@ def worth(clips: Path, recipe: StudentConfig, threads: int = 1) -> dict[str, flo
     """Return the scores of the test split after a training on all training clips."""
     torch.set_num_threads(threads)
     data = Source(clips, PartitionConfig()).open(test=True)
-    scores, history = trained(data, recipe, np.flatnonzero(data.store.split == "train"))
+    scores, history = trained(data, recipe, np.flatnonzero(data.store.split == "train"), AVERAGED)
     figures = {"train": 100 * history[-1]["train_accuracy"]}
     for count, own in scores.items():
         of_mean = f", mean of {count}" if count > 1 else ""

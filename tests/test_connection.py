@@ -108,3 +108,29 @@ def test_a_head_that_dies_ends_the_run_with_what_to_do(driver):
         "cluster\n"
     )
     assert process.returncode == 1
+
+
+LEAVING = """
+import os
+import threading
+import ray
+from asc_ray.cluster.connection import Caller, connected
+from asc_ray.resources import ClusterConfig
+
+for kind in (threading.Thread, Caller):
+    try:
+        with connected(ClusterConfig(), print):
+            kind(target=threading.Event().wait, daemon=True).start()
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print(ray.is_initialized(), flush=True)
+os._exit(0)
+"""
+
+
+def test_ray_is_not_shut_down_under_a_thread_that_waits_for_it():
+    """It would end the process with a code of its own, whatever the signal was."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout.split() == ["False", "True"]

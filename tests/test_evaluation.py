@@ -123,6 +123,11 @@ def test_the_gain_is_resampled_by_seeds_too():
     assert found.log_loss.told
     both = gain(before + amounts[:, None, None] * np.eye(3)[scene], after, scene, places)
     assert both.log_loss.low == both.log_loss.high == 0  # a training and its partner are drawn together
+    # Of four, three are drawn: in one of 64 draws the least thrice, in three of 64 twice with the next one.
+    of_four = gain(before[:4], after[:4], scene, places).log_loss
+    least, next_, *_, last = np.sort(each[:4])
+    assert of_four.low == pytest.approx((2 * least + next_) / 3)
+    assert of_four.high == pytest.approx((2 * last + np.sort(each[:4])[2]) / 3)
     alone = gain(before[:1], after, scene, places)
     assert alone.runs == 1
     assert alone.log_loss.model_dump() == pytest.approx(found.log_loss.model_dump(), abs=0.02)

@@ -101,3 +101,6 @@ def test_a_corpus_of_single_seconds_is_told_before_any_training(tmp_path):
     settings = [f"storage={tmp_path}", f"corpus.path={corpus}", "student.augment.crop=true"]
     with pytest.raises(ConfigError, match=r"student\.augment\.crop: no training clip is followed by another second"):
         Plan(load_config("demo", settings))
+    searched = 'sweep.space={"augment.crop": {choice: [false, true]}}'
+    with pytest.raises(ConfigError, match=r"sweep\.space\.augment\.crop: no training clip is followed"):
+        Plan(load_config("demo", [*settings[:2], searched]))

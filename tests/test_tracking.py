@@ -16,7 +16,9 @@ from conftest import ROOT, TINY, new_storage
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
-from sqlalchemy import make_url
+from sqlalchemy import Column, MetaData, String, Table, create_engine, insert, make_url
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, registry
 
 from asc_ray.config.composition import load_config
 from asc_ray.errors import UserError
@@ -26,7 +28,7 @@ from asc_ray.tracking.config import TrackingConfig, database_of, default_uri
 from asc_ray.tracking.runs import Tracker
 from asc_ray.tracking.spool import Spool
 from asc_ray.tracking.store import on_a_network
-from asc_ray.tracking.things import Thing, parameters
+from asc_ray.tracking.things import Thing, first_line, parameters
 
 sys.path.insert(0, str(ROOT / "bench"))
 import tracking
@@ -484,6 +486,23 @@ def test_runs_and_files_go_to_a_tracking_server_and_its_login_nowhere(server, tm
     assert found["demo"].data.params["tracking.uri"].startswith("http://***@127.0.0.1")
     written = [path for place in (tmp_path, folder) for path in place.rglob("*") if path.is_file()]
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
+
+
+def test_sqlalchemy_s_remark_does_not_stand_before_the_cause():
+    """MLflow's store flushes within queries, as when its disk is full."""
+    table = Table("runs", MetaData(), Column("name", String, primary_key=True))
+    mapped = type("Run", (), {})
+    registry().map_imperatively(mapped, table)
+    engine = create_engine("sqlite://")
+    table.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.execute(insert(table), [{"name": "one"}])
+        twice = mapped()
+        twice.name = "one"
+        session.add(twice)
+        with pytest.raises(IntegrityError, match="raised as a result of") as raised:
+            session.query(mapped).all()
+    assert first_line(raised.value, "sqlite:///x.db") == "UNIQUE constraint failed: runs.name"
 
 
 def test_a_parameter_is_a_number_or_a_word():

@@ -52,12 +52,9 @@ def gain(before: np.ndarray, after: np.ndarray, scene: np.ndarray, places: np.nd
     old, new = by_place(before), by_place(after)
     sides = [new - old] if len(old) == len(new) else [new, -old]
     rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(RESAMPLES):
-        drawn = _draw(rng, len(names), len(names))
-        total = sum((_draw(rng, len(side), len(side) - 1) @ (drawn @ side) for side in sides), np.zeros(2))
-        draws.append(total / (drawn @ clips))
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
+    drawn = _draws(rng, len(names), len(names))
+    total = sum(np.einsum("rs,rp,spk->rk", _draws(rng, len(s), len(s) - 1), drawn, s, optimize=True) for s in sides)
+    low, high = np.quantile(total / (drawn @ clips)[:, None], (0.025, 0.975), axis=0)
     value = sum(side.mean(axis=0).sum(axis=0) for side in sides) / clips.sum()
     loss, accuracy = (
         Interval(value=float(each), low=float(a), high=float(b)) for each, a, b in zip(value, low, high, strict=True)
@@ -65,8 +62,8 @@ def gain(before: np.ndarray, after: np.ndarray, scene: np.ndarray, places: np.nd
     return Gain(log_loss=loss, accuracy=accuracy, places=len(names), runs=min(len(old), len(new)))
 
 
-def _draw(rng: np.random.Generator, count: int, times: int) -> np.ndarray:
-    """Return the shares (count,) of as many things in `times` draws with replacement."""
+def _draws(rng: np.random.Generator, count: int, times: int) -> np.ndarray:
+    """Return the shares (RESAMPLES, count) of as many things in `times` draws with replacement."""
     if count == 1:
-        return np.ones(1)
-    return rng.multinomial(times, np.full(count, 1 / count)) / times
+        return np.ones((RESAMPLES, 1))
+    return rng.multinomial(times, np.full(count, 1 / count), size=RESAMPLES) / times

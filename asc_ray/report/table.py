@@ -206,7 +206,7 @@ def _gains_separated(comparison: Comparison) -> str:
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write table.md, table.csv, gains.csv and table.html to the folder, and return their paths."""
-    names, found = columns(comparison), differences(comparison)
+    names, compared = columns(comparison), differences(comparison)
     html = (
         environment()
         .get_template("table.html.j2")
@@ -217,13 +217,13 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
                 (line, [cell(name, *found, line.paper) for name, found in zip(names, line.cells, strict=True)])
                 for line in lines(comparison)
             ],
-            gains=[(row, [difference(*own) for own in values.items()]) for row, values in found],
-            gained=[column for _, values in found[:1] for column in values],
-            gains_note=gains_note(comparison) if found else "",
+            gains=[(row, [difference(*own) for own in values.items()]) for row, values in compared],
+            gained=[column for _, values in compared[:1] for column in values],
+            gains_note=gains_note(comparison) if compared else "",
         )
     )
     texts = {"table.md": markdown(comparison), "table.csv": comma_separated(comparison), "table.html": html}
-    if found:
+    if compared:
         texts["gains.csv"] = _gains_separated(comparison)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
