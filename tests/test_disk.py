@@ -68,6 +68,47 @@ def test_a_disk_that_became_read_only_is_told(small_disk):
     assert told.endswith("; mount it writable, and the same command goes on from here")
 
 
+# Stands before libc: what is written to a file below the path in BROKEN meets a broken disk.
+BROKEN_DISK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+ssize_t write(int fd, const void *data, size_t size) {
+    char link[64], path[PATH_MAX] = "";
+    const char *broken = getenv("BROKEN");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (broken && readlink(link, path, sizeof path - 1) > 0 && strncmp(path, broken, strlen(broken)) == 0) {
+        errno = EIO;
+        return -1;
+    }
+    return ((ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write"))(fd, data, size);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_an_input_output_error_is_one_line_and_the_command_goes_on_afterwards(tmp_path):
+    storage, library = tmp_path / "storage", tmp_path / "broken.so"
+    (tmp_path / "broken.c").write_text(BROKEN_DISK)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "broken.c", "-ldl"], check=True)
+    words = command("ingest", "--config", TINY, "--set", f"storage={storage}")
+    broken = joined() | {"LD_PRELOAD": str(library), "BROKEN": str(storage / "corpus")}
+    failed = subprocess.run(words, capture_output=True, text=True, env=broken, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"asc-ray: storage {storage}: Input/output error (")
+    assert failed.stderr.endswith("; look after the disk, and the same command goes on from here\n")
+    assert failed.stderr.count("\n") == 1
+    assert not list(storage.rglob("*.tmp"))
+    done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_that_is_none_of_the_disk_s_stays_what_it_is(tmp_path):
     assert disk_error(ValueError("a mistake"), tmp_path) is None
     assert disk_error(FileNotFoundError(2, "No such file or directory", str(tmp_path / "file")), tmp_path) is None

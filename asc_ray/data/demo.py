@@ -7,6 +7,7 @@ second occurs on all nine devices. Its figures say nothing about real places.
 """
 
 import csv
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,8 +282,6 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
     The same configuration gives the same bytes; the default makes 800 training and 900 test clips (150 MB). Raises
     UserError where `out` is a file, or a folder with more than hidden files in it.
     """
-    import soundfile as sf  # here, because reading a configuration does not need it
-
     if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
         raise UserError(f"{out}: exists and is not an empty folder; name a new folder for the demo corpus")
     for folder in ("audio", "evaluation_setup", "dirs"):
@@ -292,7 +291,7 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
 
     def write(stem: str, scene: str, at: str, device: str, clip: np.ndarray) -> tuple[str, str]:
         name = f"audio/{stem}-{device}.wav"
-        sf.write(out / name, np.rint(np.clip(clip, -1, 1) * 32767).astype(np.int16), RATE, subtype="PCM_16")
+        _write_wav(out / name, np.rint(np.clip(clip, -1, 1) * 32767).astype(np.int16), "PCM_16")
         meta.append((name, scene, at, device))
         return name, scene
 
@@ -324,11 +323,20 @@ def make_demo_corpus(out: Path, config: DemoConfig) -> None:
     for index in range(config.impulse_responses):
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(3, index)))
         # Not FLOAT: libsndfile puts the time of writing into a float file.
-        sf.write(out / "dirs" / f"microphone-{index:02d}.wav", _impulse_response(rng), RATE, subtype="PCM_24")
+        _write_wav(out / "dirs" / f"microphone-{index:02d}.wav", _impulse_response(rng), "PCM_24")
     _write_table(out / "meta.csv", ("filename", "scene_label", "identifier", "source_label"), meta)
     _write_table(out / "evaluation_setup" / "fold1_train.csv", ("filename", "scene_label"), train)
     _write_table(out / "evaluation_setup" / "fold1_test.csv", ("filename",), [row[:1] for row in test])
     _write_table(out / "evaluation_setup" / "fold1_evaluate.csv", ("filename", "scene_label"), test)
+
+
+def _write_wav(file: Path, samples: np.ndarray, subtype: str) -> None:
+    """Write the samples (N,). What the disk does raises OSError with its reason, which libsndfile does not tell."""
+    import soundfile as sf  # here, because reading a configuration does not need it
+
+    whole = io.BytesIO()
+    sf.write(whole, samples, RATE, subtype=subtype, format="WAV")
+    file.write_bytes(whole.getvalue())
 
 
 def _write_table(file: Path, header: tuple[str, ...], rows: list) -> None:
