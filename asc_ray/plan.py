@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
-from asc_ray.audio.impulse import response_files
 from asc_ray.config.configuration import Config
 from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.corpus import Corpus, read_corpus
@@ -18,7 +17,8 @@ from asc_ray.data.division import partition
 from asc_ray.data.recordings import check_followed
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.ensemble.fusion import FUSION_FORM
-from asc_ray.errors import ConfigError, UserError
+from asc_ray.ensemble.imported import imported_identity
+from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import EVALUATION_FORM, read_evaluation
 from asc_ray.evaluation.seeds import OverSeeds, over_seeds
 from asc_ray.int8.config import INT8_FORM
@@ -26,7 +26,7 @@ from asc_ray.models.pretrained import published
 from asc_ray.students.config import StudentConfig, changed
 from asc_ray.students.cost import student_cost
 from asc_ray.students.targets import TargetFiles
-from asc_ray.training.dataset import check_held_out_devices
+from asc_ray.training.dataset import bank_identity, check_held_out_devices
 from asc_ray.training.recipe import Recipe
 
 BEST_STUDENT = "best.yaml"
@@ -82,18 +82,15 @@ class Plan:
         recipes = config.teachers.recipes
         self.imported = published(config.teachers.checkpoints, recipes) if config.teachers.checkpoints else {}
         crossfit = config.fusion.data == "crossfit"
-        if crossfit and self.imported:
+        if crossfit and (made := [*self.imported, *config.teachers.imported]):
             raise ConfigError(
-                f"fusion.data: crossfit trains every system {config.fusion.folds} times, but "
-                f"{', '.join(self.imported)} come from teachers.checkpoints; choose holdout, or train them"
+                f"fusion.data: crossfit trains every system {config.fusion.folds} times, but {', '.join(made)} come "
+                "from files; choose holdout, or train them"
             )
         folds = range(config.fusion.folds) if crossfit else [None]
         # Every training of a system, by name: one, or one for each fold.
         trainings = {
-            name: {
-                name if fold is None else f"{name}-fold{fold}": self._teacher(name, recipe, fold, base)
-                for fold in folds
-            }
+            name: {_of_fold(name, fold): self._teacher(name, recipe, fold, base) for fold in folds}
             for name, recipe in recipes.items()
         }
         self.left_out = self._left_out(trainings)
@@ -107,6 +104,10 @@ class Plan:
                 base | {"teacher" if len(own) == 1 else part: teacher.key for part, teacher in own.items()},
             )
             for name, own in self.trainings.items()
+        }
+        self.logits |= {
+            name: self._artifact("logits", name, {"imported": imported_identity(name, own)}, base)
+            for name, own in config.teachers.imported.items()
         }
         fused = {name: logits.key for name, logits in self.logits.items()}
         learned = config.fusion.for_key()
@@ -122,6 +123,7 @@ class Plan:
         sections |= {name: getattr(config, name).for_key() for name in ("partition", "student", "qat")} | fusion
         # This key does not depend on which systems are left out.
         inputs = {name: teacher.key for own in trainings.values() for name, teacher in own.items()}
+        inputs |= {name: fused[name] for name in config.teachers.imported}
         self.key = content_key(stage="pipeline", config=sections, inputs=inputs)
 
     def _add_students(self, base: Mapping[str, str]) -> None:
@@ -289,7 +291,7 @@ class Plan:
             if not start.is_file():
                 raise ConfigError(f"teachers.recipes.{name}.model.pretrained: {start}: no such file")
             section["recipe"]["model"]["pretrained"] = file_sha256(start)
-        return self._artifact("teachers", name if fold is None else f"{name}-fold{fold}", section, inputs)
+        return self._artifact("teachers", _of_fold(name, fold), section, inputs)
 
     def _left_out(self, systems: Mapping[str, Mapping[str, Artifact]]) -> dict[str, str]:
         """Return the errors of the systems left out; empty if more failed than `teachers.allow_missing`."""
@@ -311,13 +313,7 @@ class Plan:
     def _impulse_responses_identity(self) -> Any:
         if self.demo and not self.config.corpus.impulse_responses:
             return "the demo corpus' own"
-        folder = self.impulse_responses()
-        if folder is None:
-            return "built-in"
-        try:
-            return {file.name: file_sha256(file) for file in response_files(folder)}
-        except OSError as error:
-            raise UserError(f"impulse responses: {error.filename}: {error.strerror}; mend or remove it") from None
+        return bank_identity(self.impulse_responses())
 
     def missing(self, stage: str) -> list[Artifact]:
         """Return the stage's artifacts that are not complete."""
@@ -331,6 +327,10 @@ def scores_over_seeds(plan: Plan) -> dict[str, OverSeeds]:
 
 def _of_seed(name: str, seed: int, seeds: int) -> str:
     return name if seeds == 1 else f"{name}-seed{seed}"
+
+
+def _of_fold(name: str, fold: int | None) -> str:
+    return name if fold is None else f"{name}-fold{fold}"
 
 
 def _int8(student: str) -> str:

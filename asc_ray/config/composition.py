@@ -240,7 +240,7 @@ def presets_of(values: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any
 
 
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
-    """Replace `systems` (names of recipe files) and `override` (changes by model name) by `recipes`."""
+    """Replace `systems` (names of recipe files, and files of logits) and `override` by `recipes` and `imported`."""
     teachers = raw.get("teachers")
     if not isinstance(teachers, dict):
         return
@@ -251,12 +251,17 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
         _mapping(changes, f"{path}: teachers.override.{name}")
     if systems is None:
         return
-    if not isinstance(systems, list) or not all(isinstance(name, str) for name in systems):
-        raise ConfigError(f"{path}: teachers.systems: expected a list of names, found {systems!r}")
-    if len(set(systems)) < len(systems):
-        raise ConfigError(f"{path}: teachers.systems: a name occurs twice: {', '.join(sorted(systems))}")
+    if not isinstance(systems, list) or not all(isinstance(_system(one), str) for one in systems):
+        raise ConfigError(
+            f"{path}: teachers.systems: expected a list of names, or of {{name: NAME, logits: FILE}}, found {systems!r}"
+        )
+    names = [_system(one) for one in systems]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: teachers.systems: a name occurs twice: {', '.join(sorted(names))}")
+    files = {_system(one): {k: v for k, v in one.items() if k != "name"} for one in systems if isinstance(one, dict)}
+    teachers["imported"] = merged(files, _mapping(teachers.get("imported", {}), f"{path}: teachers.imported"))
     recipes = {}
-    for name in systems:
+    for name in [name for name in names if name not in files]:
         file = teacher_file(name, path)
         recipe = _compose(file)
         model = str(_mapping(recipe.get("model", {}), f"{file}: model").get("name"))
@@ -264,6 +269,11 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
     if unknown := sorted(set(override) - set(NETWORKS)):
         raise ConfigError(f"{path}: teachers.override.{unknown[0]}: unknown model; allowed: {', '.join(NETWORKS)}")
     teachers["recipes"] = merged(recipes, _mapping(teachers.get("recipes", {}), f"{path}: teachers.recipes"))
+
+
+def _system(one: Any) -> Any:
+    """Return the name of an entry of `teachers.systems`."""
+    return one.get("name") if isinstance(one, dict) else one
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Config(Section):
     def _consistent(self) -> "Config":
         if self.sweep:
             check_space(self.sweep, self.student)
-        allowed = ("none", "average", "fused", *self.teachers.recipes)
+        allowed = ("none", "average", "fused", *self.teachers.systems)
         for soft in self.soft_target_names:
             if soft not in allowed:
                 raise ValueError(f"student.{SOFT_TARGET}: {soft!r} is unknown; allowed: {', '.join(allowed)}")

@@ -46,6 +46,10 @@ class StoredEnsemble:
         storage = folder.parents[1]
         logits = input_folder(storage, "logits", read_manifest(folder)["inputs"][name])
         keys = [key for role, key in read_manifest(logits)["inputs"].items() if role != "clips"]
+        if not keys:
+            raise UserError(
+                f"{logits}: the logits of {name} come from a file, so the ensemble cannot be asked about others"
+            )
         models = []
         for teacher in (input_folder(storage, "teachers", key) for key in keys):
             recipe = Recipe.model_validate(read_manifest(teacher)["config"]["recipe"])

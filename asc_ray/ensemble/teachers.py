@@ -1,11 +1,13 @@
 """The systems of an ensemble: their configuration, their trainings, and those that come from published checkpoints."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from asc_ray.artifacts import Artifact
+from asc_ray.ensemble.imported import ImportedConfig
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.pretrained import load_published, start_from
 from asc_ray.models.registry import NETWORKS, build
@@ -17,6 +19,8 @@ from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights
 from asc_ray.training.loop import OnEpoch, fit
 from asc_ray.training.recipe import Recipe
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a folder
+
 
 class TeachersConfig(Section):
     """The ensemble's systems, and what their trainings ask of the cluster."""
@@ -26,7 +30,8 @@ class TeachersConfig(Section):
         description="folder with published checkpoints NAME.ckpt, .pt, .pth, .safetensors; "
         "the systems of these names are not trained",
     )
-    recipes: dict[str, Recipe] = Field(min_length=1, description="recipes of the systems, by name")
+    recipes: dict[str, Recipe] = Field({}, description="recipes of the systems that are trained, by name")
+    imported: dict[str, ImportedConfig] = Field({}, description="systems whose logits come from files, by name")
     resources: TrainerResources = TrainerResources()
     resources_for: dict[str, TrainerResources] = Field({}, description="replaces `resources`, by the model's name")
     allow_missing: int = Field(
@@ -37,11 +42,22 @@ class TeachersConfig(Section):
     def _consistent(self) -> "TeachersConfig":
         if unknown := sorted(set(self.resources_for) - set(NETWORKS)):
             raise ValueError(f"resources_for: unknown model {unknown[0]!r}; allowed: {', '.join(NETWORKS)}")
-        if self.allow_missing >= len(self.recipes):
+        if not self.systems:
+            raise ValueError("recipes, imported: no system; give one at least, by teachers.systems")
+        if both := sorted(self.recipes.keys() & self.imported.keys()):
+            raise ValueError(f"imported.{both[0]}: a recipe has this name, too; names must differ")
+        if strange := [name for name in self.imported if not NAME.fullmatch(name)]:
+            raise ValueError(f"imported: {strange[0]!r}: allowed are letters, digits, '.', '_' and '-'")
+        if self.recipes and self.allow_missing >= len(self.recipes):
             raise ValueError(
                 f"allow_missing: {self.allow_missing} of {len(self.recipes)} systems; one at least must be left"
             )
         return self
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The names of all systems, in the order in which eq. 4 takes them."""
+        return (*self.recipes, *self.imported)
 
     def resources_of(self, recipe: Recipe) -> TrainerResources:
         return self.resources_for.get(recipe.model.name, self.resources)

@@ -62,7 +62,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     weights. It also refuses pickles of anything but plain tensors, numbers and text, because loading one could run
     code that came with it.
     """
-    stored = _stored(file)
+    stored = read_stored(file)
     for container in ("state_dict", "model"):  # Lightning's, and others'
         if isinstance(stored, Mapping) and isinstance(stored.get(container), Mapping):
             stored = stored[container]
@@ -82,7 +82,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _stored(file: Path) -> Any:
+def read_stored(file: Path) -> Any:
     """Read a checkpoint's file without running code that came with it. Raises ConfigError."""
     try:
         with open_plain(file) as opened:

@@ -13,7 +13,7 @@ from asc_ray.stages.work import Job, Work
 
 def make(work: Work) -> None:
     plan, config = work.plan, work.plan.config
-    if warning := fusion_warning(config, len(plan.imported)):
+    if warning := fusion_warning(config, len(plan.imported) + len(config.teachers.imported)):
         work.progress.note(warning)
     logits = {name: artifact.path for name, artifact in plan.logits.items()}
     cpus = Resources(cpus=config.logits.resources.cpus)
@@ -26,7 +26,7 @@ def make(work: Work) -> None:
 def fusion_warning(config: Config, imported: int) -> str | None:
     """Return a warning if the teachers may have been trained on the clips of eq. 4, else None.
 
-    `imported`: how many teachers were trained elsewhere.
+    `imported`: how many systems were trained elsewhere.
     """
     if config.fusion.data == "train":
         return (
@@ -35,7 +35,7 @@ def fusion_warning(config: Config, imported: int) -> str | None:
         )
     if imported:
         return (
-            f"warning: {imported} systems come from teachers.checkpoints; where they were trained on the whole "
+            f"warning: the logits of {imported} systems come from elsewhere; where these were trained on the whole "
             "training split, eq. 4 is learned on clips that they know"
         )
     return None

@@ -1,11 +1,23 @@
 """The stage `logits`: every system's logits of every clip."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from asc_ray.cluster.inference import store_logits
-from asc_ray.stages.work import Work
+from asc_ray.ensemble.imported import import_logits
+from asc_ray.resources import Resources
+from asc_ray.stages.work import Job, Work
 
 
 def make(work: Work) -> None:
     plan, config = work.plan, work.plan.config
+    imported = config.teachers.imported
+    cpus = Resources(cpus=config.logits.resources.cpus)
+    work.together(
+        {name: Job(plan.logits[name], import_logits, (name, own, work.source), cpus) for name, own in imported.items()}
+    )
+    for name in imported:
+        work.progress.note(imported_summary(name, plan.logits[name].facts()))
     store_logits(
         {
             name: (
@@ -14,7 +26,7 @@ def make(work: Work) -> None:
                 config.teachers.recipes[name],
             )
             for name, artifact in plan.logits.items()
-            if not artifact.complete
+            if not artifact.complete and name not in imported
         },
         work.source,
         config.corpus.shard_clips,
@@ -24,3 +36,10 @@ def make(work: Work) -> None:
         config.cluster.retries,
         work.progress.event,
     )
+
+
+def imported_summary(name: str, facts: Mapping[str, Any]) -> str:
+    """Return a line on a system whose logits come from a file."""
+    agrees = ", ".join(f"{100 * share:.1f} % of the {split} split" for split, share in facts["agrees"].items())
+    unused = f"; {facts['unused']} clips of the file are not in the corpus" if facts["unused"] else ""
+    return f"{name}: {facts['clips']} clips from {facts['imported']}, right on {agrees}{unused}"

@@ -52,7 +52,7 @@ def student_thing(plan: Plan, name: str, called: str = "", below: str = "") -> T
 
 def fusion_thing(plan: Plan) -> Thing:
     own = {**parameters(plan.config.fusion, "fusion."), **parameters(plan.config.partition, "partition.")}
-    own["systems"] = len(plan.trainings)
+    own["systems"] = len(plan.logits)
     return _thing(plan, "fusion", plan.fusion.key, "fusion", own)
 
 
@@ -129,7 +129,7 @@ def _tell_int8(plan: Plan, tracker: Tracker) -> None:
 def _tell_scores(plan: Plan, tracker: Tracker) -> None:
     """Tell the figures of the test split, each to the run of its thing, and those of the int8 students to the parent.
 
-    The average, and a system of several trainings, have no run of a training, so they get one.
+    The average, and a system of several trainings or of none, have no run of a training, so they get one.
     """
     if plan.missing("evaluate"):
         return
@@ -140,7 +140,8 @@ def _tell_scores(plan: Plan, tracker: Tracker) -> None:
             thing = teacher_thing(plan, name)
         else:
             key = plan.logits[name].key if name in plan.logits else plan.evaluation.key
-            thing = _thing(plan, name, key, "average", {})
+            kind = "teacher" if name in plan.config.teachers.imported else "average"
+            thing = _thing(plan, name, key, kind, {})
             tracker.whole(thing)
         tracker.log(thing, figures(scores))
     for name, artifact in plan.evaluations.items():
@@ -191,7 +192,7 @@ def differences(config: Config) -> dict[str, Value]:
         name: {key: value for key, value in own.items() if values.get(key) != value} for name, values in presets.items()
     }
     nearest = min(differing, key=lambda name: len(differing[name]))
-    return {"preset": nearest, "teachers": len(config.teachers.recipes), **differing[nearest]}
+    return {"preset": nearest, "teachers": len(config.teachers.systems), **differing[nearest]}
 
 
 def _whole(config: Config) -> dict[str, Value]:

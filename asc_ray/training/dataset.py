@@ -4,19 +4,20 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asc_ray.artifacts import mirrored, stored_file
-from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.artifacts import file_sha256, mirrored, stored_file
+from asc_ray.audio.impulse import ImpulseBank, response_files
 from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.division import FusionData, PartitionConfig, partition
 from asc_ray.data.recordings import following
-from asc_ray.errors import ConfigError
+from asc_ray.errors import ConfigError, UserError
 
 IMPULSE_RESPONSES = "impulse_responses.safetensors"
 
@@ -113,6 +114,16 @@ class Dataset:
 def save_bank(bank: ImpulseBank, file: Path) -> None:
     """Write the impulse responses beside the clips, so that later stages need the clip store and not the corpus."""
     save_file({"responses": bank.responses}, file, metadata={"names": json.dumps(bank.names)})
+
+
+def bank_identity(folder: Path | None) -> Any:
+    """Return what tells a folder of impulse responses from others; None stands for the built-in ones."""
+    if folder is None:
+        return "built-in"
+    try:
+        return {file.name: file_sha256(file) for file in response_files(folder)}
+    except OSError as error:
+        raise UserError(f"impulse responses: {error.filename}: {error.strerror}; mend or remove it") from None
 
 
 def open_bank(file: Path) -> ImpulseBank:

@@ -1,0 +1,253 @@
+"""Systems whose logits come from a file: every form that is read, and what no form may hold."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import clip_store, command, joined
+
+from asc_ray.config.composition import load_config
+from asc_ray.data.clips import ClipStore, open_clips
+from asc_ray.data.corpus import read_corpus
+from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.logits import read_logits
+from asc_ray.ensemble.imported import ImportedConfig, aligned
+from asc_ray.errors import ConfigError, UserError
+from asc_ray.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ClipStore:
+    folder = tmp_path_factory.mktemp("corpus")
+    config = DemoConfig(train_clips_per_scene=4, train_places_per_scene=4, test_seconds_per_scene=1)
+    make_demo_corpus(folder / "corpus", config)
+    return open_clips(clip_store(folder, read_corpus(folder / "corpus")))
+
+
+@pytest.fixture(scope="module")
+def logits(store) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((len(store), len(store.labels))).astype(np.float32)
+
+
+class Elsewhere:
+    """The store's clips and scenes in another order, as a file from elsewhere has them."""
+
+    def __init__(self, store: ClipStore, logits: np.ndarray) -> None:
+        rng = np.random.default_rng(1)
+        rows, columns = rng.permutation(len(store)), rng.permutation(len(store.labels))
+        self.ids = store.ids[rows].tolist()
+        self.labels = [store.labels[column] for column in columns]
+        self.values = logits[rows][:, columns]
+
+
+@pytest.fixture
+def elsewhere(store, logits) -> Elsewhere:
+    return Elsewhere(store, logits)
+
+
+def by_scene(own: Elsewhere) -> pa.Table:
+    return pa.table({"filename": own.ids} | dict(zip(own.labels, own.values.T, strict=True)))
+
+
+def lists(own: Elsewhere) -> pa.Table:
+    table = pa.table({"clip_id": own.ids, "logits": own.values.tolist()})
+    return table.replace_schema_metadata({"labels": json.dumps(own.labels)})
+
+
+def tabbed(own: Elsewhere, file) -> None:
+    pyarrow.csv.write_csv(by_scene(own), file, pyarrow.csv.WriteOptions(delimiter="\t"))
+
+
+FORMS = {
+    "own.csv": lambda own, file: pyarrow.csv.write_csv(by_scene(own), file),
+    "own.tsv": tabbed,
+    "own.parquet": lambda own, file: pyarrow.parquet.write_table(by_scene(own), file),
+    "lists.parquet": lambda own, file: pyarrow.parquet.write_table(lists(own), file),
+    "own.feather": lambda own, file: pyarrow.feather.write_feather(by_scene(own), str(file)),
+    "lists.arrow": lambda own, file: pyarrow.feather.write_feather(lists(own), str(file)),
+    "own.npz": lambda own, file: np.savez(file, filename=own.ids, logits=own.values, labels=own.labels),
+    "own.pt": lambda own, file: torch.save(
+        {"filename": own.ids, "logits": torch.from_numpy(own.values), "labels": own.labels}, file
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_comes_back_in_the_stores_order_of_clips_and_scenes(store, logits, elsewhere, tmp_path, form):
+    FORMS[form](elsewhere, tmp_path / form)
+    found, unused = aligned(ImportedConfig(logits=tmp_path / form), store)
+    assert unused == 0
+    assert found.dtype == np.float32
+    assert np.array_equal(found, logits)
+
+
+def test_one_tensor_in_the_order_of_a_table_of_its_own(store, logits, elsewhere, tmp_path):
+    torch.save(torch.from_numpy(elsewhere.values), tmp_path / "ensemble.pt")
+    names = pa.table({"filename": elsewhere.ids, "scene_label": ["?"] * len(elsewhere.ids)})
+    pyarrow.csv.write_csv(names, tmp_path / "meta.csv", pyarrow.csv.WriteOptions(delimiter="\t"))
+    config = {"logits": tmp_path / "ensemble.pt", "ids": tmp_path / "meta.csv", "labels": elsewhere.labels}
+    assert np.array_equal(aligned(ImportedConfig.model_validate(config), store)[0], logits)
+
+
+def test_clips_are_found_by_their_files_names_where_no_whole_name_is_the_same(store, logits, elsewhere, tmp_path):
+    elsewhere.ids = [name.removeprefix("audio/").removesuffix(".wav") for name in elsewhere.ids]
+    FORMS["own.csv"](elsewhere, tmp_path / "own.csv")
+    assert np.array_equal(aligned(ImportedConfig(logits=tmp_path / "own.csv"), store)[0], logits)
+
+
+def test_clips_that_the_corpus_lacks_are_counted_and_left_out(store, logits, elsewhere, tmp_path):
+    elsewhere.ids = ["audio/other.wav", *elsewhere.ids]
+    elsewhere.values = np.concatenate([elsewhere.values[:1], elsewhere.values])
+    FORMS["own.npz"](elsewhere, tmp_path / "own.npz")
+    found, unused = aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
+    assert unused == 1
+    assert np.array_equal(found, logits)
+
+
+def swapped(own):
+    own.labels[0] = "quarry"
+
+
+def twice(own):
+    own.ids[0] = own.ids[1]
+
+
+def without_some(own):
+    own.ids, own.values = own.ids[5:], own.values[5:]
+
+
+def not_finite(own):
+    own.values[3, 1] = np.inf
+
+
+def probabilities(own):
+    own.values = torch.from_numpy(own.values).softmax(1).numpy()
+
+
+def strangers(own):
+    own.ids = [f"other/{number}.wav" for number in range(len(own.ids))]
+
+
+WRONG = {
+    "is of the scenes": swapped,
+    "1 clips occur more than once": twice,
+    r"lacks 5 of \d+ clips \(.*split\)": without_some,
+    "1 clips have values that are not finite": not_finite,
+    "holds probabilities, which add up to 1; save their logarithms": probabilities,
+    r"lacks (\d+) of \1 clips .* it names other/0.wav": strangers,
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_the_corpus_is_one_line(store, elsewhere, tmp_path, message):
+    WRONG[message](elsewhere)
+    FORMS["own.npz"](elsewhere, tmp_path / "own.npz")
+    with pytest.raises(UserError, match=message) as error:
+        aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
+    assert str(tmp_path / "own.npz") in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+UNREADABLE = {
+    "own.xlsx": (b"", "unknown kind of file; allowed are .arrow"),
+    "own.csv": (b"filename\n", "expected one of numbers for each scene"),
+    "own.parquet": (b"PAR1 cut", "cannot be read"),
+    "own.npz": (b"PK\x03\x04", "cannot be read"),
+    "own.pt": (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueR.", "refused: its pickle holds more than plain tensors"),
+    "own.feather": (b"ARROW1", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_files_that_hold_something_else_are_named(store, tmp_path, name):
+    content, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((UserError, ConfigError), match=message) as error:
+        aligned(ImportedConfig(logits=tmp_path / name, labels=store.labels), store)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_objects_are_not_unpickled(store, elsewhere, tmp_path):
+    elsewhere.ids = np.array(elsewhere.ids, dtype=object)
+    FORMS["own.npz"](elsewhere, tmp_path / "own.npz")
+    with pytest.raises(UserError, match=r"reading these could run code; save names as text, names\.astype\(str\)"):
+        aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
+
+
+def test_a_matrix_alone_says_what_else_is_needed(store, logits, elsewhere, tmp_path):
+    np.savez(tmp_path / "own.npz", logits=elsewhere.values)
+    with pytest.raises(UserError, match="does not name its clips; give `ids`"):
+        aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
+    np.savez(tmp_path / "own.npz", logits=elsewhere.values, filename=elsewhere.ids)
+    with pytest.raises(UserError, match="does not name its 10 columns; give `labels`"):
+        aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
+
+
+CONFIG = """
+base: {base}
+teachers: {{systems: [cpr_128k_fms_1, {{name: beats_1, logits: {file}}}]}}
+"""
+
+
+def test_systems_may_be_files_of_logits(tmp_path):
+    file, config = tmp_path / "beats.npz", tmp_path / "own.yaml"
+    config.write_text(CONFIG.format(base="demo", file=file))
+    teachers = load_config(config).teachers
+    assert teachers.systems == ("cpr_128k_fms_1", "beats_1")
+    assert teachers.imported["beats_1"].logits == file
+    with pytest.raises(ConfigError, match=r"teachers.imported.beats_1.logits: .*beats.npz: no such file"):
+        Plan(load_config(config, [f"storage={tmp_path}"]))
+    file.write_bytes(b"one")
+    one = Plan(load_config(config, [f"storage={tmp_path}"]))
+    assert set(one.logits) == {"cpr_128k_fms_1", "beats_1"}
+    assert set(one.teachers) == {"cpr_128k_fms_1"}
+    file.write_bytes(b"two")
+    two = Plan(load_config(config, [f"storage={tmp_path}"]))
+    assert one.logits["beats_1"].key != two.logits["beats_1"].key
+    assert one.logits["cpr_128k_fms_1"].key == two.logits["cpr_128k_fms_1"].key
+    with pytest.raises(ConfigError, match="beats_1 come from files; choose holdout"):
+        Plan(load_config(config, [f"storage={tmp_path}", "fusion.data=crossfit"]))
+    config.write_text(CONFIG.format(base="demo", file=file).replace("beats_1", "cpr_128k_fms_1"))
+    with pytest.raises(ConfigError, match="a name occurs twice"):
+        load_config(config)
+    config.write_text("base: demo\nteachers: {systems: []}\n")
+    with pytest.raises(ConfigError, match="no system; give one at least"):
+        load_config(config)
+
+
+def test_an_imported_system_takes_part_as_any_other(finished, tmp_path):
+    """A teacher's own logits, written to a file in another order, give the same fusion, bit for bit."""
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.storage, storage)
+    plan = Plan(load_config(finished.arguments[1], [f"storage={storage}"]))
+    name = "cpr_128k_fms_1"
+    stored = read_logits(plan.logits[name].path)
+    order = np.random.default_rng(0).permutation(len(stored))
+    np.savez(
+        tmp_path / "own.npz", filename=stored.ids[order].astype(str), logits=stored.take(order), labels=stored.labels
+    )
+    systems = [one for one in plan.config.teachers.recipes if one != name]
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"base: {finished.arguments[1]}\n"
+        f"teachers: {{systems: [{', '.join(systems)}, {{name: {name}, logits: {tmp_path / 'own.npz'}}}]}}\n"
+    )
+    arguments = ("--config", config, "--set", f"storage={storage}")
+    said = ""
+    for stage in ("logits", "fuse"):
+        done = subprocess.run(command(stage, *arguments), capture_output=True, text=True, env=joined(), check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said += done.stdout
+    assert f"{name}: {len(stored)} clips from own.npz, right on" in said
+    assert "warning: the logits of 1 systems come from elsewhere" in said
+    mixed = Plan(load_config(config, [f"storage={storage}"]))
+    assert mixed.fusion.key != plan.fusion.key
+    for key in ("weights", "biases", "validation"):
+        assert mixed.fusion.facts()[key] == plan.fusion.facts()[key]
