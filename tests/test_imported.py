@@ -177,7 +177,7 @@ def test_files_that_hold_something_else_are_named(store, tmp_path, name):
 def test_objects_are_not_unpickled(store, elsewhere, tmp_path):
     elsewhere.ids = np.array(elsewhere.ids, dtype=object)
     FORMS["own.npz"](elsewhere, tmp_path / "own.npz")
-    with pytest.raises(UserError, match=r"reading these could run code; save names as text, names\.astype\(str\)"):
+    with pytest.raises(UserError, match=r"reading these could run code; save names as text, by names\.astype\(str\)"):
         aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
 
 

@@ -193,7 +193,8 @@ def _from_npz(file: Path) -> Foreign:
             if "allow_pickle" not in str(error):
                 raise
             raise UserError(
-                f"{file}: holds Python's objects, and reading these could run code; save names as text, names.astype(str)"
+                f"{file}: holds Python's objects, and reading these could run code; save names as text, by "
+                "names.astype(str)"
             ) from None
 
 
