@@ -25,21 +25,24 @@ from asc_ray.cli import app
 from asc_ray.runtime import EXAMPLE
 
 SHELL = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.M | re.S)
-NOTED = ("asc-ray", "mlflow", "mypy", "pip", "pytest", "python", "ray", "ruff")
+NOTED = ("asc-ray", "docker", "kubectl", "mlflow", "mypy", "pip", "pytest", "python", "ray", "ruff", "sbatch")
 NEITHER = {
     "add-apt-repository": "changes the system",
     "apt": "changes the system",
     "arecord": "records with a microphone",
+    "docker push": "sends to a registry",
+    "kubectl get": "asks a Kubernetes",
+    "kubectl port-forward": "asks a Kubernetes",
     "mypy": "is what `make test` calls beside pytest",
+    "pip install boto3": "fetches",
     "pip install torch": "fetches",
     "pytest": "runs this test",
     "ruff": "is what `make test` calls beside pytest",
-    "scontrol": "needs Slurm",
 }
 NOTE = """#!/bin/sh
 printf '%s\\0' "${0##*/}" "$@" END >> "$CALLS"
 """
-BEFORE = 'set -e; sudo() { "$@"; }; srun() { shift; "$@"; }; SLURM_JOB_NUM_NODES=2\n'  # sudo and srun call another
+BEFORE = 'set -e; sudo() { "$@"; }\n'
 
 
 class Parsed(Exception):
@@ -118,6 +121,12 @@ def check(words: list[str]) -> None:
     match program:
         case "asc-ray":
             run(rest)
+        case "docker" | "kubectl":
+            assert (ROOT / rest[rest.index("-f") + 1]).is_file()
+        case "sbatch":
+            script = next(number for number, word in enumerate(rest) if not word.startswith("-"))
+            assert (ROOT / rest[script]).is_file()
+            run(["pipeline", *rest[script + 1 :]])  # which it passes its options to
         case "python" if rest[0].startswith("jobs/"):
             assert (ROOT / rest[0]).is_file()
             run([Path(rest[0]).stem, *rest[1:]])
@@ -188,7 +197,8 @@ def test_every_shell_command_of_the_pages(checkout, finished):
         ("ray down --forcibly cluster.yaml", "No such option '--forcibly'"),
         ("ray job submit --address http://localhost:8265 -- python jobs/pipelin.py", "jobs/pipelin.py"),
         ("ray job submit --address http://localhost:8265 -- python jobs/pipeline.py --config smal", "smal"),
-        ("srun --exclusive ray symmetric-run --address x -- asc-ray status --jsn", "No such option: --jsn"),
+        ("sbatch --nodes=2 deploy/slurm.sh --config tau22 --jsn", "No such option: --jsn"),
+        ("kubectl apply -f deploy/kuberay/rayjobs.yaml", "deploy/kuberay/rayjobs.yaml"),
     ],
 )
 def test_a_wrong_command_is_found(checkout, capsys, wrong, why):
