@@ -72,6 +72,7 @@ class Corpus:
     fingerprint: str  # sha256 of the metadata files and of every listed file's name and size
     bad: tuple[BadClip, ...]  # clips left out, with on_bad_clip="skip"
     notes: tuple[str, ...] = ()  # what a user should know about a corpus that can be used
+    linked: bool = False  # whether a clip's file is a symbolic link
 
 
 def unseen_devices(clips: Iterable[Clip]) -> tuple[str, ...]:
@@ -93,15 +94,13 @@ def read_corpus(
     Raises CorpusError with every offending row and file. Absent and empty audio files are bad clips: refused, or left
     out and recorded in `Corpus.bad`. Everything else wrong with the corpus is refused in either case.
     """
-    meta_file = root / "meta.csv"
-    setup = root / "evaluation_setup"
-    split_files: dict[Split, Path] = {"train": setup / "fold1_train.csv", "test": setup / "fold1_evaluate.csv"}
-    if train_split is not None:
-        split_files["train"] = train_split if train_split.is_file() else setup / train_split
-        if not split_files["train"].is_file():
-            raise ConfigError(f"corpus.train_split: {train_split}: no such file, nor in {setup}")
-    if not split_files["test"].is_file():
-        split_files["test"] = setup / "fold1_test.csv"
+    meta_file, evaluate, test, *train = table_files(root, train_split)
+    split_files: dict[Split, Path] = {
+        "train": next((file for file in train[:-1] if file.is_file()), train[-1]),
+        "test": evaluate if evaluate.is_file() else test,
+    }
+    if train_split is not None and not split_files["train"].is_file():
+        raise ConfigError(f"corpus.train_split: {train_split}: no such file, nor in {test.parent}")
     digest = hashlib.sha256()
     faults, stripped = Faults(), Counter[str]()
 
@@ -113,7 +112,7 @@ def read_corpus(
         meta[row["filename"]] = row
     clips, listed = _read_splits(split_files, meta, digest, faults, stripped)
 
-    sizes = _file_sizes(root, [clip.clip_id for clip in clips], faults)
+    sizes, linked = _file_sizes(root, [clip.clip_id for clip in clips], faults)
     for name, size in sizes.items():
         digest.update(f"{name}\0{size}\n".encode())
     bad = tuple(
@@ -134,7 +133,15 @@ def read_corpus(
         fingerprint=digest.hexdigest(),
         bad=bad,
         notes=tuple(_notes(clips, stripped)),
+        linked=linked,
     )
+
+
+def table_files(root: Path, train_split: Path | None = None) -> list[Path]:
+    """Return meta.csv, two that may list the test clips, and one or two that may list the training clips."""
+    setup = root / "evaluation_setup"
+    train = [setup / "fold1_train.csv"] if train_split is None else [train_split, setup / train_split]
+    return [root / "meta.csv", setup / "fold1_evaluate.csv", setup / "fold1_test.csv", *train]
 
 
 def _scenes(clips: Sequence[Clip], files: Mapping[Split, Path], faults: Faults) -> set[str]:
@@ -287,10 +294,11 @@ def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -
     )
 
 
-def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int | None]:
-    """Return each named file's size (None: no such file). Names that lead out of `root`, or to one file, are faults.
+def _file_sizes(root: Path, names: list[str], faults: Faults) -> tuple[dict[str, int | None], bool]:
+    """Return each named file's size (None: no such file), and whether one is a symbolic link.
 
-    Each folder is scanned once and no path is resolved, because TAU22 lists 169,300 files in one folder.
+    Names that lead out of `root`, or to one file, are faults. Each folder is scanned once and no path is resolved,
+    because TAU22 lists 169,300 files in one folder.
     """
     try:
         resolved_root = root.resolve()
@@ -308,6 +316,7 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
 
     folders: dict[str, dict[str, os.DirEntry] | None] = {}  # None: outside
     sizes: dict[str, int | None] = {}
+    any_link = False
     linked: dict[tuple[int, int], str] = {}  # by device and inode: links give one file several names
     for name in names:
         parent, _, base = name.rpartition("/")
@@ -316,7 +325,9 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
                 folders[parent] = listed(parent)
             folder = folders[parent]
             entry = folder.get(base) if folder else None
-            outside = folder is None or base == ".." or (entry and entry.is_symlink() and not inside(Path(entry.path)))
+            link = entry is not None and entry.is_symlink()
+            any_link |= link
+            outside = folder is None or base == ".." or (link and not inside(root / name))
             there = not outside and entry is not None and entry.is_file()
         except RuntimeError:
             faults.add_clip(BadClip(name, "leads through symbolic links to itself"))
@@ -336,4 +347,4 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
             other = linked.setdefault((status.st_dev, status.st_ino), name) if status.st_ino else name
             if other != name:
                 faults.add_clip(BadClip(name, f"is one file with {other}"))
-    return sizes
+    return sizes, any_link

@@ -1,7 +1,7 @@
 """How the training clips are divided, by place, into parts that learn, fuse and validate."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,27 +38,34 @@ class PartitionConfig(Section):
 def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
     """Split `clips` into named parts so that no place is in two of them; {part: sorted int64 indices into `clips`}.
 
+    Raises as `divide` does, which says what goes where.
+    """
+    part_of = divide(((clip.scene, clip.place, 1) for clip in clips), shares, seed)
+    indices: dict[str, list[int]] = {part: [] for part in _whole(shares)}
+    for index, clip in enumerate(clips):
+        indices[part_of[clip.place]].append(index)
+    return {part: np.array(values, dtype=np.int64) for part, values in indices.items()}
+
+
+def divide(groups: Iterable[tuple[str, Hashable, int]], shares: Mapping[str, float], seed: int) -> dict[Hashable, str]:
+    """Return the part of every place; `groups` are (scene, place, clips), in the order in which the clips first appear.
+
     `shares` gives each held-out part's share of the clips of every scene; the rest is the part "train" (left out where
     the shares add up to 1, as for cross-fitting). Per scene the places are shuffled, and each goes to the part that
     is then filled least relative to its share. A place with clips of several scenes goes as a whole.
 
     Raises ConfigError for impossible shares, CorpusError where a scene has too few places.
     """
-    rest = 1 - sum(shares.values())
-    if "train" in shares or rest < -1e-9 or not all(0 < share < 1 for share in shares.values()):
-        raise ConfigError(
-            f"shares {shares}: each must lie between 0 and 1, together at most 1; the remainder is called 'train'"
-        )
-    share = ({"train": rest} if rest > 1e-9 else {}) | shares
+    share = _whole(shares)
     rng = np.random.default_rng(seed)
-    at_place: dict[str, Counter[str]] = {}  # clips by scene
-    places_of: dict[str, list[str]] = {}  # in order of appearance
-    for clip in clips:
-        if clip.scene not in (counts := at_place.setdefault(clip.place, Counter())):
-            places_of.setdefault(clip.scene, []).append(clip.place)
-        counts[clip.scene] += 1
+    at_place: dict[Hashable, Counter[str]] = {}  # clips by scene
+    places_of: dict[str, list[Hashable]] = {}  # in order of appearance
+    for scene, place, clips in groups:
+        if scene not in (counts := at_place.setdefault(place, Counter())):
+            places_of.setdefault(scene, []).append(place)
+        counts[scene] += clips
 
-    part_of: dict[str, str] = {}
+    part_of: dict[Hashable, str] = {}
     filled: dict[str, Counter[str]] = {part: Counter() for part in share}  # clips by scene
     for scene in sorted(places_of):
         free = [place for place in places_of[scene] if place not in part_of]
@@ -78,13 +85,21 @@ def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dic
         for scene in sorted(places_of)
         if not all(filled[part][scene] for part in share)
     ]
-    if lacking or not clips:
+    if lacking or not at_place:
+        total = sum(counts.total() for counts in at_place.values())
         raise CorpusError(
-            f"no split into {', '.join(share)} by place has every scene in every part; {len(clips)} clips."
+            f"no split into {', '.join(share)} by place has every scene in every part; {total} clips."
             f"{''.join(lacking)}\nHold out fewer parts (lower fusion.folds), or use a corpus with more places "
             "in these scenes."
         )
-    indices: dict[str, list[int]] = {part: [] for part in share}
-    for index, clip in enumerate(clips):
-        indices[part_of[clip.place]].append(index)
-    return {part: np.array(values, dtype=np.int64) for part, values in indices.items()}
+    return part_of
+
+
+def _whole(shares: Mapping[str, float]) -> dict[str, float]:
+    """Return the shares with that of the part "train", unless they add up to 1. Raises ConfigError."""
+    rest = 1 - sum(shares.values())
+    if "train" in shares or rest < -1e-9 or not all(0 < share < 1 for share in shares.values()):
+        raise ConfigError(
+            f"shares {dict(shares)}: each must lie between 0 and 1, together at most 1; the remainder is called 'train'"
+        )
+    return ({"train": rest} if rest > 1e-9 else {}) | dict(shares)

@@ -24,10 +24,15 @@ def following(clips: Sequence[Clip]) -> np.ndarray:
     return found
 
 
-def check_followed(key: str, clips: Sequence[Clip]) -> None:
-    """Raise ConfigError if no clip of the training split is followed by another second."""
-    if np.array_equal(following(clips), np.arange(len(clips))):
+def is_followed(clips: Sequence[Clip]) -> bool:
+    """Whether any of the clips is followed by another second of its recording among them."""
+    return not np.array_equal(following(clips), np.arange(len(clips)))
+
+
+def check_followed(key: str, followed: bool, example: str) -> None:
+    """Raise ConfigError unless some clip of the training split is `followed` by another second; `example` is one."""
+    if not followed:
         raise ConfigError(
             f"{key}.augment.crop: no training clip is followed by another second of its recording; names end in "
-            f"-SECOND-DEVICE, as in park-lisbon-1000-40000-0-a.wav; found {clips[0].clip_id}; leave augment.crop out"
+            f"-SECOND-DEVICE, as in park-lisbon-1000-40000-0-a.wav; found {example}; leave augment.crop out"
         )

@@ -59,7 +59,7 @@ def make(work: Work) -> None:
     for name, error in errors.items():
         work.progress.left_out(name, error)
     if errors:
-        work.plan = Plan(config)
+        work.plan = Plan(config, work.plan.source)
 
 
 def watched(work: Work, data: Dataset, on_event: OnEvent) -> OnEvent:
