@@ -1,9 +1,9 @@
 """What a plan asks of a corpus, kept in the storage: an unchanged corpus is not read again.
 
 A kept reading counts only while the stamps of all metadata files, of every folder with clips and of some clips are
-those that it was made under: size, inode and both times, in nanoseconds. A clip that is overwritten in place leaves its
-folder as it was. Where many are, some are looked at; a single one is noticed, by its size, when the corpus is read anew,
-as by `asc-ray ingest`.
+those that it was made under: size, inode and both times, in nanoseconds. A clip that is overwritten in place leaves
+its folder as it was. Where many are, some are looked at; a single one is noticed, by its size, when the corpus is read
+anew, as by `asc-ray ingest`.
 """
 
 import os
