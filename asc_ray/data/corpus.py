@@ -16,7 +16,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -73,14 +73,6 @@ class Corpus:
     bad: tuple[BadClip, ...]  # clips left out, with on_bad_clip="skip"
     notes: tuple[str, ...] = ()  # what a user should know about a corpus that can be used
     linked: bool = False  # whether a clip's file is a symbolic link
-
-
-def unseen_devices(clips: Iterable[Clip]) -> tuple[str, ...]:
-    """Return the devices that occur in the test split only, sorted."""
-    devices: dict[Split, set[str]] = {"train": set(), "test": set()}
-    for clip in clips:
-        devices[clip.split].add(clip.device)
-    return tuple(sorted(devices["test"] - devices["train"]))
 
 
 def read_corpus(

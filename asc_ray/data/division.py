@@ -1,13 +1,14 @@
 """How the training clips are divided, by place, into parts that learn, fuse and validate."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
-from asc_ray.data.corpus import Clip
 from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.section import Section
 
@@ -35,19 +36,37 @@ class PartitionConfig(Section):
         return validation
 
 
-def partition(clips: Sequence[Clip], shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Split `clips` into named parts so that no place is in two of them; {part: sorted int64 indices into `clips`}.
+def partition(
+    scene: np.ndarray, place: np.ndarray, labels: Sequence[str], shares: Mapping[str, float], seed: int
+) -> dict[str, np.ndarray]:
+    """Split N clips into named parts so that no place is in two of them; {part: their sorted indices, int64}.
 
-    Raises as `divide` does, which says what goes where.
+    `scene` (N,) are numbers of `labels`, and `place` (N,) numbers of places. Raises as `divide` does, which says what
+    goes where.
     """
-    part_of = divide(((clip.scene, clip.place, 1) for clip in clips), shares, seed)
-    indices: dict[str, list[int]] = {part: [] for part in _whole(shares)}
-    for index, clip in enumerate(clips):
-        indices[part_of[clip.place]].append(index)
-    return {part: np.array(values, dtype=np.int64) for part, values in indices.items()}
+    share = _whole(shares)
+    groups = ((labels[one], at, clips) for one, at, clips in grouped(scene, place))
+    numbers = {part: number for number, part in enumerate(share)}
+    part_of = np.zeros(place.max(initial=0) + 1, dtype=np.int8 if len(share) < 128 else np.int64)
+    for at, part in divide(groups, shares, seed).items():
+        part_of[at] = numbers[part]
+    own = part_of[place]
+    return {part: np.flatnonzero(own == number) for part, number in numbers.items()}
 
 
-def divide(groups: Iterable[tuple[str, Hashable, int]], shares: Mapping[str, float], seed: int) -> dict[Hashable, str]:
+def grouped(*codes: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """Yield the combinations of numbers that N clips have, each with its count, in the order of first appearance."""
+    sizes = [int(own.max(initial=0)) + 1 for own in codes]
+    together = np.zeros(len(codes[0]), dtype=np.int64)
+    for own, size in zip(codes, sizes, strict=True):
+        together *= size
+        together += own
+    found = pc.value_counts(pa.array(together))
+    numbers = np.unravel_index(found.field("values").to_numpy(), sizes)
+    yield from zip(*(own.tolist() for own in numbers), found.field("counts").to_pylist(), strict=True)
+
+
+def divide(groups: Iterable[tuple[str, int, int]], shares: Mapping[str, float], seed: int) -> dict[int, str]:
     """Return the part of every place; `groups` are (scene, place, clips), in the order in which the clips first appear.
 
     `shares` gives each held-out part's share of the clips of every scene; the rest is the part "train" (left out where
@@ -58,14 +77,14 @@ def divide(groups: Iterable[tuple[str, Hashable, int]], shares: Mapping[str, flo
     """
     share = _whole(shares)
     rng = np.random.default_rng(seed)
-    at_place: dict[Hashable, Counter[str]] = {}  # clips by scene
-    places_of: dict[str, list[Hashable]] = {}  # in order of appearance
+    at_place: dict[int, Counter[str]] = {}  # clips by scene
+    places_of: dict[str, list[int]] = {}  # in order of appearance
     for scene, place, clips in groups:
         if scene not in (counts := at_place.setdefault(place, Counter())):
             places_of.setdefault(scene, []).append(place)
         counts[scene] += clips
 
-    part_of: dict[Hashable, str] = {}
+    part_of: dict[int, str] = {}
     filled: dict[str, Counter[str]] = {part: Counter() for part in share}  # clips by scene
     for scene in sorted(places_of):
         free = [place for place in places_of[scene] if place not in part_of]

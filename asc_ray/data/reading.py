@@ -8,7 +8,6 @@ anew, as by `asc-ray ingest`.
 
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from asc_ray.artifacts import content_key, read_record, write_record
 from asc_ray.data.corpus import Corpus, CorpusConfig, read_corpus, table_files
-from asc_ray.data.recordings import is_followed
+from asc_ray.data.division import grouped
+from asc_ray.data.recordings import following
 
 READINGS = "readings"  # the storage's folder
 READER = 1  # raise it when a corpus is read in another way, so that earlier readings are not used
@@ -39,7 +42,7 @@ class Reading:
     fingerprint: str
     labels: tuple[str, ...]
     devices: tuple[str, ...]
-    groups: tuple[tuple[int, int, int, int], ...]
+    groups: tuple[tuple[int, ...], ...]
     followed: bool
     first: str
     stamps: Mapping[str, Any]
@@ -52,17 +55,17 @@ def new_reading(config: CorpusConfig) -> Reading:
     began, before = time.time(), _tables(config)
     corpus = read_corpus(config.path, config.on_bad_clip, config.train_split)
     train = [clip for clip in corpus.clips if clip.split == "train"]
-    places: dict[str, int] = {}
-    for clip in train:
-        places.setdefault(clip.place, len(places))
-    scenes, devices = ({name: n for n, name in enumerate(names)} for names in (corpus.labels, corpus.devices))
-    counts = Counter((scenes[clip.scene], places[clip.place], devices[clip.device]) for clip in train)
+    places = dict.fromkeys(clip.place for clip in train)
+    numbers = [{name: n for n, name in enumerate(names)} for names in (corpus.labels, places, corpus.devices)]
+    named = zip(*((clip.scene, clip.place, clip.device) for clip in train), strict=True)
+    scene, place, device = (np.array([of[name] for name in own]) for of, own in zip(numbers, named, strict=True))
+    ids = pa.chunked_array([[clip.clip_id for clip in train]], pa.string())
     return Reading(
         fingerprint=corpus.fingerprint,
         labels=corpus.labels,
         devices=corpus.devices,
-        groups=tuple((*group, count) for group, count in counts.items()),
-        followed=is_followed(train),
+        groups=tuple(grouped(scene, place, device)),
+        followed=bool((following(ids, scene, place) != np.arange(len(ids))).any()),
         first=train[0].clip_id,
         stamps=_stamps(config, corpus, before, began),
         corpus=corpus,
