@@ -74,6 +74,8 @@ def test_the_store_returns_what_the_corpus_has(corpus, folder):
     assert len(store) == 7
     assert (store.labels, store.devices, store.corpus) == (LABELS, DEVICES, "f00d")
     assert store.ids[:].tolist() == [clip.clip_id for clip in good(corpus)]
+    assert (store.ids[5], list(store.ids)[5], store.ids[[5, 0, 2]].tolist()[0]) == ("audio/6.wav",) * 3
+    assert store.ids[store.split == "test"].tolist() == store.ids[4:].tolist()
     assert store.scene.dtype == np.int64
     assert [store.labels[i] for i in store.scene] == [clip.scene for clip in good(corpus)]
     for column in ("device", "place", "split"):

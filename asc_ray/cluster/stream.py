@@ -36,7 +36,7 @@ def _streamed(store: ClipStore, batches: Sequence[np.ndarray]) -> Iterator[np.nd
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     places = [dict(zip(("files", "file", "row"), store.located(rows), strict=True)) for rows in batches]
-    plan = ray.data.from_items([{"place": place} for place in places], override_num_blocks=len(batches))
+    plan = ray.data.from_items(places, override_num_blocks=len(batches))
     # Readers ask for no CPU, because trainings hold them all and a reader mostly waits for its disk.
     readers = ray.data.TaskPoolStrategy(size=READERS)
     pcm = plan.map_batches(_read, batch_size=1, num_cpus=0, compute=readers)
@@ -56,10 +56,10 @@ _checked = cache(stored_file)  # a worker reads many batches
 
 
 def _read(batch: Any) -> dict[str, np.ndarray]:
-    place = batch["place"][0]
-    pcm = np.empty((len(place["row"]), CLIP_SAMPLES), dtype=np.int16)
-    for number, file in enumerate(map(Path, place["files"])):
+    files, of, rows = (batch[name][0] for name in ("files", "file", "row"))
+    pcm = np.empty((len(rows), CLIP_SAMPLES), dtype=np.int16)
+    for number, file in enumerate(map(Path, files)):
         shard = map_pcm(_checked(file.parent, file.name))  # anew each time: what stays mapped counts as memory
-        for position in np.flatnonzero(place["file"] == number):
-            pcm[position] = shard[place["row"][position]]
+        for position in np.flatnonzero(of == number):
+            pcm[position] = shard[rows[position]]
     return {"pcm": pcm}

@@ -1,7 +1,7 @@
 """The clip store: one-second clips as int16 PCM at 32 kHz in memory-mapped Arrow files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,10 @@ class ClipStore:
             raise UserError(f"{self.folder}: holds no clip {', '.join(missing)} ({found.null_count} missing)")
         return found.to_numpy().astype(np.int64)
 
-    def located(self, rows: np.ndarray) -> tuple[list[Path], np.ndarray, np.ndarray]:
+    def located(self, rows: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Return the shards' files that hold these rows, and each row's file and place in it, (n,) int64."""
         shards, of = np.unique(self._shard(rows), return_inverse=True)
-        return [self._files[shard] for shard in shards], of, rows - self._starts[shards[of]]
+        return [str(self._files[shard]) for shard in shards], of, rows - self._starts[shards[of]]
 
     def pcm(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return (B, 32000) int16 of the given rows in the given order, in `out` where given."""
@@ -202,15 +202,20 @@ class ClipStore:
 
 @dataclass(frozen=True)
 class Ids:
-    """The ids of a store's clips, read from its files when they are asked for."""
+    """The ids of a store's clips, read from its files when they are asked for; an index gives those of some clips."""
 
     store: ClipStore
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return self.store.keys(rows).to_numpy()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self[:])
+
+    def __getitem__(self, rows: Any) -> Any:
+        rows = np.arange(len(self))[rows]
+        found = self.store.keys(np.atleast_1d(rows)).to_numpy()
+        return found if rows.ndim else found[0]
 
 
 def map_pcm(file: Path) -> np.ndarray:
