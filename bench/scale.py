@@ -189,17 +189,18 @@ def stream(storage: Path, clips: int, steps: int) -> str:
     read = sum(len(pcm) for pcm in streamed(store, (rng.integers(0, clips, 64) for _ in range(steps))))
     assert read == 64 * steps
     seconds = time.perf_counter() - start
-    readers = [text for text in map(_status, Path("/proc").glob("[0-9]*")) if text.startswith("Name:\tray::")]
-    largest = max(int(re.findall(r"VmHWM:\s+(\d+)", text)[0]) for text in readers) / 1e6
+    largest = max(peak for name, peak in _below(os.getpid()) if name.startswith("ray::"))
     ray.shutdown()
     return f"{seconds:.3f} {largest:.2f}"
 
 
-def _status(process: Path) -> str:
-    try:
-        return (process / "status").read_text()
-    except OSError:  # it has ended
-        return ""
+def _below(process: int) -> Iterator[tuple[str, float]]:
+    """Yield name and peak memory in GB of the processes that a process has started, and of theirs."""
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            status = dict(re.findall(r"(\w+):\s+(.*)", Path(f"/proc/{child}/status").read_text()))
+            yield status["Name"], int(status.get("VmHWM", "0 kB").split()[0]) / 1e6
+            yield from _below(int(child))
 
 
 MEASURED: dict[str, Callable[[Path, int, int], str]] = {"plan": plan, "open": opened, "train": train, "stream": stream}
