@@ -15,7 +15,6 @@ from pydantic import Field, field_validator
 from asc_ray.artifacts import Artifact, content_key, write_atomically
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
-from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_answers, read_evaluation
 from asc_ray.evaluation.gains import Gain, gain
@@ -287,7 +286,7 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     lead = next(iter(plans.values()))
     store = source_of(lead).store()
     test = np.flatnonzero(store.split == "test")
-    unseen = unseen_devices(store.clips)
+    unseen = store.unseen_devices
     answers = {
         name: read_answers([plan.evaluations[student].path for student in plan.students], store.ids[test])
         for name, plan in plans.items()

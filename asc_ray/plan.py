@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
+from asc_ray.config.asked import check_corpus
 from asc_ray.config.configuration import Config
 from asc_ray.config.yaml_text import read_yaml
-from asc_ray.data.corpus import Corpus, read_corpus
 from asc_ray.data.demo import SCENES
-from asc_ray.data.division import partition
-from asc_ray.data.recordings import check_followed
-from asc_ray.ensemble.checks import check_prior
+from asc_ray.data.reading import Reading, keep, kept_reading, new_reading
 from asc_ray.ensemble.fusion import FUSION_FORM
 from asc_ray.ensemble.imported import imported_identity
 from asc_ray.errors import ConfigError
@@ -26,7 +24,7 @@ from asc_ray.models.pretrained import published
 from asc_ray.students.config import StudentConfig, changed
 from asc_ray.students.cost import student_cost
 from asc_ray.students.targets import TargetFiles
-from asc_ray.training.dataset import bank_identity, check_held_out_devices
+from asc_ray.training.dataset import bank_identity
 from asc_ray.training.recipe import Recipe
 
 BEST_STUDENT = "best.yaml"
@@ -53,14 +51,17 @@ STAGES = tuple(NEEDS)
 class Plan:
     """Every artifact of a configuration, found without building anything.
 
-    `read`: the corpus, if it was read already for a configuration with the same section `corpus`.
+    `source` is what was read of the corpus: by this plan; for a plan with the same section `corpus`, if given; or by an
+    earlier command, which counts where the corpus is unchanged and whole in the clip store, and unless it is to be read
+    `anew`. It is None for the demo's corpus.
+
     Raises ConfigError, and CorpusError if the corpus cannot be used.
     """
 
-    def __init__(self, config: Config, read: Corpus | None = None) -> None:
+    def __init__(self, config: Config, source: Reading | None = None, anew: bool = False) -> None:
         self.config = config
         corpus = config.corpus
-        self.source: Corpus | None = None
+        self.source = source
         self.demo: Artifact | None = None
         responses = corpus.impulse_responses
         if responses is not None and not responses.is_dir():
@@ -71,13 +72,16 @@ class Plan:
             if corpus.train_split:
                 raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
-            inputs = {"corpus": self.demo.key}
-        else:
-            self.source = read or read_corpus(corpus.path, corpus.on_bad_clip, corpus.train_split)
-            self._check_corpus(self.source)
-            inputs = {"corpus": self.source.fingerprint}
+        elif not anew and self.source is None:
+            self.source = kept_reading(config.storage, corpus)
         ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}
-        self.clips = self._artifact("clips", "demo" if corpus.path is None else corpus.path.name, ingest, inputs)
+        if self.demo or self.source:
+            self.clips = self._clips(ingest)
+        if not self.demo and not (self.source and (self.source.corpus or self._ingested_whole())):
+            self.source = new_reading(corpus)
+            self.clips = self._clips(ingest)
+        if self.source:
+            check_corpus(config, self.source)
         base = {"clips": self.clips.key}
         recipes = config.teachers.recipes
         self.imported = published(config.teachers.checkpoints, recipes) if config.teachers.checkpoints else {}
@@ -222,34 +226,6 @@ class Plan:
             return tuple("ingest" if need == "fuse" else need for need in NEEDS[stage])
         return NEEDS[stage]
 
-    def _check_corpus(self, corpus: Corpus) -> None:
-        """Raise ConfigError or CorpusError if the configuration asks for something that the corpus does not have."""
-        config = self.config
-        recipes: dict[str, Recipe] = {f"teachers.recipes.{name}": own for name, own in config.teachers.recipes.items()}
-        recipes["student"] = config.student
-        asked = [(key, recipe.augment.dir) for key, recipe in recipes.items() if recipe.augment.dir.p > 0]
-        cropped = [key for key, recipe in recipes.items() if recipe.augment.crop]
-        for key, parameter in config.sweep.space.items() if config.sweep else ():
-            if key in ("augment", "augment.dir", "augment.dir.apply_to"):
-                asked += [("sweep.space", changed(config.student, {key: end}).augment.dir) for end in parameter.ends()]
-            if key in ("augment", "augment.crop"):
-                cropped += ["sweep.space" for e in parameter.ends() if changed(config.student, {key: e}).augment.crop]
-        for key, dir_ in asked:
-            if dir_.apply_to != "all" and (unknown := sorted(set(dir_.apply_to) - set(corpus.devices))):
-                raise ConfigError(
-                    f"{key}.augment.dir.apply_to: the corpus has no device {unknown[0]!r}; "
-                    f"allowed: all, or some of {', '.join(corpus.devices)}"
-                )
-        train = [clip for clip in corpus.clips if clip.split == "train"]
-        if cropped:
-            check_followed(cropped[0], train)
-        shares = config.partition.shares(config.fusion.data, config.fusion.folds)
-        parts = partition(train, shares, config.partition.seed)
-        if self.config.sweep:
-            validated = [train[i].device for i in parts["validation"]]
-            check_held_out_devices(self.config.sweep.validation.devices, [clip.device for clip in train], validated)
-        check_prior(self.config.fusion.scene_prior, corpus.labels)
-
     def refuse_large(self) -> None:
         """Raise ConfigError if a student that the configuration may train is over the limits.
 
@@ -266,6 +242,22 @@ class Plan:
                 student_cost(student, config.limits, scenes)
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from None
+
+    def keep_reading(self) -> None:
+        """Keep what was read of the corpus for the next command; the caller holds the storage's lock."""
+        if self.source and self.source.corpus:
+            keep(self.config.storage, self.config.corpus, self.source if self._ingested_whole() else None)
+
+    def _ingested_whole(self) -> bool:
+        """Whether the clip store is there and no clip was left out, which somebody may mend."""
+        return self.clips.complete and not self.clips.facts()["skipped"]
+
+    def _clips(self, ingest: Mapping[str, Any]) -> Artifact:
+        if self.demo:
+            return self._artifact("clips", "demo", ingest, {"corpus": self.demo.key})
+        assert self.source is not None
+        assert self.config.corpus.path is not None
+        return self._artifact("clips", self.config.corpus.path.name, ingest, {"corpus": self.source.fingerprint})
 
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
         section = config if isinstance(config, dict) else config.for_key()

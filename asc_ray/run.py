@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
 
     Raises UserError for a user's mistake, and ConfigError before any work starts if the cluster cannot run it.
     """
-    plan = Plan(config)
+    plan = Plan(config, anew=tuple(stages) == ("ingest",))
     for name, error in plan.left_out.items():
         progress.left_out(name, error)
     todo = [stage for stage in stages if plan.missing(stage)]
@@ -76,11 +76,13 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
         if stage not in todo and plan.by_stage()[stage]:
             progress.skipped(stage, plan.by_stage()[stage])
     if not todo:
+        with suppress(UserError, OSError), exclusive(config.storage):  # another run may hold it, or nobody may write
+            plan.keep_reading()
         progress.nothing_to_do()
         return plan
     refuse(plan, todo)
-    if "ingest" in todo and plan.source:
-        for note in plan.source.notes:
+    if "ingest" in todo and plan.source and plan.source.corpus:
+        for note in plan.source.corpus.notes:
             progress.note(note)
     parent = pipeline_thing(plan, config.name, plan.key)
     with at_work(plan, parent, dump(config), plan.complete_keys(), progress) as work:
@@ -107,6 +109,7 @@ def at_work(
     config = plan.config
     with _told_apart(config.storage), exclusive(config.storage), _without_scratch(config.storage):
         progress.note(f"storage {config.storage}")
+        plan.keep_reading()
         # MLflow starts beside Ray: both take equally long, and Ray mostly waits.
         tracker = Tracker(config.tracking, config.storage, progress.note)
         address = config.cluster.joined

@@ -16,7 +16,7 @@ from asc_ray.audio.augment import AugmentConfig, DirConfig, FreqMixStyleConfig
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.clips import ClipStore
-from asc_ray.data.corpus import read_corpus, unseen_devices
+from asc_ray.data.corpus import read_corpus
 from asc_ray.data.division import partition
 from asc_ray.data.shards import write_store
 from asc_ray.evaluation.scores import evaluate
@@ -46,8 +46,8 @@ for clip in write_store(corpus, options.out / "clips"):
 store = ClipStore(options.out / "clips")
 
 # An eighth of the training clips, by place, is for validation. Device augmentation needs impulse responses.
-rows, clips = np.flatnonzero(store.split == "train"), store.clips
-divided = partition([clips[row] for row in rows], {"validation": 0.125}, seed=0)
+rows = np.flatnonzero(store.split == "train")
+divided = partition(store.scene[rows], store.place.codes[rows], store.labels, {"validation": 0.125}, seed=0)
 parts = {part: rows[own] for part, own in divided.items()}
 responses = corpus.root / "dirs"
 bank = ImpulseBank.load(responses if responses.is_dir() else None)
@@ -66,8 +66,7 @@ fit(model, recipe, data, parts["train"], checkpoints, gpus=options.gpus, on_epoc
 
 test, device = np.flatnonzero(store.split == "test"), training_device(options.gpus)
 logits = predict(model, LogMel(recipe.frontend).to(device), store, test, device).numpy()
-unseen = unseen_devices(corpus.clips)
-scores = evaluate(logits, store.scene[test], store.device[test], store.labels, unseen)
+scores = evaluate(logits, store.scene[test], store.device[test], store.labels, store.unseen_devices)
 for name, share in scores.accuracies().items():
     print(f"{name:<8} {100 * share:5.1f} %")
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.corpus import Corpus
+from asc_ray.data.corpus import Clip, Corpus
 from asc_ray.data.shards import write_store
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
@@ -82,6 +82,12 @@ def cluster() -> tuple[subprocess.Popen, str]:
 def joined() -> dict[str, str]:
     """Of a user with a cluster of two CPUs."""
     return environment() | {"RAY_ADDRESS": cluster()[1]}
+
+
+def coded(clips: Sequence[Clip]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the clips' scenes as numbers, their places as numbers, and the scenes."""
+    labels, scene = np.unique([clip.scene for clip in clips], return_inverse=True)
+    return scene, np.unique([clip.place for clip in clips], return_inverse=True)[1], labels.tolist()
 
 
 def noise(count: int, samples: int = 32_000, seed: int = 0) -> np.ndarray:

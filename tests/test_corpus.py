@@ -6,12 +6,14 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import coded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.data.corpus import Clip, read_corpus, unseen_devices
-from asc_ray.data.division import partition
+from asc_ray.data.corpus import Clip, read_corpus
+from asc_ray.data.division import grouped, partition
 from asc_ray.errors import ConfigError, CorpusError
 
 TAU22 = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tau22"
@@ -62,7 +64,6 @@ def test_a_sound_corpus_is_read_in_file_order(root):
     assert corpus.clips[1] == Clip("audio/p2.wav", "park", "s1", "rome-1", "train")
     assert corpus.labels == ("metro", "park")
     assert corpus.devices == ("a", "s1", "s4")
-    assert unseen_devices(corpus.clips) == ("s4",)
     assert corpus.bad == ()
 
 
@@ -371,7 +372,7 @@ def clips_of(sizes: dict[str, list[int]]) -> list[Clip]:
 )
 def test_partition_properties(sizes, share, seed):
     clips = clips_of(sizes)
-    parts = partition(clips, {"fusion": share, "validation": share}, seed)
+    parts = partition(*coded(clips), {"fusion": share, "validation": share}, seed)
     assert list(parts) == ["train", "fusion", "validation"]
     assert sorted(index for part in parts.values() for index in part) == list(range(len(clips)))
     owners = defaultdict(set)
@@ -386,19 +387,25 @@ def test_partition_properties(sizes, share, seed):
         for name, wanted in (("fusion", share), ("validation", share), ("train", 1 - 2 * share)):
             # Off by one place at most in the part itself, and by the places the other two took too many.
             assert abs(counts[name][scene] - wanted * sum(places)) <= 2 * max(places)
-    again = partition(clips, {"fusion": share, "validation": share}, seed)
+    again = partition(*coded(clips), {"fusion": share, "validation": share}, seed)
     assert all((again[name] == part).all() for name, part in parts.items())
+
+
+@given(codes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 300)), min_size=1))
+def test_groups_come_in_the_order_of_first_appearance(codes):
+    expected = [(*group, count) for group, count in Counter(codes).items()]
+    assert list(grouped(*np.array(codes).T)) == expected
 
 
 def test_shares_of_one_are_folds_without_a_train_part():
     clips = clips_of({"park": [4] * 10, "metro": [4] * 10})
-    folds = partition(clips, {f"fold{k}": 0.2 for k in range(5)}, seed=0)
+    folds = partition(*coded(clips), {f"fold{k}": 0.2 for k in range(5)}, seed=0)
     assert {name: len(part) for name, part in folds.items()} == {f"fold{k}": 16 for k in range(5)}
 
 
 def test_the_seed_matters():
     clips = clips_of({"park": list(range(1, 21))})
-    held_out = {tuple(partition(clips, {"validation": 0.2}, seed)["validation"]) for seed in range(5)}
+    held_out = {tuple(partition(*coded(clips), {"validation": 0.2}, seed)["validation"]) for seed in range(5)}
     assert len(held_out) == 5
 
 
@@ -406,7 +413,7 @@ def test_a_place_of_two_scenes_goes_as_a_whole():
     clips = clips_of({"park": [5] * 6, "metro": [5] * 6})
     clips += [Clip(f"both-{scene}-{i}", scene, "a", "both", "train") for scene in ("park", "metro") for i in range(5)]
     for seed in range(10):
-        parts = partition(clips, {"validation": 0.3}, seed)
+        parts = partition(*coded(clips), {"validation": 0.3}, seed)
         assert sum(any(clips[i].place == "both" for i in part) for part in parts.values()) == 1
         assert all({clips[i].scene for i in part} == {"park", "metro"} for part in parts.values())
 
@@ -414,13 +421,13 @@ def test_a_place_of_two_scenes_goes_as_a_whole():
 def test_too_few_places_are_refused_with_counts():
     clips = clips_of({"park": [5] * 6, "metro": [7, 3]})
     with pytest.raises(CorpusError, match=r"metro: 2 place\(s\)"):
-        partition(clips, {"fusion": 0.2, "validation": 0.2}, seed=0)
+        partition(*coded(clips), {"fusion": 0.2, "validation": 0.2}, seed=0)
 
 
 @pytest.mark.parametrize("shares", [{"train": 0.5}, {"x": 0.0}, {"x": 1.5}, {"x": 0.6, "y": 0.6}, {"x": -0.1}])
 def test_shares_that_are_no_shares(shares):
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        partition(clips_of({"park": [5] * 6}), shares, seed=0)
+        partition(*coded(clips_of({"park": [5] * 6})), shares, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -452,9 +459,10 @@ def test_the_real_names_of_tau22(tau22):
     assert counts == {"train": 69_800, "test": 29_680}
     assert len(corpus.labels) == 10
     assert corpus.devices == ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
-    assert unseen_devices(corpus.clips) == ("s4", "s5", "s6")
+    trained, tested = ({clip.device for clip in corpus.clips if clip.split == split} for split in ("train", "test"))
+    assert tested - trained == {"s4", "s5", "s6"}
     train = [clip for clip in corpus.clips if clip.split == "train"]
-    parts = partition(train, {"fusion": 0.12, "validation": 0.12}, seed=0)
+    parts = partition(*coded(train), {"fusion": 0.12, "validation": 0.12}, seed=0)
     places = {part: {train[i].place for i in rows} for part, rows in parts.items()}
     assert not places["train"] & places["fusion"]
     assert not places["train"] & places["validation"]

@@ -222,7 +222,7 @@ def test_the_clip_store_keeps_its_contract(plan):
 def test_logits_cover_every_clip_and_fit_their_teachers(plan):
     store = ClipStore(plan.clips.path)
     systems = [read_logits(artifact.path) for artifact in plan.logits.values()]
-    assert Ensemble(systems, store.ids).read().shape == (2, 210, 10)
+    assert Ensemble(systems, store.keys()).read().shape == (2, 210, 10)
     for system, teacher in zip(systems, plan.teachers.values(), strict=True):
         weights = read_manifest(teacher.path)["files"]["model.safetensors"]["sha256"]
         assert system.metadata["checkpoint"] == weights
@@ -235,7 +235,7 @@ def test_logits_are_the_network_s_own_whichever_others_shared_the_front_end(plan
         recipe = plan.config.teachers.recipes[name]
         model = load_model(plan.teachers[name].path, recipe, 10)
         expected = predict(model, LogMel(recipe.frontend), store, np.arange(len(store)), torch.device("cpu")).numpy()
-        stored = Ensemble([read_logits(artifact.path)], store.ids).read()[0]
+        stored = Ensemble([read_logits(artifact.path)], store.keys()).read()[0]
         np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -383,7 +383,7 @@ def test_cross_fitting_gives_every_clip_the_logits_of_a_model_that_did_not_see_i
         expected = np.stack(each).mean(0)
         for fold, logits in zip(folds, each, strict=True):
             expected[fold["fusion"]] = logits[fold["fusion"]]
-        stored = Ensemble([read_logits(artifact.path)], store.ids).read()[0]
+        stored = Ensemble([read_logits(artifact.path)], store.keys()).read()[0]
         np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-4)
     published = tmp_path / "published" / "cpr_128k_fms_1.safetensors"
     published.parent.mkdir()

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from conftest import noise
+from conftest import coded, noise
 
 from asc_ray.audio.augment import Augment, AugmentConfig
 from asc_ray.audio.frontend import FrontendConfig
@@ -41,14 +42,19 @@ CASES = {  # name: the second that follows it among these
 
 def test_the_second_that_follows_is_of_the_same_recording_and_device():
     clips = [clip(name) for name in CASES]
-    found = [clips[index].clip_id for index in following(clips)]
+    found = [clips[index].clip_id for index in followed(clips)]
     assert dict(zip(CASES, found, strict=True)) == {name: after or name for name, after in CASES.items()}
 
 
 @pytest.mark.parametrize("other", [{"scene": "bus"}, {"place": "park-oslo-2"}])
 def test_names_that_are_no_recording_s_join_nothing(other):
     """Numbered files of several scenes or places look like seconds, and are none."""
-    assert following([clip("x-1-a.wav"), clip("x-2-a.wav", **other)]).tolist() == [0, 1]
+    assert followed([clip("x-1-a.wav"), clip("x-2-a.wav", **other)]) == [0, 1]
+
+
+def followed(clips: list[Clip]) -> list[int]:
+    ids = pa.chunked_array([[clip.clip_id for clip in clips]], pa.string())
+    return following(ids, *coded(clips)[:2]).tolist()
 
 
 def augment(config: AugmentConfig) -> Augment:

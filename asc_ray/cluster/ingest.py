@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
@@ -48,8 +50,9 @@ def ingest(
         faults.refuse(corpus.root, len(ids), skippable=True)
     _add_lost_scenes(faults, corpus, {clip.clip_id for clip in bad})
     faults.refuse(corpus.root, len(ids), skippable=False)
-    held = ClipStore(folder).ids.tolist()
-    if sorted([*held, *(clip.clip_id for clip in bad)]) != sorted(ids):
+    left_out = {clip.clip_id for clip in bad}
+    held = ClipStore(folder).keys()
+    if not held.equals(pa.chunked_array([[name for name in ids if name not in left_out]], pa.string())):
         raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
     save_bank(ImpulseBank.load(impulse_responses), folder / IMPULSE_RESPONSES)
     notes: Counter[str] = Counter()

@@ -1,35 +1,45 @@
 """Streaming of clips, for corpora larger than a node's disk: Ray Data reads the next batches while a step computes."""
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.data
 
-from asc_ray.data.clips import CLIP_SAMPLES, open_clips
+from asc_ray.artifacts import stored_file
+from asc_ray.data.clips import CLIP_SAMPLES, ClipStore, map_pcm
 
 READERS = 4
 AHEAD = 4  # batches
+# Ray keeps a record of every batch that it is given, so an epoch is given to it in spans of so many.
+SPAN = 1024
 
 
-def stream(folder: Path, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the clips of each batch of rows, (B, 32000) int16, in order.
+def stream(store: ClipStore, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the clips of each batch of the store's rows, (B, 32000) int16, in order.
 
-    `folder` is a clip store that every node can reach. The rows are chosen beforehand, so a streamed epoch has the same
-    batches as a mapped one of the same seed, epoch and rank. Ray runs a task again if it dies.
+    Every node can reach the store's folder, and a task opens the shards that it reads. The rows are chosen beforehand,
+    so a streamed epoch has the same batches as a mapped one of the same seed, epoch and rank. Ray runs a task again if
+    it dies.
     """
-    if not batches:
-        return
+    batches = iter(batches)
+    while some := list(islice(batches, SPAN)):
+        yield from _streamed(store, some)
+
+
+def _streamed(store: ClipStore, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    plan = ray.data.from_items([{"rows": rows} for rows in batches], override_num_blocks=len(batches))
+    places = [dict(zip(("files", "file", "row"), store.located(rows), strict=True)) for rows in batches]
+    plan = ray.data.from_items(places, override_num_blocks=len(batches))
     # Readers ask for no CPU, because trainings hold them all and a reader mostly waits for its disk.
     readers = ray.data.TaskPoolStrategy(size=READERS)
-    pcm = plan.map_batches(partial(_read, folder), batch_size=1, num_cpus=0, compute=readers)
+    pcm = plan.map_batches(_read, batch_size=1, num_cpus=0, compute=readers)
     waiting = iter(batches)
     wanted = len(next(waiting))
     held: list[np.ndarray] = []
@@ -42,8 +52,14 @@ def stream(folder: Path, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
             wanted = len(next(waiting, ()))
 
 
-_open = lru_cache(maxsize=1)(open_clips)  # a worker reads many batches
+_checked = cache(stored_file)  # a worker reads many batches
 
 
-def _read(folder: Path, batch: Any) -> dict[str, np.ndarray]:
-    return {"pcm": _open(folder).pcm(batch["rows"][0])}
+def _read(batch: Any) -> dict[str, np.ndarray]:
+    files, of, rows = (batch[name][0] for name in ("files", "file", "row"))
+    pcm = np.empty((len(rows), CLIP_SAMPLES), dtype=np.int16)
+    for number, file in enumerate(map(Path, files)):
+        shard = map_pcm(_checked(file.parent, file.name))  # anew each time: what stays mapped counts as memory
+        for position in np.flatnonzero(of == number):
+            pcm[position] = shard[rows[position]]
+    return {"pcm": pcm}

@@ -75,7 +75,7 @@ def run_sweep(
                     "folder": folder,
                     "storage": artifact.storage,
                     "source": source,
-                    # Passed as parameters so that each node holds one copy, in Ray's shared memory.
+                    # Files that each node maps; which row is which clip's is in Ray's shared memory, once a node.
                     "soft": {name: read_soft_targets(data, path) for name, path in targets.items()},
                     "student": student,
                     "sweep": sweep,

@@ -23,15 +23,19 @@ def write_batch(batch: pa.RecordBatch, file: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def map_batch(file: Path) -> pa.RecordBatch:
-    """Return the file's record batch over its memory map. Raises UserError, naming the file, where it is damaged."""
+def map_batch(file: Path, column: str | None = None) -> pa.RecordBatch:
+    """Return the file's record batch over its memory map; with `column` this one alone, and no other is looked at.
+
+    Raises UserError, naming the file, where it is damaged or has no such column.
+    """
     try:
         with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
             if reader.num_record_batches != 1:
                 raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of one")
             batch = reader.get_batch(0)
+            batch = batch.select([column]) if column else batch
             batch.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(
             f"{file}: truncated or corrupted Arrow file ({error}). Delete it and run the stage again."
         ) from error

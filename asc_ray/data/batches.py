@@ -5,7 +5,7 @@ the same after a restart, and the same for any number of ranks.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,8 @@ from asc_ray.errors import ConfigError
 from asc_ray.section import Section
 
 Mode = Literal["mapped", "resident", "stream"]
-# Reads rows of the clip store in a folder, batch by batch, (B, 32000) int16 each; the store may be on another node.
-Stream = Callable[[Path, Sequence[np.ndarray]], Iterator[np.ndarray]]
+# Reads rows of a clip store, batch by batch, (B, 32000) int16 each; its files may be read by other nodes.
+Stream = Callable[[ClipStore, Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
 class DataConfig(Section):
@@ -125,25 +125,25 @@ class Waves:
             for part in eval_batches(len(rows), 4096):
                 self._resident[part[0] : part[-1] + 1] = torch.from_numpy(store.pcm(rows[part]))
 
-    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def batches(self, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield (B, 32000) int16 for each batch of positions in `rows`, (B, 64000) with `after`.
 
         `waveform` turns them into waves.
         """
-        if self._after is not None:
-            pairs = self._batches([np.concatenate([batch, self._after[batch]]) for batch in batches])
+        if (after := self._after) is not None:
+            pairs = self._batches(np.concatenate([batch, after[batch]]) for batch in batches)
             yield from (torch.cat(pcm.chunk(2), dim=1) for pcm in pairs)
         else:
             yield from self._batches(batches)
 
-    def _batches(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def _batches(self, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
         if self.mode == "resident":
             for batch in batches:
                 yield self._resident.index_select(0, moved(torch.from_numpy(batch), self._device))
             return
-        rows = [self._rows[batch] for batch in batches]
+        rows = (self._rows[batch] for batch in batches)
         if self.mode == "stream" and self._stream is not None:
-            read = self._stream(self._store.folder, rows)
+            read = self._stream(self._store, rows)
         else:
             read = map(self._store.pcm, rows)
         for pcm in read:

@@ -1,12 +1,14 @@
 """The clip store: one-second clips as int16 PCM at 32 kHz in memory-mapped Arrow files."""
 
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from asc_ray.artifacts import stored_files
 from asc_ray.data.arrow import map_batch, write_batch
@@ -64,13 +66,40 @@ def open_clips(folder: Path) -> "ClipStore":
     return ClipStore(folder, stored_files(folder, f"{SHARD}-*.arrow"))
 
 
-class ClipStore:
-    """The shards of a folder as one table of N clips; PCM stays on disk, mapped into memory.
+@dataclass(frozen=True, eq=False)
+class Names:
+    """A name for each of N clips: `codes` (N,) are numbers of `names` (M,) str. An index gives the clips' names."""
 
-    ids, device, place, split: (N,) str; scene: (N,) int64 into `labels`; energy: (N,) float32; labels, devices:
-    tuples; corpus: the fingerprint. Without `files` all shards in the folder are read. Pickling sends only the paths,
-    and the other end opens them again.
-    Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
+    codes: np.ndarray
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.names[self.codes[rows]]
+
+    def __eq__(self, name: object) -> np.ndarray:  # type: ignore[override]
+        return self.isin([str(name)])
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def isin(self, names: Sequence[str]) -> np.ndarray:
+        """Return which clips (N,) bool have one of these names."""
+        return np.isin(self.names, names)[self.codes]
+
+    def among(self, rows: Any) -> list[str]:
+        """Return the names that these clips have, sorted."""
+        return sorted(self.names[np.unique(self.codes[rows])].tolist())
+
+
+class ClipStore:
+    """The shards of a folder as one table of N clips, of which some 20 bytes a clip are in memory.
+
+    scene: (N,) int64 into `labels`; device, place, split: Names; energy: (N,) float32; labels, devices: tuples; corpus:
+    the fingerprint. Ids and PCM stay on disk, mapped where they are asked for. Without `files` all shards in the folder
+    are read. Pickling sends only the paths, and the other end opens them again.
+    Raises UserError for a folder without shards, a damaged shard, shards of different corpora.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None):
@@ -78,28 +107,32 @@ class ClipStore:
         self._files = files = sorted(self.folder.glob(f"{SHARD}-*.arrow")) if files is None else list(files)
         if not files:
             raise UserError(f"{self.folder}: no {SHARD}-*.arrow files; run the ingest stage first")
-        batches = [map_batch(file) for file in files]
-        metadata = batches[0].schema.metadata
-        for file, batch in zip(files, batches, strict=True):
-            if batch.schema != batches[0].schema or batch.schema.metadata != metadata:
+        schema = map_batch(files[0]).schema
+        scene: list[np.ndarray] = []
+        energy: list[np.ndarray] = []
+        device, place, split = _Codes(np.int16), _Codes(np.int32), _Codes(np.int16)
+        for file in files:
+            batch = map_batch(file)  # it is let go at once, for what was looked at would count as memory
+            if batch.schema != schema or batch.schema.metadata != schema.metadata:
                 raise UserError(f"{file}: not of one store with {files[0].name} (corpus, labels or columns differ)")
+            try:
+                scene.append(batch["scene"].indices.to_numpy().astype(np.int64))
+                energy.append(batch["energy"].to_numpy().copy())
+                device.add(batch["device"])
+                place.add(batch["location"])
+                split.add(batch["split"])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{file}: not a shard of a clip store ({error!r})") from error
         try:
-            self.labels: tuple[str, ...] = tuple(json.loads(metadata[b"labels"]))
-            self.devices: tuple[str, ...] = tuple(json.loads(metadata[b"devices"]))
-            self.corpus: str = metadata[b"corpus"].decode()
-            self.ids = np.concatenate([batch["clip_id"].to_numpy(zero_copy_only=False) for batch in batches])
-            self.scene = np.concatenate([batch["scene"].indices.to_numpy() for batch in batches]).astype(np.int64)
-            self.device, self.place, self.split = (
-                np.concatenate([_strings(batch[column]) for batch in batches])
-                for column in ("device", "location", "split")
-            )
-            self.energy = np.concatenate([batch["energy"].to_numpy() for batch in batches])
-            self._pcm = [batch["pcm"].flatten().to_numpy().reshape(-1, CLIP_SAMPLES) for batch in batches]
-        except (KeyError, TypeError, AttributeError) as error:
+            self.labels: tuple[str, ...] = tuple(json.loads(schema.metadata[b"labels"]))
+            self.devices: tuple[str, ...] = tuple(json.loads(schema.metadata[b"devices"]))
+            self.corpus: str = schema.metadata[b"corpus"].decode()
+        except (KeyError, TypeError) as error:
             raise UserError(f"{files[0]}: not a shard of a clip store ({error!r})") from error
-        self._starts = np.cumsum([0, *(len(rows) for rows in self._pcm)])
-        if len(self._row_of) != len(self):
-            raise UserError(f"{self.folder}: {len(self) - len(self._row_of)} clip(s) held twice; run ingest again")
+        self._starts = np.cumsum([0, *map(len, scene)])
+        self.scene, self.energy = np.concatenate(scene), np.concatenate(energy)
+        self.device, self.place, self.split = device.together(), place.together(), split.together()
+        self._pcm: dict[int, np.ndarray] = {}  # by shard, mapped
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -107,21 +140,47 @@ class ClipStore:
     def __reduce__(self):
         return ClipStore, (self.folder, self._files)
 
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {clip_id: row for row, clip_id in enumerate(self.ids)}
+    @property
+    def unseen_devices(self) -> tuple[str, ...]:
+        """The devices that occur in the test split only, sorted."""
+        trained = set(self.device.among(self.split == "train"))
+        return tuple(device for device in self.device.among(self.split == "test") if device not in trained)
 
     @property
-    def clips(self) -> list[Clip]:
-        """The rows as clips of the corpus, for `partition` and `unseen_devices`."""
-        columns = (self.ids, np.array(self.labels)[self.scene], self.device, self.place, self.split)
-        return [Clip(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    def ids(self) -> "Ids":
+        """The clips' ids; an index gives those of some clips, (n,) str."""
+        return Ids(self)
 
-    def index_of(self, ids: Sequence[str] | np.ndarray) -> np.ndarray:
+    def keys(self, rows: Any = slice(None)) -> pa.ChunkedArray:
+        """Return the ids of these rows, (n,) utf8, in their order; consecutive ones over the files' maps."""
+        rows = np.arange(len(self))[rows]
+        found = []
+        for shard, own in self.by_shard(rows):
+            column, local = map_batch(self._files[shard], "clip_id")["clip_id"], rows[own] - self._starts[shard]
+            together = len(local) == local[-1] - local[0] + 1 and bool((np.diff(local) == 1).all())
+            found.append(column.slice(local[0], len(local)) if together else column.take(pa.array(local)))
+        return pa.chunked_array(found, pa.string())
+
+    def by_shard(self, rows: np.ndarray) -> list[tuple[int, slice]]:
+        """Return the runs of `rows` that lie in one shard: its number, and where in `rows`."""
+        shard = self._shard(rows)
+        edges = np.flatnonzero(np.diff(shard)) + 1
+        starts, ends = [0, *edges.tolist()], [*edges.tolist(), len(rows)]
+        return [(int(shard[start]), slice(start, end)) for start, end in zip(starts, ends, strict=True) if start < end]
+
+    def index_of(self, ids: Sequence[str] | np.ndarray | pa.ChunkedArray) -> np.ndarray:
         """Return the rows (len(ids),) int64 of the clips `ids`. Raises UserError for clips that the store lacks."""
-        if missing := [clip_id for clip_id in ids if clip_id not in self._row_of]:
-            raise UserError(f"{self.folder}: holds no clip {', '.join(missing[:3])} ({len(missing)} missing)")
-        return np.array([self._row_of[clip_id] for clip_id in ids], dtype=np.int64)
+        wanted = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.string())
+        found = pc.index_in(wanted, value_set=self.keys())
+        if found.null_count:
+            missing = wanted.filter(found.is_null()).slice(0, 3).to_pylist()
+            raise UserError(f"{self.folder}: holds no clip {', '.join(missing)} ({found.null_count} missing)")
+        return found.to_numpy().astype(np.int64)
+
+    def located(self, rows: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Return the shards' files that hold these rows, and each row's file and place in it, (n,) int64."""
+        shards, of = np.unique(self._shard(rows), return_inverse=True)
+        return [str(self._files[shard]) for shard in shards], of, rows - self._starts[shards[of]]
 
     def pcm(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return (B, 32000) int16 of the given rows in the given order, in `out` where given."""
@@ -130,12 +189,49 @@ class ClipStore:
             raise IndexError(f"rows {indices.min()}..{indices.max()} of a store of {len(self)} clips")
         if out is None:
             out = np.empty((len(indices), CLIP_SAMPLES), dtype=np.int16)
-        shard = np.searchsorted(self._starts, indices, side="right") - 1
+        shard = self._shard(indices)
         for position, (s, row) in enumerate(zip(shard.tolist(), indices.tolist(), strict=True)):
+            if s not in self._pcm:
+                self._pcm[s] = map_pcm(self._files[s])
             out[position] = self._pcm[s][row - self._starts[s]]
         return out
 
+    def _shard(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
 
-def _strings(column: pa.DictionaryArray) -> np.ndarray:
-    vocabulary = np.array(column.dictionary.to_pylist(), dtype=str)
-    return vocabulary[column.indices.to_numpy()]
+
+@dataclass(frozen=True)
+class Ids:
+    """The ids of a store's clips, read from its files when they are asked for; an index gives those of some clips."""
+
+    store: ClipStore
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self[:])
+
+    def __getitem__(self, rows: Any) -> Any:
+        rows = np.arange(len(self))[rows]
+        found = self.store.keys(np.atleast_1d(rows)).to_numpy()
+        return found if rows.ndim else found[0]
+
+
+def map_pcm(file: Path) -> np.ndarray:
+    """Return a shard's samples (n, 32000) int16 over its memory map. Raises UserError where it is damaged."""
+    return map_batch(file, "pcm")["pcm"].flatten().to_numpy().reshape(-1, CLIP_SAMPLES)
+
+
+class _Codes:
+    """A column of several shards, whose dictionaries differ, on its way to Names."""
+
+    def __init__(self, dtype: type[np.integer]) -> None:
+        self._dtype, self._numbers, self._codes = dtype, dict[str, int](), list[np.ndarray]()
+
+    def add(self, column: pa.DictionaryArray) -> None:
+        own = [self._numbers.setdefault(name, len(self._numbers)) for name in column.dictionary.to_pylist()]
+        self._codes.append(np.array(own, dtype=self._dtype)[column.indices.to_numpy()])
+
+    def together(self) -> Names:
+        return Names(np.concatenate(self._codes), np.array(list(self._numbers), dtype=str))

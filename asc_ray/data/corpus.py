@@ -14,9 +14,10 @@ import hashlib
 import io
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -32,7 +33,7 @@ from asc_ray.section import Section
 from asc_ray.shown import printable
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
-MOST_BYTES = 1 << 26  # of a table; TAU22's have up to 20 MB
+MOST_BYTES = 1 << 32  # of a table; TAU22's have up to 20 MB, those of 17 million clips 2 GB
 DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
 Split = Literal["train", "test"]
 
@@ -54,7 +55,7 @@ class CorpusConfig(Section):
     demo: DemoConfig = Field(default_factory=DemoConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # without slots a clip takes twice the memory
 class Clip:
     clip_id: str  # the file name as meta.csv has it, relative to the corpus
     scene: str
@@ -72,14 +73,7 @@ class Corpus:
     fingerprint: str  # sha256 of the metadata files and of every listed file's name and size
     bad: tuple[BadClip, ...]  # clips left out, with on_bad_clip="skip"
     notes: tuple[str, ...] = ()  # what a user should know about a corpus that can be used
-
-
-def unseen_devices(clips: Iterable[Clip]) -> tuple[str, ...]:
-    """Return the devices that occur in the test split only, sorted."""
-    devices: dict[Split, set[str]] = {"train": set(), "test": set()}
-    for clip in clips:
-        devices[clip.split].add(clip.device)
-    return tuple(sorted(devices["test"] - devices["train"]))
+    linked: bool = False  # whether a clip's file is a symbolic link
 
 
 def read_corpus(
@@ -93,27 +87,27 @@ def read_corpus(
     Raises CorpusError with every offending row and file. Absent and empty audio files are bad clips: refused, or left
     out and recorded in `Corpus.bad`. Everything else wrong with the corpus is refused in either case.
     """
-    meta_file = root / "meta.csv"
-    setup = root / "evaluation_setup"
-    split_files: dict[Split, Path] = {"train": setup / "fold1_train.csv", "test": setup / "fold1_evaluate.csv"}
-    if train_split is not None:
-        split_files["train"] = train_split if train_split.is_file() else setup / train_split
-        if not split_files["train"].is_file():
-            raise ConfigError(f"corpus.train_split: {train_split}: no such file, nor in {setup}")
-    if not split_files["test"].is_file():
-        split_files["test"] = setup / "fold1_test.csv"
+    meta_file, evaluate, test, *train = table_files(root, train_split)
+    split_files: dict[Split, Path] = {
+        "train": next((file for file in train[:-1] if file.is_file()), train[-1]),
+        "test": evaluate if evaluate.is_file() else test,
+    }
+    if train_split is not None and not split_files["train"].is_file():
+        raise ConfigError(f"corpus.train_split: {train_split}: no such file, nor in {test.parent}")
     digest = hashlib.sha256()
     faults, stripped = Faults(), Counter[str]()
 
-    meta: dict[str, dict[str, str]] = {}
+    meta: dict[str, tuple[str, str, str]] = {}  # scene, place, device
     for line, row in _read_table(meta_file, META_COLUMNS, digest, faults, stripped):
         if row["filename"] in meta:
             what = "is listed a second time"
             faults.add(f"{meta_file.name} line {line}: {row['filename']} {what}", row["filename"], what)
-        meta[row["filename"]] = row
+        # One string for each scene, place and device, and not one for each clip.
+        scene, place, device = (sys.intern(row[column]) for column in ("scene_label", "identifier", "source_label"))
+        meta[row["filename"]] = scene, place, device
     clips, listed = _read_splits(split_files, meta, digest, faults, stripped)
 
-    sizes = _file_sizes(root, [clip.clip_id for clip in clips], faults)
+    sizes, linked = _file_sizes(root, [clip.clip_id for clip in clips], faults)
     for name, size in sizes.items():
         digest.update(f"{name}\0{size}\n".encode())
     bad = tuple(
@@ -134,7 +128,15 @@ def read_corpus(
         fingerprint=digest.hexdigest(),
         bad=bad,
         notes=tuple(_notes(clips, stripped)),
+        linked=linked,
     )
+
+
+def table_files(root: Path, train_split: Path | None = None) -> list[Path]:
+    """Return meta.csv, two that may list the test clips, and one or two that may list the training clips."""
+    setup = root / "evaluation_setup"
+    train = [setup / "fold1_train.csv"] if train_split is None else [train_split, setup / train_split]
+    return [root / "meta.csv", setup / "fold1_evaluate.csv", setup / "fold1_test.csv", *train]
 
 
 def _scenes(clips: Sequence[Clip], files: Mapping[Split, Path], faults: Faults) -> set[str]:
@@ -181,7 +183,7 @@ def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
 
 
 def _read_splits(
-    files: dict[Split, Path], meta: dict[str, dict[str, str]], digest, faults: Faults, stripped: Counter[str]
+    files: dict[Split, Path], meta: dict[str, tuple[str, str, str]], digest, faults: Faults, stripped: Counter[str]
 ) -> tuple[list[Clip], int]:
     """Return the clips of the split files as meta.csv describes them, and how many names the files list.
 
@@ -198,10 +200,10 @@ def _read_splits(
                 reason = "is listed a second time" if second else f"is in the {split_of[name]} split too"
             elif known is None:
                 reason = "is not in meta.csv"
-            elif (scene := row.get("scene_label", known["scene_label"])) != known["scene_label"]:
-                reason = f"is {scene!r} here and {known['scene_label']!r} in meta.csv"
+            elif (scene := row.get("scene_label", known[0])) != known[0]:
+                reason = f"is {scene!r} here and {known[0]!r} in meta.csv"
             else:
-                clips.append(Clip(name, known["scene_label"], known["source_label"], known["identifier"], split))
+                clips.append(Clip(name, known[0], known[2], known[1], split))
                 reason = ""
             if reason:
                 faults.add(f"{file.name} line {line}: {name} {reason}", name, reason)
@@ -211,8 +213,8 @@ def _read_splits(
 
 def _read_table(
     file: Path, columns: tuple[str, ...], digest, faults: Faults, stripped: Counter[str]
-) -> list[tuple[int, dict[str, str]]]:
-    """Return the (line number, row) pairs of a tab-separated file; rows with a missing value go to `faults` instead.
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the (line number, row) pairs of a tab-separated file; rows with a missing value go to `faults` instead.
 
     Blanks around a value would turn it into another scene, device or place, so they are removed and counted by column.
     File names lose `./` and doubled slashes. Raises CorpusError for a file that is no such table.
@@ -234,7 +236,6 @@ def _read_table(
             f"{file} line {line}: a carriage return without a line feed; save the file with \\n at line ends"
         )
     reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    rows = []
     try:
         found = [name.strip() for name in reader.fieldnames or ()]
         _check_columns(file, columns, found)
@@ -254,10 +255,9 @@ def _read_table(
                 continue
             if "//" in row["filename"] or "./" in row["filename"]:
                 row["filename"] = str(PurePosixPath(row["filename"]))
-            rows.append((reader.line_num, row))
+            yield reader.line_num, row
     except csv.Error as error:
         raise CorpusError(f"{file} line {reader.line_num + 1}: {error}") from None
-    return rows
 
 
 def _shown(value: str, column: str) -> bool:
@@ -287,10 +287,11 @@ def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -
     )
 
 
-def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int | None]:
-    """Return each named file's size (None: no such file). Names that lead out of `root`, or to one file, are faults.
+def _file_sizes(root: Path, names: list[str], faults: Faults) -> tuple[dict[str, int | None], bool]:
+    """Return each named file's size (None: no such file), and whether one is a symbolic link.
 
-    Each folder is scanned once and no path is resolved, because TAU22 lists 169,300 files in one folder.
+    Names that lead out of `root`, or to one file, are faults. Each folder is scanned once and no path is resolved,
+    because TAU22 lists 169,300 files in one folder.
     """
     try:
         resolved_root = root.resolve()
@@ -308,6 +309,7 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
 
     folders: dict[str, dict[str, os.DirEntry] | None] = {}  # None: outside
     sizes: dict[str, int | None] = {}
+    any_link = False
     linked: dict[tuple[int, int], str] = {}  # by device and inode: links give one file several names
     for name in names:
         parent, _, base = name.rpartition("/")
@@ -316,7 +318,9 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
                 folders[parent] = listed(parent)
             folder = folders[parent]
             entry = folder.get(base) if folder else None
-            outside = folder is None or base == ".." or (entry and entry.is_symlink() and not inside(Path(entry.path)))
+            link = entry is not None and entry.is_symlink()
+            any_link |= link
+            outside = folder is None or base == ".." or (link and not inside(root / name))
             there = not outside and entry is not None and entry.is_file()
         except RuntimeError:
             faults.add_clip(BadClip(name, "leads through symbolic links to itself"))
@@ -336,4 +340,4 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> dict[str, int |
             other = linked.setdefault((status.st_dev, status.st_ino), name) if status.st_ino else name
             if other != name:
                 faults.add_clip(BadClip(name, f"is one file with {other}"))
-    return sizes
+    return sizes, any_link

@@ -40,6 +40,10 @@ class Logits:
         """The clip ids, (N,) str."""
         return self.keys.to_numpy()
 
+    def values(self, file: int) -> np.ndarray:
+        """Return the logits (n, K) float32 of one file over its memory map."""
+        return map_batch(self.files[file], "logits")["logits"].flatten().to_numpy().reshape(-1, len(self.labels))
+
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return the logits (len(rows), K) float32. Files are mapped one by one, so memory does not grow with N."""
         if out is None:
@@ -51,8 +55,7 @@ class Logits:
             return out
         files, firsts = np.unique(of_file, return_index=True)
         for index, first, end in zip(files, firsts, [*firsts[1:], len(rows)], strict=True):
-            values = map_batch(self.files[index])["logits"].flatten().to_numpy().reshape(-1, len(self.labels))
-            np.take(values, rows[first:end] - self.starts[index], axis=0, out=out[first:end], mode="clip")
+            np.take(self.values(index), rows[first:end] - self.starts[index], axis=0, out=out[first:end], mode="clip")
         return out
 
 

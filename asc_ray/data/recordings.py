@@ -1,33 +1,33 @@
 """Recordings: clips are consecutive seconds of them, as their names say."""
 
-from collections.abc import Sequence
-
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from asc_ray.data.corpus import Clip
 from asc_ray.errors import ConfigError
 
 
-def following(clips: Sequence[Clip]) -> np.ndarray:
+def following(ids: pa.ChunkedArray, scene: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Return for each clip of a part the index of the second that follows it in its recording, else its own, (N,).
 
     Names are TAU22's, SCENE-CITY-PLACE-RECORDING-SECOND-DEVICE, so the second that follows is of the same device.
+    `scene` and `place` (N,) are numbers.
     """
-    index_of = {clip.clip_id: index for index, clip in enumerate(clips)}
-    found = np.arange(len(clips))
-    for index, clip in enumerate(clips):
-        recording, second, device = ("", "", *clip.clip_id.rsplit("-", 2))[-3:]
-        if second.isdecimal():
-            after = index_of.get(f"{recording}-{int(second) + 1}-{device}", index)
-            if (clips[after].scene, clips[after].place) == (clip.scene, clip.place):  # else it is no recording's name
-                found[index] = after
-    return found
+    # RE2: the second has so many digits at most that a number holds it.
+    parts = pc.extract_regex(ids, r"^(?P<recording>(?s:.*))-(?P<second>[0-9]{1,18})-(?P<device>[^-]*)$")
+    recording, second, device = (pc.struct_field(parts, name) for name in ("recording", "second", "device"))
+    after = pc.cast(pc.add(pc.cast(second, pa.int64()), 1), pa.string())
+    found = pc.index_in(pc.binary_join_element_wise(recording, after, device, "-"), value_set=ids, skip_nulls=True)
+    own = np.arange(len(ids))
+    after = np.where(found.is_null().to_numpy(), own, found.fill_null(0).to_numpy())
+    same = (scene[after] == scene) & (place[after] == place)  # else it is no recording's name
+    return np.where(same, after, own)
 
 
-def check_followed(key: str, clips: Sequence[Clip]) -> None:
-    """Raise ConfigError if no clip of the training split is followed by another second."""
-    if np.array_equal(following(clips), np.arange(len(clips))):
+def check_followed(key: str, followed: bool, example: str) -> None:
+    """Raise ConfigError unless some clip of the training split is `followed` by another second; `example` is one."""
+    if not followed:
         raise ConfigError(
             f"{key}.augment.crop: no training clip is followed by another second of its recording; names end in "
-            f"-SECOND-DEVICE, as in park-lisbon-1000-40000-0-a.wav; found {clips[0].clip_id}; leave augment.crop out"
+            f"-SECOND-DEVICE, as in park-lisbon-1000-40000-0-a.wav; found {example}; leave augment.crop out"
         )

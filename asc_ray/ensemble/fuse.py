@@ -53,7 +53,7 @@ def fuse_systems(artifact: Artifact, source: Source, logits: Mapping[str, Path],
     fusion.save(folder / FUSION)
     _write_targets(folder / "targets", systems, store, fusion, artifact.key)
 
-    values = Ensemble(list(systems.values()), store.ids[held_out]).read()
+    values = Ensemble(list(systems.values()), store.keys(held_out)).read()
     scores = score_ensemble(store, held_out, dict(zip(systems, values, strict=True)), fusion.apply(values))
     write_atomically(folder / EVALUATION, scores.model_dump_json())
     without = {}
@@ -111,7 +111,7 @@ def disagreement(logits: np.ndarray) -> list[list[float]]:
 
 def shards(systems: Mapping[str, Logits], store: ClipStore, rows: np.ndarray) -> list[Shard]:
     """Return the store's clips `rows` as shards, which are read one by one."""
-    ensemble, scene = Ensemble(list(systems.values()), store.ids[rows]), store.scene[rows]
+    ensemble, scene = Ensemble(list(systems.values()), store.keys(rows)), store.scene[rows]
     some = [slice(start, start + SHARD_CLIPS) for start in range(0, len(rows), SHARD_CLIPS)]
     return [Shard(ensemble.piece(piece), scene[piece]) for piece in some]
 

@@ -95,7 +95,7 @@ def infer(
     records = {}
     for system, values, difference in zip(systems, logits, differences.tolist(), strict=True):
         try:
-            refuse_not_finite(values, store.ids[rows])
+            refuse_not_finite(values, store, rows)
         except NotFinite as error:
             raise UserError(f"system {system.system}: {error}; look at its weights, or train it again") from None
         weights = [read_manifest(path)["files"][WEIGHTS]["sha256"] for path in system.teachers]

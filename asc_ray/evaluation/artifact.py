@@ -36,7 +36,7 @@ def score_ensemble(store: ClipStore, rows: np.ndarray, systems: Mapping[str, np.
 
 def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
     """Evaluate logits (N, K) of the store's clips `rows` against their scenes, by device group."""
-    groups = device_groups(store.device[store.split == "train"], store.device[rows])
+    groups = device_groups(store.device.among(store.split == "train"), store.device.among(rows))
     return evaluate(
         logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]
     )

@@ -17,7 +17,7 @@ from asc_ray.models.complexity import peak_activations
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape
-from asc_ray.students.targets import TargetFiles, read_soft_targets, student_clips
+from asc_ray.students.targets import SoftTargets, TargetFiles, read_soft_targets, student_clips
 from asc_ray.training.dataset import Dataset, Source
 from asc_ray.training.folder import SCRATCH, about, load_model, noted, save_weights
 from asc_ray.training.loop import OnEpoch, fit
@@ -78,7 +78,7 @@ def _fit_int8(
     prepared: nn.Module,
     folder: Path,
     data: Dataset,
-    soft: np.ndarray | None,
+    soft: SoftTargets | None,
     student: Path,
     config: StudentConfig,
     qat: QATConfig,

@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 
 from asc_ray.artifacts import Artifact, stored_file
-from asc_ray.data.corpus import unseen_devices
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.ensemble.weak import Standing, far_below
@@ -82,10 +81,10 @@ def write_report(
             corpus=CorpusSummary(
                 name=facts["corpus"],
                 clips={part: len(rows) for part, rows in data.parts.items()},
-                places={part: len(set(store.place[rows])) for part, rows in data.parts.items()},
+                places={part: len(store.place.among(rows)) for part, rows in data.parts.items()},
                 labels=store.labels,
                 devices=store.devices,
-                unseen_devices=unseen_devices(store.clips),
+                unseen_devices=store.unseen_devices,
                 bad_clips=len(facts["skipped"]),
                 notes=(
                     *facts["corpus_notes"],

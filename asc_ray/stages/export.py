@@ -22,7 +22,6 @@ from asc_ray.artifacts import (
 )
 from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.clips import SPLITS, ClipStore, open_clips
-from asc_ray.data.corpus import unseen_devices
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, score
 from asc_ray.evaluation.scores import guessed
@@ -213,12 +212,12 @@ def _card(
         file_bytes=file_bytes,
         scores=score(store, test, logits),
         float_scores=read_evaluation(evaluation.path) if evaluation.complete else None,
-        unseen=unseen_devices(store.clips),
+        unseen=store.unseen_devices,
         validation=int8["facts"]["validation"]["validation_macro_accuracy"],
         agreement=agreement,
         corpus=clips["facts"]["corpus"],
         corpus_notes=clips["facts"]["corpus_notes"],
-        splits={split: (int(rows.sum()), len(set(store.place[rows]))) for split, rows in by_split.items()},
+        splits={split: (int(rows.sum()), len(store.place.among(rows))) for split, rows in by_split.items()},
         fingerprint=store.corpus,
         recipe=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         license=license,

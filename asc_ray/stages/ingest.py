@@ -14,7 +14,8 @@ def make(work: Work) -> None:
     plan, config = work.plan, work.plan.config
     if plan.demo:
         stored_files(plan.demo.path)
-    corpus = plan.source or read_corpus(plan.corpus_root(), config.corpus.on_bad_clip)
+    read = plan.source and plan.source.corpus
+    corpus = read or read_corpus(plan.corpus_root(), config.corpus.on_bad_clip, config.corpus.train_split)
     ingest(
         plan.clips,
         corpus,
@@ -24,6 +25,7 @@ def make(work: Work) -> None:
         retries=config.cluster.retries,
         on_event=work.progress.event,
     )
+    plan.keep_reading()
     if config.sweep:  # check the held-out devices: the demo's corpus did not exist before
         replace(work.source, held_out_devices=config.sweep.validation.devices).open()
     facts = plan.clips.facts()

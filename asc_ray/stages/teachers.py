@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from asc_ray.artifacts import write_record
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
@@ -59,7 +57,7 @@ def make(work: Work) -> None:
     for name, error in errors.items():
         work.progress.left_out(name, error)
     if errors:
-        work.plan = Plan(config)
+        work.plan = Plan(config, work.plan.source)
 
 
 def watched(work: Work, data: Dataset, on_event: OnEvent) -> OnEvent:
@@ -70,7 +68,7 @@ def watched(work: Work, data: Dataset, on_event: OnEvent) -> OnEvent:
     histories = {name: a.facts()["history"] for name, a in work.plan.teachers.items() if a.complete}
     last = {name: history[-1] for name, history in histories.items() if history}  # imported systems have none
     finished, named = set(last), set[str]()
-    places = len(np.unique(data.store.place[data.parts["validation"]]))
+    places = len(data.store.place.among(data.parts["validation"]))
 
     def listen(name: str, event: dict[str, Any]) -> None:
         on_event(name, event)

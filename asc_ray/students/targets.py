@@ -1,12 +1,13 @@
 """What a student learns from: its clips, and their soft targets."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from asc_ray.artifacts import stored_files
-from asc_ray.data.logits import Ensemble, read_logits
+from asc_ray.data.logits import Logits, read_logits
 from asc_ray.errors import UserError
 from asc_ray.training.dataset import Dataset
 
@@ -24,22 +25,55 @@ class TargetFiles:
     pattern: str
 
 
-def read_soft_targets(data: Dataset, files: TargetFiles | None) -> np.ndarray | None:
-    """Read the soft targets as logits (clips of the store, K) float32, joined by clip id; None without `files`.
+class SoftTargets:
+    """The soft targets of a store's clips as logits, mapped from their files; an index gives those of some clips.
 
-    Clips that no student learns from may have NaN. Raises UserError where a student's clip has no soft target, and
-    where the files are not as they were written.
+    `rows` (clips of the store,) are the clips' rows among the logits, -1 for a clip without one, whose logits are NaN.
+    """
+
+    def __init__(self, logits: Logits, rows: np.ndarray) -> None:
+        self._logits, self._rows = logits, rows
+
+    def __reduce__(self):
+        return SoftTargets, (self._logits, self._rows)  # the other end maps the files itself
+
+    @cached_property
+    def _values(self) -> list[np.ndarray]:
+        return [self._logits.values(file) for file in range(len(self._logits.files))]
+
+    def __getitem__(self, clips: np.ndarray) -> np.ndarray:
+        """Return the logits (len(clips), K) float32."""
+        rows = self._rows[clips]
+        out = np.full((len(rows), len(self._logits.labels)), np.nan, dtype=np.float32)
+        of = np.searchsorted(self._logits.starts, rows, side="right") - 1
+        for file in np.unique(of[rows >= 0]):
+            own = np.flatnonzero((of == file) & (rows >= 0))
+            out[own] = self._values[file][rows[own] - self._logits.starts[file]]
+        return out
+
+
+def read_soft_targets(data: Dataset, files: TargetFiles | None) -> SoftTargets | None:
+    """Return the soft targets as logits by the store's clips, joined by clip id; None without `files`.
+
+    Clips that no student learns from may have NaN. Raises UserError where a student's clip has no soft target or one
+    that is not finite, and where the files are not as they were written.
     """
     if files is None:
         return None
-    stored = read_logits(stored_files(files.artifact, files.pattern))
-    soft = np.full((len(data.store), len(data.store.labels)), np.nan, dtype=np.float32)
-    soft[data.store.index_of(stored.ids)] = Ensemble([stored], stored.ids).read()[0]
-    clips = student_clips(data)
-    missing = np.isnan(soft[clips]).any(axis=1)
+    store, stored = data.store, read_logits(stored_files(files.artifact, files.pattern))
+    clips = np.flatnonzero(store.split == "train")
+    if not stored.keys.equals(store.keys(clips)):  # another order, or not all: their ids are joined in memory
+        clips = store.index_of(stored.keys)
+    rows = np.full(len(store), -1, dtype=np.int32)
+    rows[clips] = np.arange(len(stored))
+    asked = student_clips(data)
+    missing = rows[asked] < 0
     if missing.any():
-        first = ", ".join(str(name) for name in data.store.ids[clips[missing]][:5])
+        first = ", ".join(store.ids[asked[missing][:5]])
         raise UserError(
             f"{files.artifact}: {missing.sum()} training clips have no soft target, first {first}; fuse again"
         )
-    return soft
+    for file, path in enumerate(stored.files):
+        if not np.isfinite(stored.values(file)).all():
+            raise UserError(f"{path}: soft targets that are not finite; fuse again")
+    return SoftTargets(stored, rows)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from asc_ray.artifacts import Artifact
@@ -12,7 +11,7 @@ from asc_ray.models.pretrained import load_published
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape
-from asc_ray.students.targets import TargetFiles, read_soft_targets, student_clips
+from asc_ray.students.targets import SoftTargets, TargetFiles, read_soft_targets, student_clips
 from asc_ray.training.dataset import Dataset, Source
 from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights
 from asc_ray.training.loop import OnEpoch, fit
@@ -63,7 +62,7 @@ def fit_student(
     model: nn.Module,
     config: StudentConfig,
     data: Dataset,
-    soft: np.ndarray | None,
+    soft: SoftTargets | None,
     checkpoints: Path,
     gpus: float,
     on_epoch: OnEpoch,

@@ -44,11 +44,10 @@ class Source:
 
     def open(self, test: bool = False) -> "Dataset":
         """Open the clip store and divide it into parts; only what reports on the part `test` asks for it."""
-        folder = self._local()
-        store = open_clips(folder)
+        store = self.store()
         train = np.flatnonzero(store.split == "train")
-        rows = store.clips
-        divided = partition([rows[i] for i in train], self.parts.shares(self.fusion_data, self.folds), self.parts.seed)
+        shares = self.parts.shares(self.fusion_data, self.folds)
+        divided = partition(store.scene[train], store.place.codes[train], store.labels, shares, self.parts.seed)
         parts = {part: train[indices] for part, indices in divided.items()}
         folds = tuple(parts.pop(name) for name in list(parts) if name.startswith("fold-"))
         if folds:
@@ -57,13 +56,14 @@ class Source:
             parts["fusion"] = parts["train"] if self.fold is None else folds[self.fold]
         elif self.fusion_data == "train":
             parts["fusion"] = parts["train"]
-        check_held_out_devices(self.held_out_devices, store.device[train], store.device[parts["validation"]])
-        held_out = np.isin(store.device, self.held_out_devices)
+        device = store.device
+        check_held_out_devices(self.held_out_devices, device.among(train), device.among(parts["validation"]))
+        held_out = device.isin(self.held_out_devices)
         for part in ("train", "fusion"):
             parts[part] = parts[part][~held_out[parts[part]]]
         if test:
             parts["test"] = np.flatnonzero(store.split == "test")
-        bank = open_bank(stored_file(folder, IMPULSE_RESPONSES))
+        bank = open_bank(stored_file(store.folder, IMPULSE_RESPONSES))
         return Dataset(store, parts, bank, self.delivery, self.stream, folds, self.held_out_devices)
 
     def _local(self) -> Path:
@@ -101,8 +101,7 @@ class Dataset:
         """Return the waveforms of these rows; to be cropped, each with the second that follows it among the rows."""
         after = None
         if crop:
-            clips = self.store.clips
-            after = following([clips[row] for row in rows])
+            after = following(self.store.keys(rows), self.store.scene[rows], self.store.place.codes[rows])
         return Waves(self.store, rows, device, self.delivery, self.stream, gpus, after)
 
     @property

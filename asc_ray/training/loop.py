@@ -22,7 +22,7 @@ from asc_ray.training.gpu import on_gpu, training_device
 from asc_ray.training.objective import DistillationConfig, Objective
 from asc_ray.training.optimizer import OptimizerConfig, average_weights, learning_rate_factor, optimizer_of
 from asc_ray.training.recipe import Recipe
-from asc_ray.training.step import Trainer
+from asc_ray.training.step import Rows, Trainer
 from asc_ray.training.validation import Metrics, NotFinite, validate
 
 # Within an epoch too, because on a large corpus an epoch can last an hour.
@@ -48,7 +48,7 @@ def fit(
     folder: Path,
     *,
     distillation: DistillationConfig | None = None,
-    soft_targets: np.ndarray | None = None,
+    soft_targets: Rows | None = None,
     gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
     set_mode: SetMode = train_mode,
@@ -83,7 +83,7 @@ def fit(
         front_end=LogMel(recipe.frontend).to(device),
         augment=Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy),
         store=data.store,
-        soft=None if soft_targets is None else torch.from_numpy(soft_targets),
+        soft=soft_targets,
         objective=objective,
         label_smoothing=recipe.label_smoothing,
         clip_norm=settings.clip_norm,
@@ -95,7 +95,7 @@ def fit(
             set_mode(model, len(history))
             trainer.compile(-(-settings.batch_size // (world * settings.accumulate)))
         waves = data.waves(train, device, gpus, crop=recipe.augment.crop)
-        shares = device_shares(data.store.device[train], recipe.balance)
+        shares = device_shares(data.store.device.codes[train], recipe.balance)
 
         for epoch in range(len(history), settings.epochs):
             start = saved = time.perf_counter()
@@ -105,20 +105,20 @@ def fit(
             batches = epoch_batches(
                 len(train), settings.batch_size, seed=recipe.seed, epoch=epoch, world=world, shares=shares
             )
-            clips = [train[batch] for batch in batches]
             first = len(steps)
             results = [torch.tensor(values, device=device) for values in steps]
             steps = []
-            delivered = waves.batches([batch[rank::world] for batch in batches[first:]])
+            delivered = waves.batches(batch[rank::world] for batch in batches[first:])
             for step in range(first, len(batches)):
+                clips = train[batches[step]]
                 with record_function("data"):
-                    pcm = parallel.gathered(next(delivered), len(clips[step]))
-                results.append(trainer.step(pcm, clips[step], step_generator(recipe.seed, epoch, step)))
+                    pcm = parallel.gathered(next(delivered), len(clips))
+                results.append(trainer.step(pcm, clips, step_generator(recipe.seed, epoch, step)))
                 if rank == 0 and time.perf_counter() - saved > CHECKPOINT_SECONDS and step + 1 < len(batches):
-                    sums = _finite(results, epoch, data.store, clips)
+                    sums = _finite(results, epoch, data.store, train, batches)
                     save_checkpoint(folder, trained, optimizer, history, sums.tolist())
                     saved = time.perf_counter()
-            sums = _finite(results, epoch, data.store, clips)
+            sums = _finite(results, epoch, data.store, train, batches)
             seconds = time.perf_counter() - start
             set_mode(model, None)
             average_weights(trained, settings, epoch)
@@ -179,13 +179,15 @@ def _restore_best(folder: Path, model: nn.Module, history: Sequence[Metrics]) ->
     model.load_state_dict(checkpoint.model)
 
 
-def _finite(results: list[Tensor], epoch: int, store: ClipStore, clips: list[np.ndarray]) -> Tensor:
+def _finite(
+    results: list[Tensor], epoch: int, store: ClipStore, train: np.ndarray, batches: list[np.ndarray]
+) -> Tensor:
     """Copy the steps' results to the host, the one synchronization of an epoch. Raises Diverged."""
     sums = torch.stack(results).cpu()
     bad = torch.nonzero(~sums[:, 0].isfinite())
     if len(bad):
         step = int(bad[0])
-        ids = store.ids[clips[step]]
+        ids = store.ids[train[batches[step]]]
         names = ", ".join(str(name) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise Diverged(
             f"the loss became {float(sums[step, 0])} in epoch {epoch + 1}, step {step + 1}; clips {names}. "

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ from asc_ray.training.recipe import Precision
 from asc_ray.training.validation import Metrics
 
 
+class Rows(Protocol):
+    """An array, or what is read like one: an index gives the rows (n, K) of some clips."""
+
+    def __getitem__(self, clips: np.ndarray, /) -> np.ndarray: ...
+
+
 class Trainer:
     """The update of one step. Its profiled parts have the names that bench/train.py reports."""
 
@@ -33,7 +39,7 @@ class Trainer:
         front_end: LogMel,
         augment: Augment,
         store: ClipStore,
-        soft: Tensor | None,
+        soft: Rows | None,
         objective: Objective,
         label_smoothing: float,
         clip_norm: float,
@@ -108,7 +114,7 @@ class Trainer:
             self._draw = draw
             columns = [draw.packed(), torch.from_numpy(self.store.scene[clips])[:, None].double()]
             if self.soft is not None:
-                columns.append(self.soft[torch.from_numpy(clips)].double())
+                columns.append(torch.from_numpy(self.soft[clips]).double())
             choices = [values for _ in range(self._parts(len(clips))) for values in self._choices(generator)]
             plan = torch.cat(columns, dim=1)
             inputs = [moved(value, pcm.device) for value in (plan, *choices)]

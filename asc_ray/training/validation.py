@@ -54,16 +54,16 @@ def predict(
     `model` must be in evaluation form. Raises NotFinite where a logit is infinite or not a number.
     """
     logits = predict_all([model], front_end, store, clips, device, batch_size)[0]
-    refuse_not_finite(logits, store.ids[clips])
+    refuse_not_finite(logits, store, clips)
     return logits
 
 
-def refuse_not_finite(logits: Tensor, ids: np.ndarray) -> None:
-    """Raise NotFinite with the clips, by their `ids` (N,), whose logits (N, K) are not finite."""
+def refuse_not_finite(logits: Tensor, store: ClipStore, clips: np.ndarray) -> None:
+    """Raise NotFinite with the ids of those of the store's `clips` (N,) whose logits (N, K) are not finite."""
     broken = ~logits.isfinite().all(dim=1).numpy()
     if broken.any():
-        names = ", ".join(map(str, ids[broken][:3])) + (", ..." if broken.sum() > 3 else "")
-        raise NotFinite(f"the logits of {broken.sum()} of {len(ids)} clips are not finite ({names})")
+        names = ", ".join(store.ids[clips[broken][:3]]) + (", ..." if broken.sum() > 3 else "")
+        raise NotFinite(f"the logits of {broken.sum()} of {len(clips)} clips are not finite ({names})")
 
 
 @torch.no_grad()
