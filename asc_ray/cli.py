@@ -177,6 +177,7 @@ def status(
 ) -> None:
     """Show what is done, running and missing, and where."""
     from asc_ray.config.composition import load_config
+    from asc_ray.places import named
     from asc_ray.plan import Plan
     from asc_ray.status import states
 
@@ -186,7 +187,7 @@ def status(
         whole = {"name": plan.config.name, "storage": str(plan.config.storage), "artifacts": found}
         typer.echo(json.dumps(whole, indent=1, default=lambda state: state.as_json()))
         return
-    longest = max(len(str(state.path or "")) for state in found)
+    longest = max(len(named(state.path)) if state.path else 0 for state in found)
     console = _console(longest + 2 * NARROWEST)
     table = Table(
         Column("stage", no_wrap=True),
@@ -199,7 +200,7 @@ def status(
     keys = longest > console.width - NARROWEST
     table.add_column("key" if keys else "where", no_wrap=True, min_width=16 if keys else longest)
     for state in found:
-        where = (state.key if keys else state.path) if state.path else ""
+        where = (state.key if keys else named(state.path)) if state.path else ""
         table.add_row(state.stage, state.name, Text(printable(state.text())), Text(printable(where)))
     console.print(table)
 
@@ -218,9 +219,9 @@ def track(
 
     settings = load_config(config, set)
     if resend:
-        with exclusive(settings.storage):
-            send(settings.tracking, settings.storage, typer.echo)
-    left = waiting(settings.tracking, settings.storage)
+        with exclusive(settings.folder):
+            send(settings.tracking, settings.folder, typer.echo)
+    left = waiting(settings.tracking, settings.folder)
     typer.echo(
         f"{settings.storage}: MLflow was told everything"
         if not left
@@ -419,7 +420,7 @@ def export(
     from asc_ray.stages.export import export_bundle
 
     settings = load_config(config, set)
-    export_bundle(run, out, name, license, settings.tracking.uri, settings.storage, Progress())
+    export_bundle(run, out, name, license, settings.tracking.uri, settings.folder, Progress())
     typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
 
 
@@ -567,7 +568,7 @@ def _show_preview(plan: Any, steps: list[Any]) -> None:
             f"{len(known)} trainings, one after the other: about {duration(sum(known))}, at the speed of those seen in "
             "this storage"
         )
-    if is_locked(plan.config.storage):
+    if is_locked(plan.config.folder):
         typer.echo("another run is at work in this storage; until it ends, this command would not start")
 
 

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from asc_ray.artifacts import Artifact
+from asc_ray import remote
+from asc_ray.artifacts import Artifact, stored_files
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SHARD, ClipStore
@@ -14,6 +15,7 @@ from asc_ray.data.faults import BadClip, Faults
 from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import UserError
+from asc_ray.places import is_kept
 from asc_ray.resources import Resources
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
 
@@ -48,6 +50,7 @@ def ingest(
         faults.refuse(corpus.root, len(ids), skippable=True)
     _add_lost_scenes(faults, corpus, {clip.clip_id for clip in bad})
     faults.refuse(corpus.root, len(ids), skippable=False)
+    remote.pull(folder, f"{SHARD}-*")  # from the nodes that made them
     held = ClipStore(folder).ids.tolist()
     if sorted([*held, *(clip.clip_id for clip in bad)]) != sorted(ids):
         raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
@@ -90,5 +93,7 @@ def _ingest_shard(
     fingerprint: str,
     file: Path,
 ) -> dict[str, Any]:
+    if is_kept(root):  # a made corpus
+        stored_files(root)
     report = write_shard(root, clips, labels, devices, file, fingerprint=fingerprint)
     return note_piece(file, [clip.clip_id for clip in clips], asdict(report))
