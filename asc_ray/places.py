@@ -56,6 +56,13 @@ def is_kept(path: Path) -> bool:
     return place_of(path) is not None
 
 
+def ready(folder: Path) -> Path:
+    """Return a folder that this node is to write in; an object storage's is made, which another node has not done."""
+    if is_kept(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def check(uri: str) -> None:
     """Raise ValueError where no storage can be at this URI; asks no server."""
     import pyarrow.fs

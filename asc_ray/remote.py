@@ -207,11 +207,13 @@ def publish(folder: Path, files: Mapping[str, Any], sent: Iterable[str]) -> None
 
 
 def tidy(folder: Path, kept: Iterable[str]) -> None:
-    """Remove from the storage what only the building of an artifact needed."""
-    files, inner = filesystem(folder)
-    if files is not None:
-        with _told(_uri(folder)):
-            _together(files.delete_file, [f"{inner}/{name}" for name in listed(folder).keys() - {*kept}])
+    """Remove from the storage what only the building of an artifact needed: all but the files `kept`."""
+    if place_of(folder) is None:
+        return
+    names = {*kept}
+    folders = {name.partition("/")[0] for name in names}
+    left = {name if (top := name.partition("/")[0]) in folders else top for name in listed(folder) if name not in names}
+    _together(forget, [folder / name for name in sorted(left)])
 
 
 def forget(path: Path) -> None:

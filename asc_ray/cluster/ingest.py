@@ -15,7 +15,7 @@ from asc_ray.data.faults import BadClip, Faults
 from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import UserError
-from asc_ray.places import is_kept
+from asc_ray.places import is_kept, ready
 from asc_ray.resources import Resources
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
 
@@ -95,5 +95,6 @@ def _ingest_shard(
 ) -> dict[str, Any]:
     if is_kept(root):  # a made corpus
         stored_files(root)
+    ready(file.parent)
     report = write_shard(root, clips, labels, devices, file, fingerprint=fingerprint)
     return note_piece(file, [clip.clip_id for clip in clips], asdict(report))

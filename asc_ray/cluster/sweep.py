@@ -18,6 +18,7 @@ from asc_ray.cluster.tasks import OnEvent, rays_storage, settle, slots
 from asc_ray.disk import disk_error
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
+from asc_ray.places import ready
 from asc_ray.resources import RAYS_FOLDER, Resources
 from asc_ray.search.config import METRIC, SweepConfig
 from asc_ray.search.course import TRIALS, Course, checkpoints_of, ended_trials, error_of
@@ -175,8 +176,7 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
 
     An error is also written to a file, because Tune does not tell an error from a worker's death.
     """
-    note = work["folder"] / error_of(config["number"])
-    note.parent.mkdir(exist_ok=True, parents=True)
+    note = ready(work["folder"]) / error_of(config["number"])
     note.unlink(missing_ok=True)
     remote.forget(note)
     try:
