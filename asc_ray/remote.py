@@ -131,6 +131,7 @@ def listed(folder: Path) -> dict[str, Any]:
     with _told(_uri(folder)):
         infos = files.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=True))
     found = {info.path.removeprefix(f"{inner}/"): info for info in infos if info.is_file}
+    found = {name: info for name, info in found.items() if not {"..", "."} & {*name.split("/")} and "\0" not in name}
     if found:
         folder.mkdir(parents=True, exist_ok=True)
     return found

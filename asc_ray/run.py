@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from asc_ray import remote
+from asc_ray.artifacts import stored_file
 from asc_ray.config.configuration import Config
 from asc_ray.disk import disk_error
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.lock import exclusive
-from asc_ray.places import named
+from asc_ray.places import is_kept, named
 from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.resources import RAYS_FOLDER
@@ -40,7 +41,9 @@ def where_things_are(plan: Plan) -> list[str]:
             spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""
             lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}")
     if plan.report.complete:
-        lines.append(f"report  {named(plan.report.path / REPORT)}   (open it in a browser)")
+        page = plan.report.path / REPORT
+        here = f"; here: {stored_file(plan.report.path, REPORT)}" if is_kept(page) else ""
+        lines.append(f"report  {named(page)}   (open it in a browser{here})")
     if not plan.missing("qat"):
         best = max(plan.int8.values(), key=lambda int8: int8.facts()["validation"]["validation_macro_accuracy"])
         seeds = "" if len(plan.int8) == 1 else ", the best of the seeds on the validation part"

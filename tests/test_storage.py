@@ -241,6 +241,23 @@ def test_the_time_at_which_work_began_is_that_of_the_first_node(place):
     assert other.made()["began"] <= other.made()["ended"]
 
 
+def test_an_object_s_name_leads_out_of_no_folder(store):
+    """As somebody may give it who can write there."""
+    import boto3
+
+    bucket = store.bucket
+    assert bucket is not None
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{bucket.port}")
+    folder = f"{store.disks.parent.name}/clips/tau22-{KEY}"
+    for name in ("../../../evil.json", "/evil.json", "a/../../evil.json"):
+        client.put_object(Bucket=bucket.name, Key=f"{folder}/{name}", Body=b"evil")
+    other = artifact(store, "other")
+    state_of(other, "ingest")
+    finished_pieces(other.open_partial(), "*", [])
+    load_checkpoint(other.partial)
+    assert {path.relative_to(other.partial).parts[0] for path in store.disks.parent.rglob("evil*")} <= {"evil.json"}
+
+
 # The lock.
 
 HOLDER = """
