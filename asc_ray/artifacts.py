@@ -130,10 +130,10 @@ class Artifact:
     def open_partial(self) -> Path:
         """Make the folder to build in, and return it; it holds what an earlier, interrupted run finished."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        started = remote.refreshed(self.partial / STARTED)
+        remote.pull(self.partial, STARTED)
         with suppress(FileExistsError):
-            started.touch(exist_ok=False)
-            remote.push(started)
+            (self.partial / STARTED).touch(exist_ok=False)
+            remote.push(self.partial / STARTED)
         return self.partial
 
     def begun(self) -> Path | None:
@@ -172,7 +172,7 @@ class Artifact:
         remote.publish(self.partial, files, sent=known)
         write_record(self.partial / MANIFEST, manifest)
         _flush(self.partial)
-        os.rename(self.partial, self.path)
+        remote.rename(self.partial, self.path)
         _flush(self.path.parent)
         remote.tidy(self.path, [*files, MANIFEST])
 

@@ -36,8 +36,8 @@ class DataConfig(Section):
     )
     cache: Path | None = Field(
         None,
-        description="a folder on every node's own disk, where one copy of the clip store is kept and mapped; of an object "
-        "storage it holds all that a node builds and reads, null: in its temporary folder",
+        description="a folder on every node's own disk, where one copy of the clip store is kept and mapped; of an "
+        "object storage all that a node builds and reads, for which null is below its temporary folder",
     )
 
     @model_validator(mode="after")
