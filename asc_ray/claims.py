@@ -48,6 +48,8 @@ def claimed(storage: Path, say: Callable[[str], None]) -> Iterator[None]:
         raise
     finally:
         renewal.ended.set()
+        if renewal.is_alive():  # it must not renew what is removed
+            renewal.join(RENEW_SECONDS)
         own.unlink(missing_ok=True)
         with suppress(DiskError):
             remote.forget(own)

@@ -1,5 +1,6 @@
 """An S3 server as pip brings it (moto's), and storages on it and in folders."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ SECRET = {"AWS_ACCESS_KEY_ID": "AKIAHUNTER2", "AWS_SECRET_ACCESS_KEY": "hunter2/
 
 
 @contextmanager
-def s3_server() -> Iterator[int]:
-    """The server's port; what it holds goes with it."""
+def s3_server(allowed: int | None = None) -> Iterator[int]:
+    """The server's port; what it holds goes with it. After so many `allowed` requests it asks who somebody is."""
     words = [sys.executable, "-c", SERVER]
+    own = os.environ if allowed is None else os.environ | {"INITIAL_NO_AUTH_ACTION_COUNT": str(allowed)}
     server = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=own
     )
     assert server.stdout is not None
     try:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, command, environment
-from store import Bucket, Place
+from store import Bucket, Place, s3_server
 
 from asc_ray import artifacts, claims, remote
 from asc_ray.artifacts import (
@@ -113,6 +114,30 @@ def test_an_artifact_is_there_when_its_manifest_is_and_not_before(place, monkeyp
     assert state_of(artifact(place, "one"), "ingest").state == "interrupted"
     own.finish({})
     assert artifact(place, "other").complete
+
+
+def test_who_asks_while_an_artifact_is_committed_stops_nothing(place, monkeypatch):
+    """Another process of the node may see the manifest before the folder has its name."""
+    write, asked = artifacts.write_record, []
+
+    def committed(path, content):
+        write(path, content)
+        if path.name == artifacts.MANIFEST:
+            asked.append(artifact(place, "one").complete)
+
+    monkeypatch.setattr(artifacts, "write_record", committed)
+    own = made(place)
+    assert asked == [place.bucket is not None]
+    assert own.complete
+    assert [file.read_bytes() for file in stored_files(own.path)] == [BIG, b"small"]
+    assert not own.partial.exists()
+
+
+def test_many_workers_may_open_one_unfinished_artifact_at_once(place):
+    """As the ranks of one training do, on one node or several."""
+    with ThreadPoolExecutor(12) as pool:
+        opened = pool.map(lambda n: artifact(place, f"node-{n % 3}").open_partial(), range(12))
+        assert all((folder / artifacts.STARTED).is_file() for folder in opened)
 
 
 def test_what_was_deleted_is_made_again(place):
@@ -442,16 +467,17 @@ def test_a_store_that_is_not_there_is_one_line(bucket, tmp_path, uri, told, stag
     assert done.stderr.count("\n") == 1
 
 
-def test_a_denied_request_is_one_line(store, monkeypatch):
-    """As the store's own words have it: moto denies nobody who is not in its own users' lists."""
-    with pytest.raises(DiskError) as raised, remote._told("s3://bucket"):
-        raise OSError(
-            "When uploading part for key 'x' in bucket 'b': AWS Error ACCESS_DENIED during UploadPart operation: no"
-        )
-    assert str(raised.value) == (
-        "storage s3://bucket: access is denied; give this process and every node credentials that may list, read, "
-        "write and delete there (AWS Error ACCESS_DENIED during UploadPart), and the same command goes on from here"
-    )
+def test_a_denied_request_is_one_line(tmp_path):
+    with s3_server(allowed=2) as port:
+        uri = Bucket(port).make().uri("x")
+        for stage in ("status", "ingest"):
+            words = command(
+                stage, "--config", TINY, "--set", f"storage={uri}", "--set", f"tracking.uri=sqlite:///{tmp_path}/m.db"
+            )
+            done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"asc-ray: storage {uri}: access is denied; give this process and every node")
+            assert done.stderr.count("\n") == 1
 
 
 def test_an_error_of_the_store_comes_through_other_libraries_words(store):
