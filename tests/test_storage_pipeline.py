@@ -2,14 +2,18 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 
 import pandas as pd
 import pytest
 from conftest import ROOT, TINY, command, environment, joined
 from mlflow.tracking import MlflowClient
+from ray._common.network_utils import find_free_port
+from ray.util import get_node_ip_address
 from store import SECRET, Place
 
 import asc_ray
@@ -57,7 +61,9 @@ def resumed(request, tmp_path_factory) -> Resumed:
     output = ""
     for number, pattern in enumerate(KILLED_AT):
         words = command("pipeline", *run.arguments(f"node-{number}"))
-        driver = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=joined())
+        driver = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=joined(), cwd=folder
+        )  # MLflow's files of a database without a server go to the working directory
         assert driver.stdout is not None
         said = ""
         for line in driver.stdout:
@@ -153,3 +159,48 @@ def test_commands_that_look_and_hand_over_take_the_storage_by_its_name(resumed, 
     assert done.returncode == 0, done.stderr
     assert "registered as asc-ray version 1" in done.stdout
     assert os.listdir(bundle)
+
+
+PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "metrics-export-port", "runtime-env-agent-port")
+WITHIN = [[f"--min-worker-port={first}", f"--max-worker-port={first + 399}"] for first in (21_000, 21_500)]
+NODE = 'mount -t tmpfs none "$1" && shift && exec "$@"'
+
+
+@pytest.mark.campaign
+def test_nodes_need_no_common_folder(bucket, finished, tmp_path):
+    """A driver and two nodes, each with a disk that the others do not see: namespaces of this machine."""
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("only root may make namespaces, where the machine allows it")
+    disk, address = tmp_path / "disk", f"{get_node_ip_address()}:{find_free_port()}"
+    disk.mkdir()
+    short = tempfile.mkdtemp()  # for Ray's sockets
+    own = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": short}
+
+    def node(*words: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["unshare", "--mount", "bash", "-c", NODE, "node", disk, *map(str, words)], env=own, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    def raylet(number: int, *words: str) -> subprocess.Popen:
+        ports = [f"--{name}={find_free_port()}" for name in PORTS]
+        process = node("ray", "start", "--block", "--num-cpus=1", *WITHIN[number], *ports, *words)
+        assert process.stdout is not None
+        assert any("Ray runtime started" in line for line in process.stdout), "it has ended"
+        return process
+
+    nodes = [raylet(0, "--head", "--include-dashboard=false", f"--port={address.rpartition(':')[2]}")]
+    try:
+        nodes.append(raylet(1, f"--address={address}"))
+        run = Resumed(Place(bucket.uri("nodes"), tmp_path, bucket), f"sqlite:///{tmp_path}/mlflow.db", "")
+        driver = node(*command("pipeline", *run.arguments("disk"), "--set", f"cluster.address={address}"))
+        said, _ = driver.communicate()
+        assert driver.returncode == 0, said
+    finally:
+        for process in reversed(nodes):
+            process.terminate()
+            process.wait()
+        shutil.rmtree(short, ignore_errors=True)
+    assert not list(disk.iterdir())
+    made, whole = run.place.node("new"), finished.storage
+    assert [content(artifact) for artifact in artifacts_in(made)] == [content(other) for other in artifacts_in(whole)]
