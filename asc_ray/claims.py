@@ -67,14 +67,12 @@ class _Claim:
         self.owner: dict[str, Any] = read_record(remote.refreshed(file)) or {}
 
     def __str__(self) -> str:
-        return "process {} on {}, since {}".format(*(printable(self.owner.get(key, "?")) for key in _SHOWN))
+        pid, host, since = (printable(self.owner.get(key, "?")) for key in ("pid", "host", "since"))
+        return f"process {pid} on {host}, since {since}"
 
     def remove(self) -> None:
         remote.forget(self.file)
         self.file.unlink(missing_ok=True)
-
-
-_SHOWN = ("pid", "host", "since")
 
 
 def _take(own: Path, say: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from asc_ray.files import own_folder
+from asc_ray.shown import masked
 
 PARTIAL = ".partial"  # ends the name of an unfinished artifact's folder; in an object storage it has its final name
 _ENCODED = re.compile(r"[a-z][a-z0-9+.-]*%3A%2F%2F")
@@ -70,7 +71,10 @@ def check(uri: str) -> None:
     found = _URI.fullmatch(uri)
     if found is None or not found["path"].strip("/"):
         raise ValueError("names no bucket; allowed is a folder, or a URI such as s3://BUCKET/PREFIX")
-    if "@" in found["path"].partition("/")[0]:
+    login, _, _ = found["path"].partition("/")[0].rpartition("@")
+    container = found["scheme"].startswith("abfs") and ":" not in login  # abfs://CONTAINER@ACCOUNT...
+    query = found["query"] or ""
+    if (login and not container) or masked(query) != query:
         raise ValueError("has a login; leave it out: credentials come from the environment, and are written nowhere")
     kinds = {"s3": "S3FileSystem", "gs": "GcsFileSystem", "gcs": "GcsFileSystem", "abfs": "AzureFileSystem"}
     kinds |= {"abfss": "AzureFileSystem", "hdfs": "HadoopFileSystem", "viewfs": "HadoopFileSystem"}

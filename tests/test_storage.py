@@ -427,6 +427,8 @@ MLFLOW = "tracking.uri=http://mlflow:5000"
     [
         (["storage=s3://bucket/x"], r"tracking\.uri: must be given where storage is a URI"),
         (["storage=s3://me:hunter2@bucket/x", MLFLOW], "has a login; leave it out: credentials come from the env"),
+        (["storage=abfs://container:hunter2@account.dfs.core.windows.net/x", MLFLOW], "has a login"),
+        (["storage=s3://bucket/x?secret_key=hunter2", MLFLOW], "has a login"),
         (["storage=s3:///", MLFLOW], "names no bucket"),
         (["storage=ftp://host/x", MLFLOW], "ftp:// is not known here; allowed is a folder, or a URI of s3, gs"),
         (["storage=file:///x", MLFLOW], "file:// is not known here"),
@@ -450,7 +452,7 @@ def test_no_server_is_asked_before_a_configuration_is_used():
     [
         ("s3://no-such-bucket/x?endpoint_override=127.0.0.1:{port}&scheme=http", "there is no such bucket; make it"),
         ("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http", "it cannot be reached; see whether it runs"),
-        ("s3://bucket/x?no_such_key=1", "no_such_key"),
+        ("s3://bucket/x?no_such_word=1", "no_such_word"),
     ],
 )
 @pytest.mark.parametrize("stage", ["status", "ingest"])

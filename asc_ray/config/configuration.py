@@ -60,7 +60,7 @@ class Config(Section):
         if isinstance(self.storage, str) and self.tracking.uri is None:
             raise ValueError(
                 "tracking.uri: must be given where storage is a URI, because MLflow's own database needs a folder; "
-                "allowed is the URI of a server, as in tracking.uri=http://HOST:5000, or of a database"
+                "allowed is the URI of a server, as in tracking.uri=http://HOST:5000"
             )
         if self.sweep:
             check_space(self.sweep, self.student)
