@@ -7,16 +7,14 @@ it left there.
 
 Nothing is trusted only because it exists. A finished artifact's files are read through `stored_file` and
 `stored_files`, which compare them with the manifest. State that a killed run left is read through `read_record`, which
-refuses what is cut or changed.
+refuses what is cut or changed. Of an object storage each node has a folder: `remote` brings and sends its files.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,8 +25,11 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from asc_ray import remote
+from asc_ray.disk import DiskError
 from asc_ray.errors import UserError
-from asc_ray.files import read_plain
+from asc_ray.files import locked, own_folder, read_plain
+from asc_ray.places import PARTIAL, named
 from asc_ray.provenance import machine, program
 
 MANIFEST = "manifest.json"
@@ -69,9 +70,10 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON that holds its own checksum, for `read_record`."""
+    """Write JSON that holds its own checksum, for `read_record`; in an object storage it is there afterwards."""
     document = json.loads(json.dumps(content, default=str))
     write_atomically(path, json.dumps({**document, _CHECKSUM: _digest(document)}, indent=1))
+    remote.push(path)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -105,19 +107,19 @@ class Artifact:
 
     @property
     def partial(self) -> Path:
-        return self.path.with_name(self.path.name + ".partial")
+        return self.path.with_name(self.path.name + PARTIAL)
 
     @property
     def complete(self) -> bool:
         """Whether the artifact is there. Raises UserError where its manifest is damaged or another artifact's."""
-        return (self.path / MANIFEST).is_file() and bool(self.manifest())
+        return remote.committed(self.path / MANIFEST) and bool(self.manifest())
 
     def manifest(self) -> dict[str, Any]:
         manifest = read_manifest(self.path)
         if manifest["key"] != self.key:
             raise UserError(
-                f"{self.path / MANIFEST}: is that of {manifest['stage']}/{manifest['name']}-{manifest['key']}; delete "
-                f"the folder {self.path} and run the stage again"
+                f"{named(self.path / MANIFEST)}: is that of {manifest['stage']}/{manifest['name']}-{manifest['key']}; "
+                f"delete the folder {named(self.path)} and run the stage again"
             )
         return manifest
 
@@ -128,9 +130,16 @@ class Artifact:
     def open_partial(self) -> Path:
         """Make the folder to build in, and return it; it holds what an earlier, interrupted run finished."""
         self.partial.mkdir(parents=True, exist_ok=True)
+        remote.pull(self.partial, STARTED)
         with suppress(FileExistsError):
             (self.partial / STARTED).touch(exist_ok=False)
+            remote.push(self.partial / STARTED)
         return self.partial
+
+    def begun(self) -> Path | None:
+        """Return the folder with the notes of an unfinished artifact; None where nobody has begun it."""
+        remote.pull(self.partial, "*.json")
+        return self.partial if self.partial.is_dir() else None
 
     def finish(
         self, facts: Mapping[str, Any], scratch: tuple[str, ...] = (), checksums: Mapping[str, str] | None = None
@@ -160,10 +169,12 @@ class Artifact:
             "made": made,
             "files": files,
         }
+        remote.publish(self.partial, files, sent=known)
         write_record(self.partial / MANIFEST, manifest)
         _flush(self.partial)
-        os.rename(self.partial, self.path)
+        remote.rename(self.partial, self.path)
         _flush(self.path.parent)
+        remote.tidy(self.path, [*files, MANIFEST])
 
     def _made(self) -> dict[str, str]:
         """Return when the artifact is made, by what and on what; an interrupted run's break is part of the time."""
@@ -191,13 +202,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a finished artifact. Raises UserError where it is missing, cut or changed."""
     path = folder / MANIFEST
     try:
+        remote.committed(path)
         status = path.stat()
     except OSError:
-        raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished artifact") from None
+        raise UserError(f"{named(folder)}: no {MANIFEST}, so this is not a finished artifact") from None
     manifest = _manifest(path, status.st_mtime_ns, status.st_size)
     if manifest is None or not _is_manifest(manifest):
         raise UserError(
-            f"{path}: is not as it was written; delete the folder {folder} and run its stage again: it is made anew"
+            f"{named(path)}: is not as it was written; delete the folder {named(folder)} and run its stage again: it "
+            "is made anew"
         )
     return manifest
 
@@ -228,17 +241,17 @@ def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
 
 def artifacts_in(storage: Path) -> list[Artifact]:
     """Return the finished artifacts of a storage by their folders' names, sound or not; without config and inputs."""
-    found = ((folder, _FOLDER.fullmatch(folder.name)) for folder in sorted(storage.glob("*/*")) if folder.is_dir())
-    return [
-        Artifact(storage, folder.parent.name, match["name"], match["key"], {}, {}) for folder, match in found if match
-    ]
+    children = remote.children
+    found = ((stage, _FOLDER.fullmatch(name)) for stage in children(storage) for name in children(storage / stage))
+    artifacts = [Artifact(storage, stage, match["name"], match["key"], {}, {}) for stage, match in found if match]
+    return [artifact for artifact in artifacts if remote.committed(artifact.path / MANIFEST) or artifact.path.is_dir()]
 
 
 def input_folder(storage: Path, stage: str, key: str) -> Path:
     """Return the folder of the artifact with this key, which another was made from. Raises UserError."""
-    for folder in storage.glob(f"{stage}/*-{key}"):
-        return folder
-    raise UserError(f"{storage / stage}: nothing with the key {key}, which this was made from; was it deleted?")
+    if name := next((name for name in remote.children(storage / stage) if name.endswith(f"-{key}")), None):
+        return storage / stage / name
+    raise UserError(f"{named(storage / stage)}: nothing with the key {key}, which this was made from; was it deleted?")
 
 
 def stored_file(folder: Path, name: str) -> Path:
@@ -253,9 +266,21 @@ def stored_files(folder: Path, pattern: str = "*") -> list[Path]:
     Raises UserError where a file is missing or not as it was written, or where the artifact has none that matches.
     """
     entries = _entries(folder, pattern)
-    damaged = [] if entries else [f"{pattern}: missing"]
+    damaged = _compared(folder, entries) if entries else [f"{pattern}: missing"]
+    if damaged and entries and remote.dropped(folder):  # it was this node's copy that is damaged
+        damaged = _compared(folder, entries)
+    if damaged:
+        raise UserError(
+            f"{named(folder)}: {'; '.join(damaged)}. Delete the folder and run its stage again: it is made anew"
+        )
+    return [folder / name for name in sorted(entries)]
+
+
+def _compared(folder: Path, entries: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with these files of an artifact; of an object storage's they are brought first."""
+    remote.bring(folder, entries)
     large = {name: entry for name, entry in entries.items() if entry["bytes"] > SMALL_BYTES}
-    damaged += _damage(folder, {name: entry for name, entry in entries.items() if name not in large})
+    damaged = _damage(folder, {name: entry for name, entry in entries.items() if name not in large})
     if large:
         with _node_memory(folder) as known:
             unknown = {name: entry for name, entry in large.items() if known.get(name) != _stamp(folder / name, entry)}
@@ -263,13 +288,16 @@ def stored_files(folder: Path, pattern: str = "*") -> list[Path]:
             if not found:
                 known |= {name: _stamp(folder / name, entry) for name, entry in unknown.items()}
             damaged += found
-    if damaged:
-        raise UserError(f"{folder}: {'; '.join(damaged)}. Delete the folder and run its stage again: it is made anew")
-    return [folder / name for name in sorted(entries)]
+    return damaged
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Read all files of a finished artifact; return those that are missing or differ from the manifest's checksums."""
+    """Read all files of a finished artifact; return what is missing or differs from the manifest's checksums."""
+    if remote.dropped(folder):  # to compare what the storage has, and not what this node has kept of it
+        try:
+            remote.bring(folder, _entries(folder, "*"))
+        except DiskError as error:
+            return [str(error)]
     return _damage(folder, _entries(folder, "*"))
 
 
@@ -306,45 +334,16 @@ def _node_memory(folder: Path) -> Iterator[dict[str, Any]]:
 
     It lies in this user's folder below the node's temporary folder. If that cannot be used, nothing is remembered.
     """
-    memory = Path(tempfile.gettempdir()) / f"asc-ray-{os.getuid()}"
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     try:
-        memory.mkdir(mode=0o700, exist_ok=True)
-        if memory.is_symlink() or memory.stat().st_uid != os.getuid() or memory.stat().st_mode & 0o022:
-            raise PermissionError(memory)  # because others could write into it
-        lock = open(memory / f"{name}.lock", "a")  # noqa: SIM115
+        memory = own_folder()
     except OSError:
         yield {}
         return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(memory / f"{name}.lock"):
         before = read_record(memory / f"{name}.json") or {}
         known = dict(before)
         yield known
         if known != before:
             with suppress(OSError):
                 write_record(memory / f"{name}.json", known)
-
-
-def mirrored(artifact: Path, cache: Path) -> Path:
-    """Return the artifact's copy in `cache`, a folder of this node; the first to ask makes it, the others wait.
-
-    Raises UserError when it cannot be copied whole.
-    """
-    copy = cache / artifact.name
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / f".{artifact.name}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (copy / MANIFEST).is_file():
-                partial = copy.with_name(f"{copy.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(artifact, partial)
-                if damaged := damaged_files(partial):
-                    raise UserError(f"{partial}: copied from {artifact}, but {'; '.join(damaged)}")
-                os.rename(partial, copy)
-    except (OSError, shutil.Error) as error:
-        raise UserError(
-            f"data.cache: {artifact} cannot be copied to {cache} ({error}); name a folder with more room, or null"
-        ) from None
-    return copy

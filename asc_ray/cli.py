@@ -129,6 +129,7 @@ def make_table(
 ) -> None:
     """Train, evaluate and compare the students of one of the paper's tables, beside its figures on TAU22."""
     from asc_ray.comparison import preview_table, run_table
+    from asc_ray.places import named
     from asc_ray.progress import Progress
     from asc_ray.report.table import markdown
 
@@ -138,7 +139,7 @@ def make_table(
         return
     artifact, comparison = run_table("tables", number, config, set, progress)
     typer.echo(markdown(comparison))
-    typer.echo(f"table   {artifact.path / 'table.html'}   (also .md, .csv)")
+    typer.echo(f"table   {named(artifact.path / 'table.html')}   (also .md, .csv)")
 
 
 @app.command("figure", rich_help_panel=STUDENTS)
@@ -151,6 +152,7 @@ def make_figure(
     """Draw one of the paper's figures, training what it shows."""
     from asc_ray.comparison import FIGURE, draw_energies, preview_table, run_table
     from asc_ray.config.composition import load_config
+    from asc_ray.places import named
     from asc_ray.progress import Progress
 
     progress = Progress()
@@ -166,7 +168,7 @@ def make_figure(
         artifact = draw_energies(load_config(config, set), progress)
     else:
         artifact, _ = run_table("figures", number, config, set, progress)
-    typer.echo(f"figure  {artifact.path / FIGURE}")
+    typer.echo(f"figure  {named(artifact.path / FIGURE)}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -177,6 +179,7 @@ def status(
 ) -> None:
     """Show what is done, running and missing, and where."""
     from asc_ray.config.composition import load_config
+    from asc_ray.places import named
     from asc_ray.plan import Plan
     from asc_ray.status import states
 
@@ -186,7 +189,7 @@ def status(
         whole = {"name": plan.config.name, "storage": str(plan.config.storage), "artifacts": found}
         typer.echo(json.dumps(whole, indent=1, default=lambda state: state.as_json()))
         return
-    longest = max(len(str(state.path or "")) for state in found)
+    longest = max(len(named(state.path)) if state.path else 0 for state in found)
     console = _console(longest + 2 * NARROWEST)
     table = Table(
         Column("stage", no_wrap=True),
@@ -199,7 +202,7 @@ def status(
     keys = longest > console.width - NARROWEST
     table.add_column("key" if keys else "where", no_wrap=True, min_width=16 if keys else longest)
     for state in found:
-        where = (state.key if keys else state.path) if state.path else ""
+        where = (state.key if keys else named(state.path)) if state.path else ""
         table.add_row(state.stage, state.name, Text(printable(state.text())), Text(printable(where)))
     console.print(table)
 
@@ -218,9 +221,9 @@ def track(
 
     settings = load_config(config, set)
     if resend:
-        with exclusive(settings.storage):
-            send(settings.tracking, settings.storage, typer.echo)
-    left = waiting(settings.tracking, settings.storage)
+        with exclusive(settings.folder):
+            send(settings.tracking, settings.folder, typer.echo)
+    left = waiting(settings.tracking, settings.folder)
     typer.echo(
         f"{settings.storage}: MLflow was told everything"
         if not left
@@ -234,15 +237,19 @@ def track(
 def verify(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER...", help="Bundles, artifacts, or storages with all their artifacts."),
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Bundles, artifacts, or storages with all their artifacts; the last two by URI, too.",
+        ),
     ],
 ) -> None:
     """Check exported bundles, and artifacts, or all in a storage, against their manifests; exit code 1 for damage."""
     from asc_ray.artifacts import artifacts_in, read_manifest
+    from asc_ray.places import opened
     from asc_ray.runtime import CHECKSUMS, FRONTEND
 
     problems: list[str] = []
-    for folder in folders:
+    for folder in map(opened, folders):
         try:
             if any((folder / name).is_file() for name in (CHECKSUMS, FRONTEND)):
                 _verify_bundle(folder)
@@ -258,6 +265,8 @@ def verify(
 
 def _verify_storage(storage: Path, artifacts: list[Any]) -> list[str]:
     """Check all artifacts, print what was checked, and return what is wrong."""
+    from asc_ray.places import is_kept, named
+
     problems, size = [], 0
     for artifact in artifacts:
         try:
@@ -266,9 +275,9 @@ def _verify_storage(storage: Path, artifacts: list[Any]) -> list[str]:
             problems.append(str(error))
     stages = ", ".join(f"{count} {stage}" for stage, count in Counter(each.stage for each in artifacts).items())
     typer.echo(
-        f"{storage}: {len(artifacts)} artifacts checked ({stages}), {len(problems)} damaged, {size / 1e6:.1f} MB"
+        f"{named(storage)}: {len(artifacts)} artifacts checked ({stages}), {len(problems)} damaged, {size / 1e6:.1f} MB"
     )
-    if unfinished := len(list(storage.glob("*/*.partial"))):
+    if not is_kept(storage) and (unfinished := len(list(storage.glob("*/*.partial")))):
         typer.echo(f"{storage}: {unfinished} unfinished, not checked: the run that goes on with them checks them")
     return problems
 
@@ -276,15 +285,17 @@ def _verify_storage(storage: Path, artifacts: list[Any]) -> list[str]:
 def _verify_artifact(folder: Path, manifest: Mapping[str, Any]) -> int:
     """Print what was checked, and return the bytes of the artifact's files. Raises UserError where one is damaged."""
     from asc_ray.artifacts import damaged_files
+    from asc_ray.places import named
 
+    where = named(folder)
     files, damaged = manifest["files"], damaged_files(folder)
     for line in damaged:
-        typer.echo(f"{folder}/{line}", err=True)
+        typer.echo(f"{where}/{line}", err=True)
     size = sum(entry["bytes"] for entry in files.values())
-    typer.echo(f"{folder}: {len(files) - len(damaged)} of {len(files)} files as written, {size / 1e6:.1f} MB")
+    typer.echo(f"{where}: {len(files) - len(damaged)} of {len(files)} files as written, {size / 1e6:.1f} MB")
     if damaged:
         raise UserError(
-            f"{folder}: {len(damaged)} damaged file(s). Delete the artifact's folder and run the stage again: it is "
+            f"{where}: {len(damaged)} damaged file(s). Delete the artifact's folder and run the stage again: it is "
             "made anew, equal"
         )
     return size
@@ -405,7 +416,10 @@ def _console(width: int = 200) -> Console:
 @app.command(rich_help_panel=MODEL)
 def export(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="The folder of a finished int8 training, or the ID of a run in MLflow.")
+        str,
+        typer.Argument(
+            metavar="RUN", help="The folder or URI of a finished int8 training, or the ID of a run in MLflow."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
     name: Annotated[str, typer.Option(help="Name of the registered model in MLflow.")] = "asc-ray",
@@ -419,7 +433,7 @@ def export(
     from asc_ray.stages.export import export_bundle
 
     settings = load_config(config, set)
-    export_bundle(run, out, name, license, settings.tracking.uri, settings.storage, Progress())
+    export_bundle(run, out, name, license, settings.tracking.uri, settings.folder, Progress())
     typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
 
 
@@ -445,6 +459,7 @@ def predict(
     channels: Annotated[int, typer.Option(min=1, help="Channels of raw PCM (signed, 16 bits, little endian).")] = 1,
 ) -> None:
     """Name the scenes of recordings; exit code 1 if one cannot be read."""
+    from asc_ray import places
     from asc_ray import predict as prediction
 
     if format not in prediction.FORMATS:
@@ -462,7 +477,7 @@ def predict(
     elif by == "ensemble":
         from asc_ray.ensemble.stored import StoredEnsemble
 
-        opened = StoredEnsemble(paths.pop(0))
+        opened = StoredEnsemble(places.opened(paths.pop(0)))
     else:
         raise ConfigError(f"--with {by}: allowed are bundle, ensemble")
     if not paths:
@@ -567,7 +582,7 @@ def _show_preview(plan: Any, steps: list[Any]) -> None:
             f"{len(known)} trainings, one after the other: about {duration(sum(known))}, at the speed of those seen in "
             "this storage"
         )
-    if is_locked(plan.config.storage):
+    if is_locked(plan.config.folder):
         typer.echo("another run is at work in this storage; until it ends, this command would not start")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
+from asc_ray import remote
 from asc_ray.artifacts import Artifact, content_key, write_atomically
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
@@ -87,6 +88,7 @@ def run_table(
             run(own.config, _shared(own), progress)
     plans = _plans(configs)  # anew, because systems that failed are now left out
     artifact = _artifact(kind, name, spec, plans)
+    remote.forget(artifact.path)
     shutil.rmtree(artifact.path, ignore_errors=True)  # it may be left from before students were deleted
     lead = next(iter(plans.values()))
     title = f"{lead.config.name} {kind.removesuffix('s')} {name}"
@@ -174,7 +176,7 @@ def draw_energies(config: Config, progress: Progress) -> Artifact:
     threshold = "auto" if threshold is None else threshold
     section = {"threshold": threshold}
     key = content_key(stage="figures", config=section, inputs={"clips": plan.clips.key})
-    artifact = Artifact(config.storage, "figures", "figure-2", key, section, {"clips": plan.clips.key})
+    artifact = Artifact(config.folder, "figures", "figure-2", key, section, {"clips": plan.clips.key})
     if not artifact.complete:
         data = source_of(plan).open()
         energies = data.store.energy[data.store.split == "train"]
@@ -218,7 +220,7 @@ def _artifact(kind: str, name: str, spec: TableConfig, plans: Mapping[str, Plan]
     section = spec.for_key()
     key = content_key(stage=kind, config=section, inputs=inputs)
     lead = next(iter(plans.values()))
-    return Artifact(lead.config.storage, kind, f"{kind.removesuffix('s')}-{name}", key, section, inputs)
+    return Artifact(lead.config.folder, kind, f"{kind.removesuffix('s')}-{name}", key, section, inputs)
 
 
 def _compared(plan: Plan, int8: bool) -> list[str]:

@@ -22,6 +22,8 @@ _REMEDIES = {
 }
 _GONE = re.compile(rf"\[Errno {errno.ENOENT}\] [^:\n]+: '([^'\n]+)'")
 _PROBE_BYTES = 1 << 20
+GOES_ON = "and the same command goes on from here"
+_OWN_LINE = re.compile(rf"storage [^\n]*, {GOES_ON}")  # of a DiskError, in another library's words
 
 
 class DiskError(UserError):
@@ -34,7 +36,11 @@ def disk_error(error: BaseException | str, storage: Path) -> DiskError | None:
     The error, or its message, may be of any library and from any worker. If its words do not tell, the storage is
     tried.
     """
+    if isinstance(error, DiskError):
+        return error
     text = error if isinstance(error, str) else "".join(traceback.format_exception(error))
+    if told := _OWN_LINE.search(text):
+        return DiskError(told[0])
     for folder in (storage, *(Path(found).parent for found in _GONE.findall(text))):
         if folder.is_relative_to(storage) and not folder.exists():
             return _line(f"{folder}: was deleted while the run worked", "leave it there")
@@ -43,7 +49,7 @@ def disk_error(error: BaseException | str, storage: Path) -> DiskError | None:
 
 
 def _line(what: str, remedy: str) -> DiskError:
-    return DiskError(f"{what}; {remedy}, and the same command goes on from here")
+    return DiskError(f"{what}; {remedy}, {GOES_ON}")
 
 
 def _trial(storage: Path) -> str | None:

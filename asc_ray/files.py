@@ -1,8 +1,12 @@
-"""Files from anywhere: read once, whole, and only where they are plain files of a sane size."""
+"""Files from anywhere: read once, whole, and only where they are plain files of a sane size; and a node's own files."""
 
 import errno
+import fcntl
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,3 +43,22 @@ def read_plain(path: Path, most: int, follow: bool = True) -> bytes:
     if size > most or len(content) > most:
         raise OSError(errno.EFBIG, f"{size:,} bytes; allowed are {most:,}", str(path))
     return content
+
+
+def own_folder() -> Path:
+    """Return this user's folder below the node's temporary one. Raises OSError where others could write into it."""
+    folder = Path(tempfile.gettempdir()) / f"asc-ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(errno.EACCES, "belongs to others, or others may write into it", str(folder))
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file, which is made; other processes of this node wait meanwhile. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -8,24 +8,31 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from asc_ray.claims import claimed, has_claims
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.files import open_plain, read_plain
+from asc_ray.places import is_kept
 from asc_ray.shown import printable
 
 
 @contextmanager
-def exclusive(storage: Path) -> Iterator[None]:
+def exclusive(storage: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold the storage's lock, because two drivers building the same artifacts would undo each other's resume.
 
-    It is two locks: one on the file `.lock`, which other hosts see too and which says who holds it; one on the folder,
-    which stays when somebody deletes the file. The kernel drops both with the process, however it dies.
+    `say` shows the user a line. The lock of an object storage is a claim. That of a folder is two locks: one on the
+    file `.lock`, which other hosts see too and which says who holds it; one on the folder, which stays when somebody
+    deletes the file. The kernel drops both with the process, however it dies.
 
     Raises UserError when another run holds it, and ConfigError when the folder cannot be written or has no locks.
     """
+    if is_kept(storage):
+        with claimed(storage, say):
+            yield
+        return
     path = storage / LOCK
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     strange = ConfigError(f"storage: {path} is no file that asc-ray makes; delete it")
@@ -79,6 +86,8 @@ def _owner(path: Path) -> str:
 
 def is_locked(storage: Path) -> bool:
     """Whether a run is at work in this storage; asking takes no lock, so a run that starts now can still get it."""
+    if is_kept(storage):
+        return has_claims(storage)
     try:
         with open_plain(storage / LOCK, follow=False) as file:
             answer = fcntl.fcntl(file, _GETLK, _LOCK)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from asc_ray import remote
 from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
 from asc_ray.config.asked import check_corpus
 from asc_ray.config.configuration import Config
@@ -183,7 +184,7 @@ class Plan:
     def trial(self, number: int) -> Artifact:
         """Return a trial as an artifact for MLflow's runs; its result is a file of the sweep's artifact."""
         assert self.sweep is not None
-        return Artifact(self.config.storage, "sweep", "trial", f"{self.sweep.key}-{number}", {}, {})
+        return Artifact(self.config.folder, "sweep", "trial", f"{self.sweep.key}-{number}", {}, {})
 
     def complete_keys(self) -> set[str]:
         """Return the keys of all finished artifacts."""
@@ -262,7 +263,7 @@ class Plan:
     def _artifact(self, stage: str, name: str, config: Any, inputs: Mapping[str, str]) -> Artifact:
         section = config if isinstance(config, dict) else config.for_key()
         key = content_key(stage=stage, config=section, inputs=dict(inputs))
-        return Artifact(self.config.storage, stage, name, key, section, dict(inputs))
+        return Artifact(self.config.folder, stage, name, key, section, dict(inputs))
 
     def _division(self) -> dict[str, Any]:
         """Return how the training clips are divided, in the form that goes into keys."""
@@ -331,7 +332,7 @@ def _int8(student: str) -> str:
 
 def failure(artifact: Artifact) -> str | None:
     """Return why this system's training was given up, or None."""
-    note = read_record(artifact.partial / FAILED)
+    note = read_record(remote.refreshed(artifact.partial / FAILED))
     return note["error"] if note else None
 
 

@@ -100,14 +100,14 @@ def _speeds(plan: Plan, known: Mapping[str, Artifact]) -> dict[str, list[float]]
     """Return the seconds of each epoch that was trained in the storage, by the family of the training."""
     found: dict[str, list[float]] = {}
     manifests = []
-    for artifact in artifacts_in(plan.config.storage):
+    for artifact in artifacts_in(plan.config.folder):
         if artifact.stage in ("teachers", "students", "int8"):
             try:
                 manifests.append(artifact.manifest())
             except UserError:  # it is damaged, which `verify` says
                 continue
     done = {
-        one["key"]: Artifact(plan.config.storage, one["stage"], one["name"], one["key"], one["config"], one["inputs"])
+        one["key"]: Artifact(plan.config.folder, one["stage"], one["name"], one["key"], one["config"], one["inputs"])
         for one in manifests
     }
     for one in manifests:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from asc_ray.artifacts import Artifact
+from asc_ray.places import named
 from asc_ray.shown import printable
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -55,9 +56,11 @@ class Progress:
 
     def skipped(self, stage: str, artifacts: Sequence[Artifact]) -> None:
         where = (
-            artifacts[0].path if len(artifacts) == 1 else f"{len(artifacts)} artifacts in {artifacts[0].path.parent}"
+            named(artifacts[0].path)
+            if len(artifacts) == 1
+            else f"{len(artifacts)} artifacts in {named(artifacts[0].path.parent)}"
         )
-        self.console.print(f"[bold]{stage}[/bold] is done: {escape(str(where))}")
+        self.console.print(f"[bold]{stage}[/bold] is done: {escape(where)}")
 
     def left_out(self, system: str, error: str) -> None:
         self.note(f"left out: {system} failed ({error}); --set teachers.allow_missing=0 tries it again")

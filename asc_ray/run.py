@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from asc_ray import remote
+from asc_ray.artifacts import stored_file
 from asc_ray.config.configuration import Config
 from asc_ray.disk import disk_error
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.lock import exclusive
+from asc_ray.places import is_kept, named
 from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.resources import RAYS_FOLDER
@@ -38,12 +41,14 @@ def where_things_are(plan: Plan) -> list[str]:
             spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""
             lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}")
     if plan.report.complete:
-        lines.append(f"report  {plan.report.path / REPORT}   (open it in a browser)")
+        page = plan.report.path / REPORT
+        here = f"; here: {stored_file(plan.report.path, REPORT)}" if is_kept(page) else ""
+        lines.append(f"report  {named(page)}   (open it in a browser{here})")
     if not plan.missing("qat"):
         best = max(plan.int8.values(), key=lambda int8: int8.facts()["validation"]["validation_macro_accuracy"])
         seeds = "" if len(plan.int8) == 1 else ", the best of the seeds on the validation part"
-        lines.append(f"model   {best.path}   (asc-ray export makes a bundle of it{seeds})")
-    uri = plan.config.tracking.uri or default_uri(plan.config.storage)
+        lines.append(f"model   {named(best.path)}   (asc-ray export makes a bundle of it{seeds})")
+    uri = plan.config.tracking.uri or default_uri(plan.config.folder)
     shown = masked(uri)
     lines.append(f"runs    {shown}   (mlflow ui --backend-store-uri {shlex.quote(shown)})")
     return lines
@@ -107,11 +112,11 @@ def at_work(
     from asc_ray.stages.work import Work
 
     config = plan.config
-    with _told_apart(config.storage), exclusive(config.storage), _without_scratch(config.storage):
+    with _told_apart(config.folder), exclusive(config.folder, progress.note), _without_scratch(config.folder):
         progress.note(f"storage {config.storage}")
         plan.keep_reading()
         # MLflow starts beside Ray: both take equally long, and Ray mostly waits.
-        tracker = Tracker(config.tracking, config.storage, progress.note)
+        tracker = Tracker(config.tracking, config.folder, progress.note)
         address = config.cluster.joined
         progress.note("starting Ray ..." if address == "local" else f"joining the Ray cluster {address} ...")
         with closing(tracker), connected(config.cluster, progress.note):
@@ -131,11 +136,16 @@ def at_work(
 @contextmanager
 def _without_scratch(storage: Path) -> Iterator[None]:
     """Leave nothing of Ray's own in the storage, nor what a killed driver has left."""
-    shutil.rmtree(storage / RAYS_FOLDER, ignore_errors=True)
+
+    def remove() -> None:
+        shutil.rmtree(storage / RAYS_FOLDER, ignore_errors=True)
+        remote.forget(storage / RAYS_FOLDER)
+
+    remove()
     try:
         yield
     finally:
-        shutil.rmtree(storage / RAYS_FOLDER, ignore_errors=True)
+        remove()
 
 
 @contextmanager

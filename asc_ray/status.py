@@ -9,6 +9,7 @@ from typing import Any
 
 from asc_ray.artifacts import Artifact, read_record
 from asc_ray.lock import is_locked
+from asc_ray.places import named
 from asc_ray.plan import Plan, failure
 from asc_ray.training.folder import PROGRESS
 
@@ -33,7 +34,7 @@ class State:
     progress: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path) if self.path else None, "error": self.error or None}
+        return asdict(self) | {"path": named(self.path) if self.path else None, "error": self.error or None}
 
     def text(self) -> str:
         """Return the state in words, with its error or progress."""
@@ -64,14 +65,13 @@ def state_of(artifact: Artifact, stage: str) -> State:
     own = stage, artifact.name, artifact.key
     if artifact.complete:
         return State(*own, "done", artifact.path)
-    if not artifact.partial.is_dir():
+    folder = artifact.begun()
+    if folder is None:
         return State(*own, "missing")
     if (error := failure(artifact)) is not None:
-        return State(*own, "failed", artifact.partial, error)
+        return State(*own, "failed", folder, error)
     runs = is_locked(artifact.storage)
-    return State(
-        *own, "running" if runs else "interrupted", artifact.partial, progress=_progress(artifact.partial, runs)
-    )
+    return State(*own, "running" if runs else "interrupted", folder, progress=_progress(folder, runs))
 
 
 def _progress(folder: Path, runs: bool) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _progress(folder: Path, runs: bool) -> dict[str, Any]:
         # A training that waits for its turn, or hangs, has not ended when it was expected to.
         expected = {"ends": _iso(ends)} if runs and ends > time.time() else {}
         return {name: entry[name] for name in _OF_EPOCH} | {"noted": _iso(noted)} | expected
-    if shards := list(folder.glob("shard-*.json")) or list(folder.glob("*-*.arrow")):
+    if shards := list(folder.glob("*-*.json")):
         return {"shards": len(shards)}
     if trials := list(folder.glob("trials/*.json")):
         return {"trials": len(trials)}

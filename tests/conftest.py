@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 from mlflow.tracking import MlflowClient
+from store import SECRET, Bucket, s3_server
 from torch import nn
 
 from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
@@ -40,6 +41,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As the workers of the presets: sums split over threads can differ in the last bit from one call to the next.
 torch.set_num_threads(1)
+
+# Before any cluster starts: nodes have the credentials of the tests' S3 server in their environment.
+os.environ |= SECRET | {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -144,6 +148,13 @@ def bundle(int8_training, tmp_path) -> Path:
     (folder / "card.md").write_text("# Of a test")
     seal(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Bucket]:
+    """A bucket on an S3 server."""
+    with s3_server() as port:
+        yield Bucket(port).make()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -130,7 +130,7 @@ def test_keys_are_those_of_the_reference():
     with pytest.raises(ConfigError, match=r"did you mean student\.optimizer\.epochs"):
         find_keys("student.optimizer.epoch")
     printed = run("config", "keys", "storage").stdout
-    assert printed.startswith("storage  file or folder; must be given\n    Folder for all artifacts")
+    assert printed.startswith("storage  file or folder or text; must be given\n    Where all artifacts are: a folder")
 
 
 def test_presets_are_all_listed():

@@ -152,7 +152,7 @@ def check(words: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_every_shell_command_of_the_pages(checkout, finished):
+def test_every_shell_command_of_the_pages(checkout, finished, bucket):
     (checkout / "runs").mkdir()
     (checkout / "runs" / "demo").symlink_to(finished.storage)
     (checkout / "bundle").symlink_to(EXAMPLE)
@@ -172,7 +172,7 @@ def test_every_shell_command_of_the_pages(checkout, finished):
     assert len(found) > 50
     for words in found:
         try:
-            check(list(words))
+            check([word.replace("s3://BUCKET/PREFIX", bucket.uri("pages")) for word in words])
         except (Exception, SystemExit) as error:
             raise AssertionError(" ".join(words)) from error
     unused = [each for each in NEITHER if not any(" ".join(words).startswith(each) for words in found)]

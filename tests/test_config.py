@@ -87,7 +87,7 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
         ("teachers.systems=[]", r"teachers\.recipes: "),
         ("teachers.override.resnet.seed=1", r"teachers\.override\.resnet: unknown model; allowed: passt, cp_resnet"),
         ("sweep.space.augment.rol.uniform=[0,1]", r"sweep\.space"),
-        ("storage=s3://bucket/x", "is a URI"),
+        ("storage=s3://bucket/x", "tracking.uri: must be given where storage is a URI"),
         ("student.augment.freq_mask=300", r"student: augment\.freq_mask is 300, but the front end's log-mel has 256"),
         ("teachers.recipes.passt_fms_1.frontend.mels=64", r"passt_fms_1: frontend makes 64 mels x 100 frames"),
         ("data.mode=ram", r"data\.mode: found 'ram': .*'auto'.*mapped"),

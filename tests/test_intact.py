@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, command, joined
 
-from asc_ray import artifacts
+from asc_ray import artifacts, files
 from asc_ray.artifacts import Artifact, file_sha256, read_record, stored_file, stored_files, write_record
 from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
@@ -178,7 +178,7 @@ def artifact(tmp_path: Path, **files: bytes) -> Artifact:
 
 
 def test_a_large_file_is_read_once_a_node_and_again_when_it_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = artifact(tmp_path, large=bytes(artifacts.SMALL_BYTES + 1), small=b"1").path
     read = []
     monkeypatch.setattr(artifacts, "file_sha256", lambda file: (read.append(file.name), file_sha256(file))[1])
@@ -197,7 +197,7 @@ def test_a_large_file_is_read_once_a_node_and_again_when_it_changes(tmp_path, mo
 
 
 def test_a_memory_that_is_damaged_or_others_can_write_is_not_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = artifact(tmp_path, large=bytes(artifacts.SMALL_BYTES + 1)).path
     stored_file(folder, "large")
     memory = next(tmp_path.glob("asc-ray-*"))

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 # itself lies in another layer than its package.
 LAYERS = (
     {"errors"},
-    {"files", "shown", "provenance", "disk"},
+    {"files", "shown", "provenance", "disk", "places", "remote"},
     {"runtime"},
-    {"section", "artifacts", "lock", "resources", "config.yaml_text", "config.overrides"},
+    {"section", "artifacts", "lock", "claims", "resources", "config.yaml_text", "config.overrides"},
     {"audio", "models"},
     {"predict"},
     {"data"},

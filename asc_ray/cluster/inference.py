@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from asc_ray import remote
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SPLITS
@@ -66,6 +67,7 @@ def store_logits(
         for name, report in result.items():
             reports[name].append(report)
     for name, (artifact, _, _) in systems.items():
+        remote.pull(artifact.partial, "*.arrow")  # from the nodes that made them
         for split in SPLITS:
             if not read_logits(artifact.partial, split).keys.equals(store.keys(rows[split])):
                 raise UserError(f"{artifact.partial}: not the {split} clips in order; delete the folder and try again")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from asc_ray.artifacts import Artifact
+from asc_ray import remote
+from asc_ray.artifacts import Artifact, stored_files
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SHARD, ClipStore
@@ -16,6 +17,7 @@ from asc_ray.data.faults import BadClip, Faults
 from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import UserError
+from asc_ray.places import is_kept, ready
 from asc_ray.resources import Resources
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
 
@@ -51,6 +53,7 @@ def ingest(
     _add_lost_scenes(faults, corpus, {clip.clip_id for clip in bad})
     faults.refuse(corpus.root, len(ids), skippable=False)
     left_out = {clip.clip_id for clip in bad}
+    remote.pull(folder, f"{SHARD}-*")  # from the nodes that made them
     held = ClipStore(folder).keys()
     if not held.equals(pa.chunked_array([[name for name in ids if name not in left_out]], pa.string())):
         raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
@@ -93,5 +96,8 @@ def _ingest_shard(
     fingerprint: str,
     file: Path,
 ) -> dict[str, Any]:
+    if is_kept(root):  # a made corpus
+        stored_files(root)
+    ready(file.parent)
     report = write_shard(root, clips, labels, devices, file, fingerprint=fingerprint)
     return note_piece(file, [clip.clip_id for clip in clips], asdict(report))

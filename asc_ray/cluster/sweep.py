@@ -12,11 +12,13 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from asc_ray import remote
 from asc_ray.artifacts import Artifact, write_record
-from asc_ray.cluster.tasks import OnEvent, settle, slots
+from asc_ray.cluster.tasks import OnEvent, rays_storage, settle, slots
 from asc_ray.disk import disk_error
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
+from asc_ray.places import ready
 from asc_ray.resources import RAYS_FOLDER, Resources
 from asc_ray.search.config import METRIC, SweepConfig
 from asc_ray.search.course import TRIALS, Course, checkpoints_of, ended_trials, error_of
@@ -98,7 +100,7 @@ def run_sweep(
                 ),
                 run_config=tune.RunConfig(
                     name="sweep",
-                    storage_path=str(artifact.storage / RAYS_FOLDER),
+                    **rays_storage(artifact.storage / RAYS_FOLDER),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=retries),
                 ),
@@ -174,8 +176,9 @@ def _trial(config: dict[str, Any], work: dict[str, Any]) -> None:
 
     An error is also written to a file, because Tune does not tell an error from a worker's death.
     """
-    note = work["folder"] / error_of(config["number"])
+    note = ready(work["folder"]) / error_of(config["number"])
     note.unlink(missing_ok=True)
+    remote.forget(note)
     try:
         _train(config, work)
     except Exception as error:
@@ -194,9 +197,12 @@ def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
     data = work["source"].open()
     model = build(student.model, len(data.store.labels), student.seed)
     checkpoints = work["folder"] / checkpoints_of(number)
+    remote.pull(checkpoints)
     if config["parent"] is not None and not checkpoints.is_dir():
         copied = checkpoints.with_suffix(f".{os.getpid()}.tmp")
-        shutil.copytree(work["folder"] / checkpoints_of(config["parent"]), copied)
+        parents = work["folder"] / checkpoints_of(config["parent"])
+        remote.pull(parents)
+        shutil.copytree(parents, copied)
         copied.rename(checkpoints)
     start, end = sweep.span(number)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ import torch
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from asc_ray import remote
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.resources import Resources, TrainerResources
 
@@ -38,6 +40,12 @@ def fits(requests: Sequence[Resources]) -> bool:
         else:
             return False
     return True
+
+
+def rays_storage(folder: Path) -> dict[str, Any]:
+    """Return the arguments of a RunConfig with which Ray Train and Tune write to a folder of a storage."""
+    filesystem, path = remote.filesystem(folder)
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.connection import Caller
-from asc_ray.cluster.tasks import Mailbox, OnEvent, beside_the_driver, fits, pass_on, settle
+from asc_ray.cluster.tasks import Mailbox, OnEvent, beside_the_driver, fits, pass_on, rays_storage, settle
 from asc_ray.disk import disk_error
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
@@ -175,7 +175,7 @@ class _Lane(Caller):
             ),
             run_config=ray.train.RunConfig(
                 name=work["lane"],
-                storage_path=str(scratch),
+                **rays_storage(scratch),
                 failure_config=ray.train.FailureConfig(max_failures=(retries + 1) * len(work["teachers"])),
             ),
         )

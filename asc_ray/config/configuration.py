@@ -13,6 +13,7 @@ from asc_ray.ensemble.fusion import FusionConfig
 from asc_ray.ensemble.inference import LogitsConfig
 from asc_ray.ensemble.teachers import TeachersConfig
 from asc_ray.int8.config import QATConfig
+from asc_ray.places import check, is_uri, node_folder
 from asc_ray.resources import ClusterConfig, Resources
 from asc_ray.search.config import NOT_JUDGED, SweepConfig
 from asc_ray.section import Section, absolute
@@ -25,7 +26,10 @@ SOFT_TARGET = "distillation.soft_target"
 
 class Config(Section):
     name: str = Field("asc", pattern=r"^[A-Za-z0-9._-]+$", description="name of the report and of the run in MLflow")
-    storage: Path = Field(description="folder for all artifacts; every node of a cluster must reach it")
+    storage: Path | str = Field(
+        description="where all artifacts are: a folder that every node of a cluster reaches, or the URI of an object "
+        "storage, s3://BUCKET/PREFIX"
+    )
     corpus: CorpusConfig = CorpusConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -42,15 +46,22 @@ class Config(Section):
 
     @field_validator("storage")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        if "://" in str(value) or str(value).startswith(("s3:", "gs:")):
-            raise ValueError("is a URI; allowed is a folder that every node of the cluster can reach")
+    def _absolute(cls, value: Path | str) -> Path | str:
+        if is_uri(value):
+            check(str(value))
+            return str(value).rstrip("/")
+        value = Path(value)
         if not value.is_absolute() and str(value)[:1] != "~" and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             raise ValueError("in a Ray job it must be absolute: the working directory is a temporary copy")
         return absolute(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        if isinstance(self.storage, str) and self.tracking.uri is None:
+            raise ValueError(
+                "tracking.uri: must be given where storage is a URI, because MLflow's own database needs a folder; "
+                "allowed is the URI of a server, as in tracking.uri=http://HOST:5000"
+            )
         if self.sweep:
             check_space(self.sweep, self.student)
         allowed = ("none", "average", "fused", *self.teachers.systems)
@@ -58,6 +69,11 @@ class Config(Section):
             if soft not in allowed:
                 raise ValueError(f"student.{SOFT_TARGET}: {soft!r} is unknown; allowed: {', '.join(allowed)}")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder in which artifacts are read and written: the storage, or this node's for its URI."""
+        return node_folder(self.storage, self.data.cache) if isinstance(self.storage, str) else self.storage
 
     @property
     def soft_target_names(self) -> tuple[str, ...]:

@@ -35,7 +35,9 @@ class DataConfig(Section):
         0.5, gt=0.0, le=1.0, description="share of the free memory, or of a GPU's part, that resident clips may take"
     )
     cache: Path | None = Field(
-        None, description="a folder on every node's own disk, where one copy of the clip store is kept and mapped"
+        None,
+        description="a folder on every node's own disk, where one copy of the clip store is kept and mapped; of an "
+        "object storage all that a node builds and reads, for which null is below its temporary folder",
     )
 
     @model_validator(mode="after")

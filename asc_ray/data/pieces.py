@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from asc_ray import remote
 from asc_ray.artifacts import file_sha256, read_record, write_record
 
 Record = Mapping[str, Any]
@@ -24,10 +25,14 @@ def piece_file(folder: Path, prefix: str, first: int) -> Path:
 
 
 def note_piece(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
-    """Write the record of a finished piece that covers the clips `ids`, and return it."""
+    """Write the record of a finished piece that covers the clips `ids`, and return it.
+
+    In an object storage both are there afterwards, the record last.
+    """
     first = int(file.stem.rpartition("-")[2])
     record = {**facts, "file": file.name, "first": first, "clips": len(ids), "ids": _digest(ids)}
     record["sha256"] = file_sha256(file)
+    remote.push(file)
     write_record(file.with_suffix(".json"), record)
     return record
 
@@ -40,6 +45,7 @@ def finished_pieces(
     All other files of the prefix are removed: those of other clips, those that are cut or changed, have no record,
     overlap the one before, or that `accept` refuses.
     """
+    remote.pull(folder, f"{prefix}-*")
     found: list[dict[str, Any]] = []
     end = 0
     for file in sorted(folder.glob(f"{prefix}-*.arrow")):

@@ -18,6 +18,7 @@ from asc_ray.data.logits import write_logits
 from asc_ray.data.pieces import note_piece
 from asc_ray.errors import UserError
 from asc_ray.models.registry import folded
+from asc_ray.places import ready
 from asc_ray.resources import Resources
 from asc_ray.section import Section
 from asc_ray.training.dataset import Source
@@ -100,6 +101,7 @@ def infer(
             raise UserError(f"system {system.system}: {error}; look at its weights, or train it again") from None
         weights = [read_manifest(path)["files"][WEIGHTS]["sha256"] for path in system.teachers]
         metadata = {"labels": json.dumps(store.labels), "corpus": store.corpus, "checkpoint": " ".join(weights)}
+        ready(system.file.parent)
         write_logits(system.file, store.ids[rows], values.numpy(), {**system.metadata, **metadata})
         facts = {"bf16_difference": difference} if precision == "bf16" else {}
         records[system.system] = note_piece(system.file, store.ids[rows], facts)

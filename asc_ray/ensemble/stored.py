@@ -15,6 +15,7 @@ from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.errors import UserError
 from asc_ray.models.registry import folded
+from asc_ray.places import named
 from asc_ray.training.folder import load_model
 from asc_ray.training.recipe import Recipe
 
@@ -82,8 +83,8 @@ class StoredEnsemble:
 def _fusion(run: Path) -> Path:
     fusions = [artifact.path for artifact in artifacts_in(run) if artifact.stage == "fusion"]
     if len(fusions) > 1:
-        names = "\n  ".join(map(str, fusions))
-        raise UserError(f"{run}: has {len(fusions)} fusions; give the folder of one:\n  {names}")
+        names = "\n  ".join(map(named, fusions))
+        raise UserError(f"{named(run)}: has {len(fusions)} fusions; give the folder of one:\n  {names}")
     folder = fusions[0] if fusions else run.resolve()
     try:
         if read_manifest(folder)["stage"] == "fusion":
@@ -92,6 +93,6 @@ def _fusion(run: Path) -> Path:
         if fusions:
             raise
     raise UserError(
-        f"{run}: no finished fusion, and no storage with one; give the `storage` of a run whose stage `fuse` is done, "
-        "or the folder of its fusion, as `asc-ray status` shows it"
+        f"{named(run)}: no finished fusion, and no storage with one; give the `storage` of a run whose stage `fuse` is "
+        "done, or the folder of its fusion, as `asc-ray status` shows it"
     )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from asc_ray.artifacts import MANIFEST, Artifact, artifacts_in
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
+from asc_ray.places import is_uri, named, opened
 
 COLUMNS = {
     "stage": "str",
@@ -39,10 +40,10 @@ def results(storage: str | Path) -> pd.DataFrame:
 
     An artifact that is damaged, or that this version cannot read, has its row, too: `problem` says what is wrong, and
     is empty otherwise. Only manifests and evaluations are read; `asc-ray verify` compares the other files.
-    Raises UserError where `storage` is no folder.
+    Raises UserError where `storage`, a path or a URI, is not there.
     """
-    storage = Path(storage)
-    if not storage.is_dir():
+    known, storage = is_uri(storage), opened(storage)
+    if not known and not storage.is_dir():
         raise UserError(f"{storage}: no such folder; give the `storage` of a configuration")
     rows = [_row(artifact) for artifact in artifacts_in(storage)]
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
@@ -51,7 +52,7 @@ def results(storage: str | Path) -> pd.DataFrame:
 
 def _row(artifact: Artifact) -> dict[str, Any]:
     folder = artifact.path
-    row: dict[str, Any] = {"stage": artifact.stage, "name": artifact.name, "key": artifact.key, "path": str(folder)}
+    row: dict[str, Any] = {"stage": artifact.stage, "name": artifact.name, "key": artifact.key, "path": named(folder)}
     row |= {"model": "", "problem": ""}
     try:
         manifest = artifact.manifest()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from asc_ray import remote
 from asc_ray.artifacts import Artifact, read_record, write_record
 from asc_ray.errors import ConfigError
 from asc_ray.models.complexity import Complexity
@@ -27,6 +28,7 @@ _OF_A_WORKER = ("parameters", "seed", "parent")  # what a worker needs to know o
 
 def ended_trials(artifact: Artifact) -> list[TrialResult]:
     """Return a search's trials that have ended; one whose result is not as it was written runs again."""
+    remote.pull(artifact.partial, f"{TRIALS}/[0-9]*.json")
     results = []
     for file in sorted((artifact.partial / TRIALS).glob("[0-9]*.json")):
         with suppress(ValidationError):
@@ -101,7 +103,7 @@ class Course:
         if sweep.scheduler == "pbt":
             parent = proposals.parent(sweep, number, self.ended)
             # No trial goes on from the generation before the last any more; each member removes one trial of it.
-            shutil.rmtree(self._folder / checkpoints_of(number - 2 * sweep.trials), ignore_errors=True)
+            self._remove(checkpoints_of(number - 2 * sweep.trials))
         trial = self._running[number] = _Running(parameters, repeats, seed, parent, cost=None)
         self._on_event(trial_name(number), {"started": True, **vars(trial)})
         try:
@@ -145,7 +147,7 @@ class Course:
 
     def give_up(self, number: int) -> None:
         """Give up a trial whose last attempt failed, by an error of its own or because its worker died."""
-        if note := read_record(self._folder / error_of(number)):
+        if note := read_record(remote.refreshed(self._folder / error_of(number))):
             self._running[number].error = note["error"]
             self.close(number, failed=True)
         else:  # a worker's death says nothing of the parameters: the trial is left for another time
@@ -161,9 +163,13 @@ class Course:
         result = TrialResult(number=number, **vars(trial))
         write_record(self._folder / result_of(number), result.model_dump(mode="json"))
         if sweep.scheduler != "pbt":
-            shutil.rmtree(self._folder / checkpoints_of(number), ignore_errors=True)
+            self._remove(checkpoints_of(number))
         self.ended.append(result)
         self._on_event(trial_name(number), {"finished": True, **vars(result), "value": result.value})
+
+    def _remove(self, checkpoints: str) -> None:
+        shutil.rmtree(self._folder / checkpoints, ignore_errors=True)
+        remote.forget(self._folder / checkpoints)
 
 
 def checkpoints_of(number: int) -> str:

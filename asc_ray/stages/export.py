@@ -28,8 +28,10 @@ from asc_ray.evaluation.scores import guessed
 from asc_ray.int8.bundle import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.int8.train import load_int8
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.places import is_uri, named, opened
 from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress
+from asc_ray.remote import children
 from asc_ray.report.card import Card, render_card
 from asc_ray.runtime import CHECKSUMS, MODEL
 from asc_ray.shown import masked
@@ -75,9 +77,9 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
     training or of a pipeline. If a pipeline has several int8 students, the best on the validation part is taken.
     Raises UserError if `run` is none of these.
     """
-    path = Path(run).resolve()
-    if path.exists():
-        folder = path if path.is_dir() else path.parent
+    path = opened(run) if is_uri(run) else Path(run).resolve()
+    if is_uri(run) or path.exists():
+        folder = path if is_uri(run) or path.is_dir() else path.parent
         found = [folder]
         read_manifest(folder)  # raises if the folder is not an artifact
         uri = uri or default_uri(folder.parents[1])
@@ -86,7 +88,11 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
         made = artifacts_of(uri, run)
         # The storage may have been moved since, or copied.
         storages = [default_storage, *dict.fromkeys(storage for storage, _ in made)]
-        everywhere = ([f for _, key in made for f in storage.glob(f"int8/*-{key}")] for storage in storages)
+        ends = tuple(f"-{key}" for _, key in made)
+        everywhere = (
+            [folder / name for name in children(folder) if name.endswith(ends)]
+            for folder in (storage / "int8" for storage in storages)
+        )
         found = next(filter(None, everywhere), [])
         if not found:
             raise UserError(
@@ -97,10 +103,11 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
         manifest = read_manifest(folder)
         if (stage := manifest["stage"]) != "int8":
             raise UserError(
-                f"{folder}: of the stage {stage}, and not an int8 student; run `asc-ray qat` and give what it made"
+                f"{named(folder)}: of the stage {stage}, and not an int8 student; run `asc-ray qat` and give what it "
+                "made"
             )
         if "validation" not in manifest["facts"]:
-            raise UserError(f"{folder}: made by an earlier version; run `asc-ray qat` again")
+            raise UserError(f"{named(folder)}: made by an earlier version; run `asc-ray qat` again")
     best = max(found, key=lambda folder: read_manifest(folder)["facts"]["validation"]["validation_macro_accuracy"])
     stored_files(best)
     storage = best.parents[1]

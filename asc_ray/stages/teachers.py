@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from asc_ray import remote
 from asc_ray.artifacts import write_record
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
@@ -36,10 +37,11 @@ def make(work: Work) -> None:
     work.progress.expect("teachers", {name: t.recipe.optimizer.epochs for name, t in waiting.items()})
     for artifact in todo.values():
         (artifact.partial / FAILED).unlink(missing_ok=True)
+        remote.forget(artifact.partial / FAILED)
     with work.tracked(todo, {name: teacher_thing(plan, name) for name in todo}) as on_event:
         errors = train_teachers(waiting, config.cluster.retries, watched(work, data, on_event))
     for name, error in errors.items():
-        if failure := disk_error(error, config.storage):  # which says nothing of the system
+        if failure := disk_error(error, config.folder):  # which says nothing of the system
             raise failure
         write_record(todo[name].open_partial() / FAILED, {"error": error})
     if untried := [name for name, artifact in todo.items() if not artifact.complete and name not in errors]:

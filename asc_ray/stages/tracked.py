@@ -186,7 +186,7 @@ def differences(config: Config) -> dict[str, Value]:
     Recipes and a search's space are left out, because the runs of teachers and trials have theirs.
     """
     own = _whole(config)
-    own_storage = [f"storage={json.dumps(str(config.storage))}"]  # a preset's own is relative, which a Ray job refuses
+    own_storage = [f"storage={json.dumps(str(config.folder))}"]  # a preset's own is relative, which a Ray job refuses
     presets = {file.stem: _whole(load_config(file, own_storage)) for file in sorted(PRESETS.glob("*.yaml"))}
     differing = {
         name: {key: value for key, value in own.items() if values.get(key) != value} for name, values in presets.items()
@@ -196,7 +196,7 @@ def differences(config: Config) -> dict[str, Value]:
 
 
 def _whole(config: Config) -> dict[str, Value]:
-    left_out = ("teachers.recipes", "sweep.space")
+    left_out = ("storage", "teachers.recipes", "sweep.space")
     return {key: value for key, value in parameters(config).items() if not key.startswith(left_out)}
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from asc_ray.artifacts import Artifact
+from asc_ray.artifacts import MANIFEST, Artifact
 from asc_ray.cluster.stream import stream
 from asc_ray.cluster.tasks import Task, run_tasks
 from asc_ray.plan import Plan
@@ -89,8 +89,8 @@ class Work:
                 tasks.append(Task(name, job.function, (job.artifact, *job.arguments), job.resources, bool(job.epochs)))
 
             def on_done(name: str, result: Any) -> None:
-                if name in things:
-                    self.tracker.log_file(things[name], todo[name].artifact.path / "manifest.json")
+                if name in things and todo[name].artifact.complete:  # which another node may have made
+                    self.tracker.log_file(things[name], todo[name].artifact.path / MANIFEST)
                 if len(todo) > 1 and todo[name].epochs:
                     on_event(name, {"finished": True})
 

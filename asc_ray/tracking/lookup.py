@@ -8,6 +8,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from asc_ray.errors import UserError
+from asc_ray.places import opened
 from asc_ray.shown import masked
 from asc_ray.tracking.config import database_of
 from asc_ray.tracking.things import KEY_TAG, STORAGE_TAG, first_line
@@ -25,7 +26,7 @@ def artifacts_of(uri: str, run_id: str) -> list[tuple[Path, str]]:
         return []
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
     found = [run, *client.search_runs([run.info.experiment_id], query, max_results=5000)]
-    return [(Path(r.data.tags[STORAGE_TAG]), r.data.tags[KEY_TAG]) for r in found if KEY_TAG in r.data.tags]
+    return [(opened(r.data.tags[STORAGE_TAG]), r.data.tags[KEY_TAG]) for r in found if KEY_TAG in r.data.tags]
 
 
 def runs_of(uri: str, keys: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from asc_ray.artifacts import content_key
 from asc_ray.errors import UserError
+from asc_ray.places import named
 from asc_ray.shown import masked
 from asc_ray.tracking.config import ARTIFACTS, TrackingConfig, database_of, default_uri
 from asc_ray.tracking.spool import Spool
@@ -163,7 +164,7 @@ class Tracker:
                     files = None if self._config.uri else (self._storage / ARTIFACTS).as_uri()
                     if files:
                         prepare(self._storage)
-                    server = Server(self.uri, self._config.experiment, self._storage, files, self._say)
+                    server = Server(self.uri, self._config.experiment, named(self._storage), files, self._say)
                     self._answered.set()
                 if records := self._spool.unsent():
                     server.apply(records)

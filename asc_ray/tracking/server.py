@@ -60,8 +60,8 @@ class _Known:
 class Server:
     """An experiment's runs of one storage. Methods raise MlflowException, or another error of its store."""
 
-    def __init__(self, uri: str, experiment: str, storage: Path, files: str | None, say: Callable[[str], None]) -> None:
-        """`files`: URI of the folder for the runs' files; None: where the server puts them."""
+    def __init__(self, uri: str, experiment: str, storage: str, files: str | None, say: Callable[[str], None]) -> None:
+        """`storage`: its path or URI. `files`: URI of a folder for runs' files; None: where the server puts them."""
         self._uri, self._experiment, self._storage, self._files, self._say = uri, experiment, storage, files, say
         self._client = MlflowClient(uri)
         self._opened: dict[str, dict[str, Any]] = {}  # the record that opened a run, to make it anew
@@ -78,7 +78,7 @@ class Server:
                 client.restore_experiment(self._id)
                 self._say(f"MLflow's experiment {name} was deleted; it is restored, because this run is one of its own")
         self._runs: dict[str, _Known] = {}
-        storage, token = str(self._storage), None
+        storage, token = self._storage, None
         query = f"tags.`{STORAGE_TAG}` {_equal(storage)}"
         while True:
             page = client.search_runs(
@@ -168,7 +168,7 @@ class Server:
                 known.status = "RUNNING"
             self._tag({**record, "tags": tags})
             return
-        tags |= {STORAGE_TAG: str(self._storage), RUN_TAG: name}
+        tags |= {STORAGE_TAG: self._storage, RUN_TAG: name}
         run = self._client.create_run(self._id, record["time"], tags, record["name"])
         self._runs[name] = known = _Known()
         known.id, known.status, known.key, known.tags = run.info.run_id, "RUNNING", tags[KEY_TAG], tags

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from asc_ray import remote
 from asc_ray.artifacts import file_sha256, read_record, write_record
 
 KEPT = 2
-TENSORS = ("model.safetensors", "optimizer.safetensors")
+TENSORS, META = ("model.safetensors", "optimizer.safetensors"), "meta.json"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ def save_checkpoint(
         save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
         checksums = {name: file_sha256(temporary / name) for name in TENSORS}
         meta = {"epoch": epoch, "steps": list(steps), "history": history, "sha256": checksums}
-        write_record(temporary / "meta.json", meta)
+        write_record(temporary / META, meta)
         if final.exists():  # a damaged one that resuming passed over
             shutil.rmtree(final)
         os.rename(temporary, final)
+        remote.push(*(final / name for name in TENSORS))
+        remote.push(final / META)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -62,6 +65,7 @@ def save_checkpoint(
     earlier = there[: len(there) - len(later)]
     for path in [*later, *(old for old in earlier[:-KEPT] if old.name not in best)]:
         shutil.rmtree(path)
+        remote.forget(path)
 
 
 def best_epoch(history: Sequence[Mapping[str, float]]) -> int:
@@ -74,6 +78,7 @@ def load_checkpoint(folder: Path, epoch: int | None = None) -> Checkpoint | None
 
     With `epoch`, return the checkpoint of that epoch's end, if it is there and intact.
     """
+    remote.pull(folder)
     for candidate in sorted(folder.glob("epoch-*" if epoch is None else _name(epoch)), reverse=True):
         meta = _read_meta(candidate)
         if meta is None:
@@ -106,7 +111,7 @@ def _name(epoch: int) -> str:
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
-    meta = read_record(folder / "meta.json")
+    meta = read_record(folder / META)
     try:
         intact = meta is not None and all(file_sha256(folder / name) == meta["sha256"].get(name) for name in TENSORS)
     except OSError:

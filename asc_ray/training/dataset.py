@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asc_ray.artifacts import file_sha256, mirrored, stored_file
+from asc_ray.artifacts import file_sha256, stored_file
 from asc_ray.audio.impulse import ImpulseBank, response_files
 from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.division import FusionData, PartitionConfig, partition
+from asc_ray.data.mirror import mirrored
 from asc_ray.data.recordings import following
 from asc_ray.errors import ConfigError, UserError
 
