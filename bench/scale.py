@@ -134,9 +134,11 @@ def plan(storage: Path, clips: int, _: int) -> str:
     (corpus / "audio").mkdir(parents=True)
     config = load_config("tau22", [f"storage={storage}", f"corpus.path={corpus}"])
     own = columns(0, math.ceil(TRAINING * clips), clips)
-    groups = tuple(grouped(own["scene"], own["place"], own["device"]))
+    groups = tuple(grouped(own["scene"], own["place"]))
     stamps = {"tables": reading._tables(config.corpus), "audio": {"audio": reading._stamp(corpus / "audio")}}
-    made = reading.Reading("f00d", tuple(SCENES), tuple(DEVICES), groups, True, "audio/x.wav", stamps)
+    made = reading.Reading(
+        "f00d", tuple(SCENES), tuple(DEVICES), groups, (63,) * len(groups), True, "audio/x.wav", stamps
+    )
     reading.keep(storage, config.corpus, made)
     start = time.perf_counter()
     found = reading.kept_reading(storage, config.corpus)

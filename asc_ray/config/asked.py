@@ -31,10 +31,11 @@ def check_corpus(config: Config, corpus: Reading) -> None:
     if cropped:
         check_followed(cropped[0], corpus.followed, corpus.first)
     shares = config.partition.shares(config.fusion.data, config.fusion.folds)
-    groups = ((corpus.labels[scene], place, clips) for scene, place, _, clips in corpus.groups)
+    groups = ((corpus.labels[scene], place, clips) for scene, place, clips in corpus.groups)
     part_of = divide(groups, shares, config.partition.seed)
     if config.sweep:
-        trained = {corpus.devices[device] for _, _, device, _ in corpus.groups}
-        validated = {corpus.devices[device] for _, place, device, _ in corpus.groups if part_of[place] == "validation"}
-        check_held_out_devices(config.sweep.validation.devices, trained, validated)
+        validated = (heard for place, heard in enumerate(corpus.heard) if part_of[place] == "validation")
+        check_held_out_devices(
+            config.sweep.validation.devices, corpus.devices_of(corpus.heard), corpus.devices_of(validated)
+        )
     check_prior(config.fusion.scene_prior, corpus.labels)

@@ -108,20 +108,24 @@ class ClipStore:
         if not files:
             raise UserError(f"{self.folder}: no {SHARD}-*.arrow files; run the ingest stage first")
         schema = map_batch(files[0]).schema
-        scene: list[np.ndarray] = []
-        energy: list[np.ndarray] = []
-        device, place, split = _Codes(np.int16), _Codes(np.int32), _Codes(np.int16)
+        most = sum(file.stat().st_size for file in files if file.exists()) // (
+            2 * CLIP_SAMPLES
+        )  # what is not filled takes no memory
+        scene, energy = np.empty(most, np.int64), np.empty(most, np.float32)
+        device, place, split = (_Codes(np.empty(most, dtype)) for dtype in (np.int16, np.int32, np.int8))
+        starts = [0]
         for file in files:
             batch = map_batch(file)  # it is let go at once, for what was looked at would count as memory
             if batch.schema != schema or batch.schema.metadata != schema.metadata:
                 raise UserError(f"{file}: not of one store with {files[0].name} (corpus, labels or columns differ)")
             try:
-                scene.append(batch["scene"].indices.to_numpy().astype(np.int64))
-                energy.append(batch["energy"].to_numpy().copy())
-                device.add(batch["device"])
-                place.add(batch["location"])
-                split.add(batch["split"])
-            except (KeyError, TypeError, AttributeError) as error:
+                own = slice(starts[-1], starts[-1] + batch.num_rows)
+                scene[own], energy[own] = batch["scene"].indices.to_numpy(), batch["energy"].to_numpy()
+                device.fill(own, batch["device"])
+                place.fill(own, batch["location"])
+                split.fill(own, batch["split"])
+                starts.append(own.stop)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UserError(f"{file}: not a shard of a clip store ({error!r})") from error
         try:
             self.labels: tuple[str, ...] = tuple(json.loads(schema.metadata[b"labels"]))
@@ -129,9 +133,9 @@ class ClipStore:
             self.corpus: str = schema.metadata[b"corpus"].decode()
         except (KeyError, TypeError) as error:
             raise UserError(f"{files[0]}: not a shard of a clip store ({error!r})") from error
-        self._starts = np.cumsum([0, *map(len, scene)])
-        self.scene, self.energy = np.concatenate(scene), np.concatenate(energy)
-        self.device, self.place, self.split = device.together(), place.together(), split.together()
+        self._starts = np.array(starts)
+        self.scene, self.energy = scene[: starts[-1]], energy[: starts[-1]]
+        self.device, self.place, self.split = (codes.names(starts[-1]) for codes in (device, place, split))
         self._pcm: dict[int, np.ndarray] = {}  # by shard, mapped
 
     def __len__(self) -> int:
@@ -226,12 +230,12 @@ def map_pcm(file: Path) -> np.ndarray:
 class _Codes:
     """A column of several shards, whose dictionaries differ, on its way to Names."""
 
-    def __init__(self, dtype: type[np.integer]) -> None:
-        self._dtype, self._numbers, self._codes = dtype, dict[str, int](), list[np.ndarray]()
+    def __init__(self, codes: np.ndarray) -> None:
+        self._codes, self._numbers = codes, dict[str, int]()
 
-    def add(self, column: pa.DictionaryArray) -> None:
+    def fill(self, rows: slice, column: pa.DictionaryArray) -> None:
         own = [self._numbers.setdefault(name, len(self._numbers)) for name in column.dictionary.to_pylist()]
-        self._codes.append(np.array(own, dtype=self._dtype)[column.indices.to_numpy()])
+        self._codes[rows] = np.array(own, dtype=self._codes.dtype)[column.indices.to_numpy()]
 
-    def together(self) -> Names:
-        return Names(np.concatenate(self._codes), np.array(list(self._numbers), dtype=str))
+    def names(self, clips: int) -> Names:
+        return Names(self._codes[:clips], np.array(list(self._numbers), dtype=str))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from asc_ray.data.arrow import map_batch, write_batch
+from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
 
 REQUIRED_METADATA = ("system", "labels", "corpus")
@@ -39,6 +40,13 @@ class Logits:
     def ids(self) -> np.ndarray:
         """The clip ids, (N,) str."""
         return self.keys.to_numpy()
+
+    def holds(self, store: ClipStore, rows: np.ndarray) -> bool:
+        """Whether these are the store's clips `rows` in order; compared file by file, to save memory."""
+        return len(self) == len(rows) and all(
+            pa.chunked_array([map_batch(file, "clip_id")["clip_id"]]).equals(store.keys(rows[start:end]))
+            for file, start, end in zip(self.files, self.starts, self.starts[1:], strict=False)
+        )
 
     def values(self, file: int) -> np.ndarray:
         """Return the logits (n, K) float32 of one file over its memory map."""

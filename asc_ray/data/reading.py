@@ -8,10 +8,12 @@ anew, as by `asc-ray ingest`.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import version
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +35,27 @@ SOME = 64  # clips whose own stamps are kept, evenly spread over the corpus
 class Reading:
     """What a plan asks of a corpus.
 
-    `groups`: the training clips by scene, place and device, and how many they are: numbers of `labels`, of the places
-    and of `devices`, in the order in which the clips first appear. `followed`: whether a training clip is followed by
-    another second of its recording; `first`: the first one's id. `stamps` is empty where the reading cannot be kept.
-    `corpus`: the clips, unless the reading was kept by an earlier command.
+    `groups`: the training clips by scene and place, and how many they are: numbers of `labels` and of the places, in
+    the order in which the clips first appear. `heard`: the devices of each place's training clips, as the sum of 2^n
+    over their numbers n in `devices`. `followed`: whether a training clip is followed by another second of its
+    recording; `first`: the first one's id. `stamps` is empty where the reading cannot be kept. `corpus`: the clips,
+    unless the reading was kept by an earlier command.
     """
 
     fingerprint: str
     labels: tuple[str, ...]
     devices: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
+    heard: tuple[int, ...]
     followed: bool
     first: str
     stamps: Mapping[str, Any]
     corpus: Corpus | None = None
+
+    def devices_of(self, heard: Iterable[int]) -> tuple[str, ...]:
+        """Return the devices of some places, given as in `heard`."""
+        together = reduce(or_, heard, 0)
+        return tuple(device for number, device in enumerate(self.devices) if together >> number & 1)
 
 
 def new_reading(config: CorpusConfig) -> Reading:
@@ -59,12 +68,16 @@ def new_reading(config: CorpusConfig) -> Reading:
     numbers = [{name: n for n, name in enumerate(names)} for names in (corpus.labels, places, corpus.devices)]
     named = zip(*((clip.scene, clip.place, clip.device) for clip in train), strict=True)
     scene, place, device = (np.array([of[name] for name in own]) for of, own in zip(numbers, named, strict=True))
+    heard = [0] * len(places)
+    for at, own, _ in grouped(place, device):
+        heard[at] |= 1 << own
     ids = pa.chunked_array([[clip.clip_id for clip in train]], pa.string())
     return Reading(
         fingerprint=corpus.fingerprint,
         labels=corpus.labels,
         devices=corpus.devices,
-        groups=tuple(grouped(scene, place, device)),
+        groups=tuple(grouped(scene, place)),
+        heard=tuple(heard),
         followed=bool((following(ids, scene, place) != np.arange(len(ids))).any()),
         first=train[0].clip_id,
         stamps=_stamps(config, corpus, before, began),
@@ -85,6 +98,7 @@ def kept_reading(storage: Path, config: CorpusConfig) -> Reading | None:
             labels=tuple(record["labels"]),
             devices=tuple(record["devices"]),
             groups=tuple(zip(*record["groups"], strict=True)),
+            heard=tuple(record["heard"]),
             followed=record["followed"],
             first=record["first"],
             stamps={name: record[name] for name in ("tables", "audio")},
@@ -100,8 +114,8 @@ def keep(storage: Path, config: CorpusConfig, reading: Reading | None) -> None:
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(exist_ok=True)
-    names = ("fingerprint", "labels", "devices", "followed", "first")
-    groups = {"groups": list(zip(*reading.groups, strict=True))}  # four columns are shorter than many rows
+    names = ("fingerprint", "labels", "devices", "heard", "followed", "first")
+    groups = {"groups": list(zip(*reading.groups, strict=True))}  # three columns are shorter than many rows
     write_record(file, {name: getattr(reading, name) for name in names} | groups | dict(reading.stamps))
 
 

@@ -13,8 +13,10 @@ from asc_ray.training.dataset import Dataset
 
 
 def student_clips(data: Dataset) -> np.ndarray:
-    """Return every training clip outside the validation part."""
-    return np.union1d(data.parts["train"], data.parts["fusion"])
+    """Return every training clip outside the validation part, in the order of the store."""
+    chosen = np.zeros(len(data.store), dtype=bool)
+    chosen[data.parts["train"]] = chosen[data.parts["fusion"]] = True
+    return np.flatnonzero(chosen)
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,15 @@ def read_soft_targets(data: Dataset, files: TargetFiles | None) -> SoftTargets |
         return None
     store, stored = data.store, read_logits(stored_files(files.artifact, files.pattern))
     clips = np.flatnonzero(store.split == "train")
-    if not stored.keys.equals(store.keys(clips)):  # another order, or not all: their ids are joined in memory
+    if not stored.holds(store, clips):  # another order, or not all: their ids are joined in memory
         clips = store.index_of(stored.keys)
     rows = np.full(len(store), -1, dtype=np.int32)
-    rows[clips] = np.arange(len(stored))
+    rows[clips] = np.arange(len(stored), dtype=np.int32)
     asked = student_clips(data)
-    missing = rows[asked] < 0
-    if missing.any():
-        first = ", ".join(store.ids[asked[missing][:5]])
+    if len(missing := asked[rows[asked] < 0]):
+        first = ", ".join(store.ids[missing[:5]])
         raise UserError(
-            f"{files.artifact}: {missing.sum()} training clips have no soft target, first {first}; fuse again"
+            f"{files.artifact}: {len(missing)} training clips have no soft target, first {first}; fuse again"
         )
     for file, path in enumerate(stored.files):
         if not np.isfinite(stored.values(file)).all():
