@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from asc_ray.artifacts import Artifact, stored_file, stored_files, write_atomically
+from asc_ray.artifacts import Artifact, read_manifest, stored_file, stored_files, write_atomically
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
 from asc_ray.ensemble.fuse import FUSION
@@ -70,7 +70,7 @@ def evaluate_student(
     folder = artifact.open_partial()
     data = source.open(test=True)
     store, test = data.store, data.parts["test"]
-    int8 = (student / ONNX_MODEL).is_file()
+    int8 = ONNX_MODEL in read_manifest(student)["files"]
     device = torch.device("cpu") if int8 else training_device(gpus)
     if int8:
         from asc_ray.int8.conversion import convert  # torchao takes seconds, and the driver does without
