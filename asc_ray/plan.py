@@ -74,7 +74,7 @@ class Plan:
                 raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
         elif not anew and self.source is None:
-            self.source = kept_reading(config.storage, corpus)
+            self.source = kept_reading(config.folder, corpus)
         ingest = {"on_bad_clip": corpus.on_bad_clip, "impulse_responses": self._impulse_responses_identity()}
         if self.demo or self.source:
             self.clips = self._clips(ingest)
@@ -247,7 +247,7 @@ class Plan:
     def keep_reading(self) -> None:
         """Keep what was read of the corpus for the next command; the caller holds the storage's lock."""
         if self.source and self.source.corpus:
-            keep(self.config.storage, self.config.corpus, self.source if self._ingested_whole() else None)
+            keep(self.config.folder, self.config.corpus, self.source if self._ingested_whole() else None)
 
     def _ingested_whole(self) -> bool:
         """Whether the clip store is there and no clip was left out, which somebody may mend."""

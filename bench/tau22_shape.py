@@ -96,7 +96,7 @@ def rows(clips: int) -> dict[str, list[Row]]:
 def make_corpus(out: Path, clips: int) -> int:
     """Write the corpus into the new folder `out`, and return how many clips its splits list."""
     made = out.with_name("seconds")
-    make_demo_corpus(made, DemoConfig(train_clips_per_scene=min(160, clips // 10), test_seconds_per_scene=16))
+    make_demo_corpus(made, DemoConfig(train_clips_per_scene=160, test_seconds_per_scene=16))
     pools = seconds_of(made)
     (out / "audio").mkdir(parents=True)
     (out / "evaluation_setup").mkdir()

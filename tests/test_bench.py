@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile as sf
 from conftest import ROOT, Run
 
 from asc_ray.data.corpus import read_corpus
@@ -143,6 +144,61 @@ def test_scale():
     # Below 1 GB a process: 3,000 clips of 64 kB would be 0.2 GB more, and their samples are read from holes.
     (peaks,) = re.findall(r"^3,000 " + 3 * r".* ([\d.]+) GB" + r".* ([\d.]+) ([\d.]+) GB$", output, re.MULTILINE)
     assert all(0.1 < float(peak) < 2.0 for peak in peaks)
+
+
+@pytest.fixture
+def tau22_shape(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("tau22_shape")
+
+
+def test_the_full_shape_is_tau22_s(tau22_shape):
+    """Its published counts, and no place in two splits."""
+    listed = tau22_shape.rows(tau22_shape.CLIPS)
+    assert {split: len(rows) for split, rows in listed.items()} == {
+        "train": 139_620, "evaluate": 29_680, "neither": 61_050,
+    }  # fmt: skip
+    every = [row for rows in listed.values() for row in rows]
+    assert len({row.name for row in every}) == 230_350
+    of_a = sum(row.device == "a" for row in every)
+    assert of_a == 144_000
+    train, test = ({row.device for row in listed[split]} for split in ("train", "evaluate"))
+    assert test - train == {"s4", "s5", "s6"}
+    places = [{row.place for row in rows} for rows in listed.values()]
+    assert sum(map(len, places)) == len(set.union(*places))
+
+
+@pytest.mark.campaign
+def test_a_small_corpus_of_that_shape_is_one(tau22_shape, tmp_path):
+    """Its clips are different sounds in TAU22's form, and the reader takes it; what no split lists is there, too."""
+    count = tau22_shape.make_corpus(tmp_path / "corpus", 400)
+    corpus = read_corpus(tmp_path / "corpus")
+    assert len(corpus.clips) == count == pytest.approx(400, abs=10)
+    assert (len(corpus.labels), len(corpus.devices)) == (10, 9)
+    assert not any("places" in note for note in corpus.notes)
+    files = [tmp_path / "corpus" / clip.clip_id for clip in corpus.clips]
+    assert len({file.read_bytes() for file in files}) == count
+    info = sf.info(files[0])
+    assert (info.samplerate, info.subtype, info.channels, info.frames) == (44_100, "PCM_24", 1, 44_100)
+    rows = (tmp_path / "corpus" / "meta.csv").read_text().splitlines()[1:]
+    assert len(rows) == len(list((tmp_path / "corpus" / "audio").iterdir())) > count
+
+
+@pytest.mark.campaign
+def test_the_pipeline_at_a_small_part_of_tau22_s_shape(tmp_path):
+    output = run("tau22_shape", tmp_path / "here", "--clips", 700)
+    killed = re.search(r"^ingest, killed .* (\d+) clips, .* (\d+) of 8 shards$", output, re.MULTILINE)
+    again = re.search(r"^ingest, again .* (\d+) clips, \d+ clips/s$", output, re.MULTILINE)
+    listed = re.search(r"^(\d+) clips in", output)
+    assert killed, output
+    assert again, output
+    assert listed, output
+    assert 4 <= int(killed[2]) < 8
+    assert int(killed[1]) + int(again[1]) == int(listed[1])
+    for stage in ("teachers", "logits", "fuse", "student", "qat", "evaluate", "report", "pipeline, all is done"):
+        assert re.search(rf"^{stage} +[\d.]+ ", output, re.MULTILINE), output
+    assert len(list((tmp_path / "here" / "storage" / "teachers").glob("*/manifest.json"))) == 12
+    assert list((tmp_path / "here" / "storage").glob("report/*/report.html"))
 
 
 def test_int8():

@@ -84,7 +84,7 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
         ),
         ("teachers.systems=[passt_fms_9]", r"unknown teacher 'passt_fms_9'; did you mean passt_fms_\d\?"),
         ("teachers.systems=[passt_fms_1, passt_fms_1]", "a name occurs twice"),
-        ("teachers.systems=[]", r"teachers\.recipes: "),
+        ("teachers.systems=[]", "teachers: recipes, imported: no system"),
         ("teachers.override.resnet.seed=1", r"teachers\.override\.resnet: unknown model; allowed: passt, cp_resnet"),
         ("sweep.space.augment.rol.uniform=[0,1]", r"sweep\.space"),
         ("storage=s3://bucket/x", "tracking.uri: must be given where storage is a URI"),

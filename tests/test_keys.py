@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import soundfile as sf
-from conftest import TINY
+from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
 from asc_ray.config.composition import load_config
@@ -48,6 +48,7 @@ FIRST = {
     "partition": "teachers",
     "teachers.checkpoints": "teachers",
     "teachers.recipes": "teachers",
+    "teachers.imported": "logits",
     "teachers.resources": "",
     "teachers.resources_for": "",
     "teachers.allow_missing": "",
@@ -81,12 +82,16 @@ BASES: dict[str, list[str]] = {
     "bsconv_cnn": ["student.preset=bsconv_cnn", NO_SWEEP],
     "dcase22_baseline": ["student.preset=dcase22_baseline", "student.augment.freq_mask=8", NO_SWEEP],
     "own plan": [f"student.model={json.dumps({'name': 'ds_flexinet', 'size': None, 'plan': OWN_PLAN})}", NO_SWEEP],
+    "logits from a file": [f"teachers.imported={{beats_1: {{logits: {TINY}}}}}", NO_SWEEP],
     "resources for a model": ["teachers.resources_for={passt: {cpus: 1}}"],
 }
 # Where neighbors of the present value are not allowed, or there is none.
 OTHERS: dict[str, list[Any]] = {
     "storage": ["/tmp/elsewhere"],
     "teachers.allow_missing": [1],
+    "teachers.imported.beats_1.logits": [str(ROOT / "README.md")],
+    "teachers.imported.beats_1.ids": [str(ROOT / "README.md")],
+    "teachers.imported.beats_1.labels": [["a", "b"]],
     "teachers.resources.workers": [2],
     "teachers.resources_for": [{"passt": {"cpus": 2}}],
     "fusion.scene_prior": ["uniform"],
@@ -121,7 +126,7 @@ WITH = {
 # Leaves with a test of their own below.
 APART = {
     "corpus.path", "corpus.train_split", "corpus.impulse_responses", "teachers.checkpoints", "student.checkpoint",
-    "teachers.recipes.*.model.pretrained",
+    "teachers.recipes.*.model.pretrained", "teachers.imported",
 }  # fmt: skip
 
 

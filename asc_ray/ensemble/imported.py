@@ -117,14 +117,14 @@ def _columns(file: Path, labels: Sequence[str] | None, wanted: Sequence[str], co
 
 def _rows(file: Path, ids: Sequence[str], store: ClipStore) -> np.ndarray:
     """Return the file's row of each of the store's clips. Raises UserError for clips that it lacks or has twice."""
-    keys, wanted = list(ids), store.ids.tolist()
+    keys, wanted = list(ids), list(store.ids)
     if not set(keys) & set(wanted):
         keys, wanted = [_stem(name) for name in keys], [_stem(name) for name in wanted]
     needed, times = set(wanted), Counter(keys)
     if twice := [name for name in needed if times[name] > 1]:
         raise UserError(f"{file}: {len(twice)} clips occur more than once: {_some(sorted(twice))}")
     row_of = {key: row for row, key in enumerate(keys)}
-    if missing := [name for name, key in zip(store.ids.tolist(), wanted, strict=True) if key not in row_of]:
+    if missing := [name for name, key in zip(list(store.ids), wanted, strict=True) if key not in row_of]:
         splits = Counter(store.split[store.index_of(missing)].tolist())
         of = " and ".join(f"{count} of the {split} split" for split, count in sorted(splits.items()))
         raise UserError(
