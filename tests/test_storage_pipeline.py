@@ -48,7 +48,7 @@ def options(settings: list[str]) -> list[str]:
     return ["--config", str(TINY), *(word for setting in settings for word in ("--set", setting))]
 
 
-@pytest.fixture(scope="module", params=["folder", "s3"])
+@pytest.fixture(scope="module", params=[pytest.param("folder", marks=pytest.mark.campaign), "s3"])
 def resumed(request, tmp_path_factory) -> Resumed:
     folder = tmp_path_factory.mktemp("resumed")
     if request.param == "folder":
