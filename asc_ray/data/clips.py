@@ -155,9 +155,15 @@ class ClipStore:
         """The clips' ids; an index gives those of some clips, (n,) str."""
         return Ids(self)
 
+    def numbers(self, rows: Any) -> np.ndarray:
+        """Return the row numbers that an index means."""
+        if isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.min(initial=0) >= 0:
+            return rows  # as it mostly is, without a table of all rows
+        return np.arange(len(self))[rows]
+
     def keys(self, rows: Any = slice(None)) -> pa.ChunkedArray:
         """Return the ids of these rows, (n,) utf8, in their order; consecutive ones over the files' maps."""
-        rows = np.arange(len(self))[rows]
+        rows = self.numbers(rows)
         found = []
         for shard, own in self.by_shard(rows):
             column, local = map_batch(self._files[shard], "clip_id")["clip_id"], rows[own] - self._starts[shard]
@@ -217,7 +223,7 @@ class Ids:
         return iter(self[:])
 
     def __getitem__(self, rows: Any) -> Any:
-        rows = np.arange(len(self))[rows]
+        rows = self.store.numbers(rows)
         found = self.store.keys(np.atleast_1d(rows)).to_numpy()
         return found if rows.ndim else found[0]
 

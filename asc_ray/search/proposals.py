@@ -44,13 +44,15 @@ def propose(config: SweepConfig, number: int, ended: Sequence[TrialResult]) -> d
         return explored(config.population, config.space, own, _generator(config, number, 1))
     if number >= config.searched:
         return next(r.parameters for r in ended if r.number == repeated(config, number, ended)[0])
-    known = visible(config, number, ended)
+    drawn = config.sampler == "random" or config.scheduler == "pbt" or number < config.startup_trials
+    # A random draw looks at no result, and Optuna copies each that it is given.
+    known = [] if drawn else visible(config, number, ended)
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = (
             optuna.samplers.RandomSampler(seed=seed)
-            if config.sampler == "random" or config.scheduler == "pbt" or number < config.startup_trials
+            if drawn
             else optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True, group=True)
         )
         directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if config.cost else ["maximize"]
