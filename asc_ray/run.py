@@ -81,8 +81,9 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
         if stage not in todo and plan.by_stage()[stage]:
             progress.skipped(stage, plan.by_stage()[stage])
     if not todo:
-        with suppress(UserError, OSError), exclusive(config.folder):  # another run may hold it, or nobody may write
-            plan.keep_reading()
+        if plan.source and plan.source.corpus:
+            with suppress(UserError, OSError), exclusive(config.folder):  # another run may hold it, or nobody may write
+                plan.keep_reading()
         progress.nothing_to_do()
         return plan
     refuse(plan, todo)
