@@ -425,6 +425,7 @@ def known(uri: str) -> dict[tuple[str, str], tuple[str, dict[str, float]]]:
     }
 
 
+@pytest.mark.campaign
 def test_runs_are_in_postgresql_and_files_on_s3_also_after_both_started_again(finished, tmp_path, postgres, bucket):
     storage = Path(
         shutil.copytree(
