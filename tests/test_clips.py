@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +84,15 @@ def test_the_store_returns_what_the_corpus_has(corpus, folder):
         assert (getattr(store, column) == names[0]).tolist() == [name == names[0] for name in names]
         assert getattr(store, column).among(slice(2, 5)) == sorted(set(names[2:5]))
     assert store.unseen_devices == ()
+
+
+def test_unseen_devices_are_those_of_the_test_split_alone(corpus, tmp_path):
+    of = ["z", "z", "b", "z", "z", "a", "z", "c"]
+    clips = tuple(replace(clip, device=device) for clip, device in zip(corpus.clips, of, strict=True))
+    folder = tmp_path / "unseen"
+    folder.mkdir()
+    write_shard(corpus.root, clips, LABELS, ("a", "b", "c", "z"), piece_file(folder, SHARD, 0), fingerprint="f00d")
+    assert ClipStore(folder).unseen_devices == ("a", "c")
 
 
 def test_pcm_is_bit_equal_and_in_the_order_asked_for(corpus, folder):
@@ -183,6 +192,9 @@ def test_a_damaged_shard_is_named(folder, damage):
 def test_stores_that_are_none(corpus, folder, tmp_path):
     with pytest.raises(UserError, match=r"no shard-\*\.arrow"):
         ClipStore(tmp_path)
+    write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, piece_file(folder, SHARD, 9), fingerprint="f00d")
+    with pytest.raises(UserError, match="held twice"):
+        ClipStore(folder)
     write_shard(corpus.root, corpus.clips[:1], LABELS, DEVICES, piece_file(folder, SHARD, 9), fingerprint="beef")
     with pytest.raises(UserError, match=r"shard-000000009\.arrow: not of one store"):
         ClipStore(folder)

@@ -98,19 +98,19 @@ class ClipStore:
 
     scene: (N,) int64 into `labels`; device, place, split: Names; energy: (N,) float32; labels, devices: tuples; corpus:
     the fingerprint. Ids and PCM stay on disk, mapped where they are asked for. Without `files` all shards in the folder
-    are read. Pickling sends only the paths, and the other end opens them again.
-    Raises UserError for a folder without shards, a damaged shard, shards of different corpora.
+    are read, and their ids compared, which those of a finished artifact were at its ingest. Pickling sends only the
+    paths, and the other end opens them again.
+    Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None):
-        self.folder = Path(folder)
+        self.folder, checked = Path(folder), files is not None
         self._files = files = sorted(self.folder.glob(f"{SHARD}-*.arrow")) if files is None else list(files)
         if not files:
             raise UserError(f"{self.folder}: no {SHARD}-*.arrow files; run the ingest stage first")
         schema = map_batch(files[0]).schema
-        most = sum(file.stat().st_size for file in files if file.exists()) // (
-            2 * CLIP_SAMPLES
-        )  # what is not filled takes no memory
+        # As many clips as the files can hold; what is not filled takes no memory.
+        most = sum(file.stat().st_size for file in files if file.exists()) // (2 * CLIP_SAMPLES)
         scene, energy = np.empty(most, np.int64), np.empty(most, np.float32)
         device, place, split = (_Codes(np.empty(most, dtype)) for dtype in (np.int16, np.int32, np.int8))
         starts = [0]
@@ -137,6 +137,8 @@ class ClipStore:
         self.scene, self.energy = scene[: starts[-1]], energy[: starts[-1]]
         self.device, self.place, self.split = (codes.names(starts[-1]) for codes in (device, place, split))
         self._pcm: dict[int, np.ndarray] = {}  # by shard, mapped
+        if not checked and (twice := len(self) - pc.count_distinct(self.keys()).as_py()):
+            raise UserError(f"{self.folder}: {twice} clip(s) held twice; run ingest again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
