@@ -66,6 +66,8 @@ def read_soft_targets(data: Dataset, files: TargetFiles | None) -> SoftTargets |
     clips = np.flatnonzero(store.split == "train")
     if not stored.holds(store, clips):  # another order, or not all: their ids are joined in memory
         clips = store.index_of(stored.keys)
+        if twice := len(clips) - len(np.unique(clips)):
+            raise UserError(f"{files.artifact}: {twice} clips have a second soft target; fuse again")
     rows = np.full(len(store), -1, dtype=np.int32)
     rows[clips] = np.arange(len(stored), dtype=np.int32)
     asked = student_clips(data)
