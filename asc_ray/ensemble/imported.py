@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -152,27 +152,44 @@ def _some(names: Sequence[str] | np.ndarray) -> str:
 
 
 def _read(file: Path) -> Foreign:
-    """Read a file by its ending. Raises UserError."""
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{file}: unknown kind of file; allowed are {', '.join(_READERS)}")
-    try:
-        found = reader(file)
-    except UserError:
-        raise
-    except Exception as error:  # a cut or forged file may raise anything
-        reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
-        raise UserError(f"{file}: cannot be read ({reason[:200]})") from None
+    """Read a file of logits by its ending. Raises UserError."""
+    found = _parsed(file, _READERS)
     if found.values.ndim != 2:
         raise UserError(f"{file}: logits of shape {found.values.shape}; expected (clips, scenes)")
     return found
 
 
+def _names(file: Path) -> list[str]:
+    """Read the clips' names from a table. Raises UserError."""
+    table = _parsed(file, _TABLES)
+    ids = _ids_of(table)
+    if ids is None:
+        raise UserError(f"{file}: columns {', '.join(table.column_names)}; expected one of {', '.join(ID_NAMES)}")
+    return ids
+
+
+def _parsed(file: Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any:
+    """Return what the reader of the file's ending makes of it. Raises UserError."""
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"{file}: unknown kind of file; allowed are {', '.join(readers)}")
+    try:
+        return reader(file)
+    except UserError:
+        raise
+    except Exception as error:  # a cut or forged file may raise anything
+        reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
+        raise UserError(f"{file}: cannot be read ({reason[:200]})") from None
+
+
+def _ids_of(table: pa.Table) -> list[str] | None:
+    return next((table[name].cast(pa.string()).to_pylist() for name in ID_NAMES if name in table.column_names), None)
+
+
 def _from_table(file: Path) -> Foreign:
     """Read a table: the clips' names, and a column of lists `logits` or a column for each scene."""
     table = _TABLES[file.suffix.lower()](file)
-    ids = next((table[name].cast(pa.string()).to_pylist() for name in ID_NAMES if name in table.column_names), None)
-    metadata = table.schema.metadata or {}
+    ids, metadata = _ids_of(table), table.schema.metadata or {}
     if LOGITS in table.column_names:
         values = np.array(table[LOGITS].to_pylist(), dtype=np.float32)
         return Foreign(ids, tuple(json.loads(metadata[b"labels"])) if b"labels" in metadata else None, values)
@@ -209,21 +226,6 @@ def _from_parts(file: Path, parts: dict[str, Any]) -> Foreign:
     ids = next((list(map(str, parts[name])) for name in ID_NAMES if name in parts), None)
     labels = tuple(map(str, parts["labels"])) if "labels" in parts else None
     return Foreign(ids, labels, np.asarray(parts[LOGITS], dtype=np.float32))
-
-
-def _names(file: Path) -> list[str]:
-    """Read the clips' names from a table. Raises UserError."""
-    table = _TABLES.get(file.suffix.lower())
-    if table is None:
-        raise UserError(f"{file}: unknown kind of table; allowed are {', '.join(_TABLES)}")
-    try:
-        columns = table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read ({printable(str(error).splitlines()[0])[:200]})") from None
-    for name in ID_NAMES:
-        if name in columns.column_names:
-            return columns[name].cast(pa.string()).to_pylist()
-    raise UserError(f"{file}: columns {', '.join(columns.column_names)}; expected one of {', '.join(ID_NAMES)}")
 
 
 def _csv(file: Path) -> pa.Table:
