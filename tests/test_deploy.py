@@ -25,7 +25,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from conftest import ROOT, TINY, command, joined
+from conftest import ROOT, TINY, command, environment
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from packaging.requirements import Requirement
@@ -442,9 +442,8 @@ def test_runs_are_in_postgresql_and_files_on_s3_also_after_both_started_again(fi
     with mlflow_server(variables, postgres) as uri:
         settings = [f"storage={storage}", f"tracking.uri={uri}", "tracking.required=true"]
         words = [word for setting in settings for word in ("--set", setting)]
-        done = subprocess.run(
-            command("pipeline", "--config", TINY, *words), env=joined(), capture_output=True, text=True, check=False
-        )
+        told = command("pipeline", "--config", TINY, *words)
+        done = subprocess.run(told, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         before = known(uri)
     own = known(default_uri(finished.storage))
