@@ -1,0 +1,144 @@
+/* The log-mel front end, in float32.
+ *
+ * x[t] - 0.97 x[t-1]  ->  centred Fourier transform, power  ->  Kaldi mel bank  ->  log(mel + 1e-5)  ->  (x + 4.5) / 5
+ *
+ * It computes what asc_ray.runtime.frontend computes in NumPy, with sums in another order.
+ */
+#define ASC_FRONTEND_TABLES
+#include "asc_frontend.h"
+
+#include <math.h>
+
+#include "asc_kernels.h"
+
+#define POINTS (ASC_N_FFT / 2) /* of the complex transform, whose real parts are the even samples */
+#define QUARTER (ASC_N_FFT / 4)
+#define LENGTH (ASC_SAMPLES - 1) /* pre-emphasis takes one sample */
+
+/* Return sample n of a frame behind pre-emphasis and window, in 16-bit steps; the edges reflect. */
+static float asc_sample(const int16_t *samples, int first, int n)
+{
+    int at = first + n, back = ASC_WINDOW - 1 - n;
+    if (n >= ASC_WINDOW)
+        return 0.0f;
+    if (at < 0)
+        at = -at;
+    if (at >= LENGTH)
+        at = 2 * (LENGTH - 1) - at;
+    return ((float)samples[at + 1] - 0.97f * (float)samples[at]) * asc_window[n < back ? n : back];
+}
+
+/* Read a frame into z in bit-reversed order, and take the first step of the transform: sums and differences of pairs. */
+static void asc_load(const int16_t *samples, int first, float *z)
+{
+    int place = 0;
+    for (int m = 0; m < POINTS / 2; m++) {
+        float re = asc_sample(samples, first, 2 * m), im = asc_sample(samples, first, 2 * m + 1);
+        float other_re = asc_sample(samples, first, 2 * m + POINTS);
+        float other_im = asc_sample(samples, first, 2 * m + 1 + POINTS);
+        float *pair = z + 2 * place;
+        pair[0] = re + other_re;
+        pair[1] = im + other_im;
+        pair[2] = re - other_re;
+        pair[3] = im - other_im;
+        int bit = POINTS / 2;
+        for (; place & bit; bit >>= 1)
+            place ^= bit;
+        place |= bit;
+    }
+}
+
+/* Join transforms of `length` points in twos. */
+static void asc_join2(float *z, int length)
+{
+    for (int j = 0; j < length; j++) {
+        int angle = j * (QUARTER / length) * 2; /* of half a turn */
+        float wr = angle <= QUARTER ? asc_sine[QUARTER - angle] : -asc_sine[angle - QUARTER];
+        float wi = angle <= QUARTER ? -asc_sine[angle] : -asc_sine[2 * QUARTER - angle];
+        for (float *a = z + 2 * j; a < z + 2 * POINTS; a += 4 * length) {
+            float *b = a + 2 * length;
+            float re = b[0] * wr - b[1] * wi, im = b[0] * wi + b[1] * wr;
+            b[0] = a[0] - re;
+            b[1] = a[1] - im;
+            a[0] += re;
+            a[1] += im;
+        }
+    }
+}
+
+/* Join transforms of `length` points in fours. */
+static void asc_join4(float *z, int length)
+{
+    for (int j = 0; j < length; j++) {
+        int angle = j * (QUARTER / length); /* of a quarter of a turn */
+        float wr = asc_sine[QUARTER - angle], wi = -asc_sine[angle];
+        float vr = wr * wr - wi * wi, vi = 2.0f * wr * wi;
+        float ur = wr * vr - wi * vi, ui = wr * vi + wi * vr;
+        for (float *a = z + 2 * j; a < z + 2 * POINTS; a += 8 * length) {
+            float *b = a + 2 * length, *c = b + 2 * length, *d = c + 2 * length;
+            float br = b[0] * vr - b[1] * vi, bi = b[0] * vi + b[1] * vr;
+            float cr = c[0] * wr - c[1] * wi, ci = c[0] * wi + c[1] * wr;
+            float dr = d[0] * ur - d[1] * ui, di = d[0] * ui + d[1] * ur;
+            float sr = a[0] + br, si = a[1] + bi, tr = a[0] - br, ti = a[1] - bi;
+            float pr = cr + dr, pi = ci + di, qr = cr - dr, qi = ci - di;
+            a[0] = sr + pr;
+            a[1] = si + pi;
+            b[0] = tr + qi;
+            b[1] = ti - qr;
+            c[0] = sr - pr;
+            c[1] = si - pi;
+            d[0] = tr - qi;
+            d[1] = ti + qr;
+        }
+    }
+}
+
+/* Replace the transform of even and odd samples by the power of the whole; that of bin k is z[2 k]. */
+static void asc_power(float *z)
+{
+    z[0] = (z[0] + z[1]) * (z[0] + z[1]);
+    for (int k = 1; k < POINTS / 2; k++) {
+        float *low = z + 2 * k, *high = z + 2 * (POINTS - k);
+        float er = 0.5f * (low[0] + high[0]), ei = 0.5f * (low[1] - high[1]);
+        float dr = 0.5f * (low[1] + high[1]), di = 0.5f * (high[0] - low[0]);
+        float wr = asc_sine[QUARTER - k], wi = -asc_sine[k];
+        float pr = dr * wr - di * wi, pi = dr * wi + di * wr;
+        low[0] = (er + pr) * (er + pr) + (ei + pi) * (ei + pi);
+        high[0] = (er - pr) * (er - pr) + (ei - pi) * (ei - pi);
+    }
+    z[POINTS] = z[POINTS] * z[POINTS] + z[POINTS + 1] * z[POINTS + 1];
+}
+
+/* Write the 8-bit log-mels of a frame. Bin k lies on the rising side of a mel bin and on the falling side of the one
+ * before, with weights that add up to 1. */
+static void asc_frame(const float *z, uint8_t *mel)
+{
+    float before = 0.0f;
+    for (int m = 0; m <= ASC_MELS; m++) {
+        float all = 0.0f, rising = 0.0f;
+        for (int k = asc_edges[m]; k < asc_edges[m + 1]; k++) {
+            all += z[2 * k];
+            rising += z[2 * k] * asc_rise[k - asc_edges[0]];
+        }
+        if (m > 0) {
+            float energy = (before + (all - rising)) * (1.0f / 1073741824.0f); /* full scale is 2^15 */
+            float value = (logf(energy + 1e-5f) + 4.5f) / 5.0f;
+            mel[(m - 1) * ASC_FRAMES] = asc_rounded(value / ASC_MEL_STEP, ASC_MEL_ZERO, 0);
+        }
+        before = rising;
+    }
+}
+
+void asc_log_mel(const int16_t *samples, uint8_t *mel, float *work)
+{
+    for (int frame = 0; frame < ASC_FRAMES; frame++) {
+        int length = 2;
+        asc_load(samples, frame * ASC_HOP - ASC_LEFT, work);
+        for (; length < POINTS / 2; length *= 4)
+            asc_join4(work, length);
+        if (length < POINTS)
+            asc_join2(work, length);
+        asc_power(work);
+        asc_frame(work, mel + frame);
+    }
+}
