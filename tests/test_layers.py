@@ -14,6 +14,7 @@ LAYERS = (
     {"errors"},
     {"files", "shown", "provenance", "disk"},
     {"runtime"},
+    {"embedded"},
     {"section", "artifacts", "lock", "resources", "config.yaml_text", "config.overrides"},
     {"audio", "models"},
     {"predict"},

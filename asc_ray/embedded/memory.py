@@ -17,13 +17,8 @@ class Plan:
     bytes: int
 
 
-@dataclass
-class _Slot:
-    """Bytes that hold one value, or several after each other, from the step `first` to the step `last`."""
-
-    bytes: int
-    first: int
-    last: int
+# A place's contents one after the other: (bytes, first step, last step).
+_Contents = list[tuple[int, int, int]]
 
 
 def scratch(number: int) -> str:
@@ -45,33 +40,37 @@ def scratch_bytes(layer: Layer) -> int:
 def plan(network: Network, work: int) -> Plan:
     """Give every value a place in one arena. The front end is step 0, needs `work` bytes and makes the first value.
 
-    A layer writes its output over an input that nothing reads afterwards, where its kernel allows that. Then the
-    largest slots are placed first, each as low as the slots that live at the same time leave room.
+    A layer writes its output over an input that nothing reads afterwards, where its kernel allows that, so one place
+    holds several values after each other. The places with the largest contents are chosen first, each as low as what
+    lives at the same time leaves room.
     """
     last = {grid.name: step for step, layer in enumerate(network.layers, start=1) for grid in taken(layer)}
-    slots = {WORK: _Slot(work, 0, 0), network.input.name: _Slot(network.input.bytes, 0, last[network.input.name])}
+    input = network.input
+    places: dict[str, _Contents] = {WORK: [(work, 0, 0)], input.name: [(input.bytes, 0, last[input.name])]}
     for step, layer in enumerate(network.layers, start=1):
-        slots[scratch(step)] = _Slot(scratch_bytes(layer), step, step)
-        y = made(layer)
-        if y is None:
-            continue
-        free = [grid for grid in taken(layer) if last[grid.name] == step and _may_overwrite(layer)]
-        if free:
-            slot = slots[y.name] = slots[max(free, key=lambda grid: slots[grid.name].bytes).name]
-            slot.bytes, slot.last = max(slot.bytes, y.bytes), last[y.name]
-        else:
-            slots[y.name] = _Slot(y.bytes, step, last[y.name])
-    placed: list[tuple[int, _Slot]] = []
-    for slot in sorted({id(slot): slot for slot in slots.values()}.values(), key=lambda slot: -slot.bytes):
-        at = 0
-        for start, other in sorted(placed, key=lambda pair: pair[0]):
-            together = slot.first <= other.last and other.first <= slot.last
-            if together and at < start + other.bytes and start < at + slot.bytes:
-                at = -(-(start + other.bytes) // _ALIGNED) * _ALIGNED
-        placed.append((at, slot))
-    where = {id(slot): at for at, slot in placed}
-    total = max(at + slot.bytes for at, slot in placed)
-    return Plan({name: where[id(slot)] for name, slot in slots.items()}, -(-total // _ALIGNED) * _ALIGNED)
+        places[scratch(step)] = [(scratch_bytes(layer), step, step)]
+        if y := made(layer):
+            free = [grid for grid in taken(layer) if last[grid.name] == step and _may_overwrite(layer)]
+            place = places[free[-1].name] if free else []  # of a sum the shortcut, which lay there for longer
+            place.append((y.bytes, step, last[y.name]))
+            places[y.name] = place
+    at: dict[int, int] = {}
+    placed: list[_Contents] = []
+    for place in sorted({id(place): place for place in places.values()}.values(), key=max, reverse=True):
+        occupied = [
+            (at[id(other)], at[id(other)] + size, own)
+            for other in placed
+            for size, *times in other
+            for own, *own_times in place
+            if times[0] <= own_times[1] and own_times[0] <= times[1]
+        ]
+        candidates = sorted({0, *(-(-high // _ALIGNED) * _ALIGNED for _, high, _ in occupied)})
+        at[id(place)] = next(
+            start for start in candidates if not any(start < high and low < start + own for low, high, own in occupied)
+        )
+        placed.append(place)
+    end = max(at[id(place)] + max(place)[0] for place in placed)
+    return Plan({name: at[id(place)] for name, place in places.items()}, -(-end // _ALIGNED) * _ALIGNED)
 
 
 def _may_overwrite(layer: Layer) -> bool:

@@ -167,9 +167,7 @@ def _call(n: int, layer: Layer, plan: Plan, tables: list[str]) -> str:
             tables += _weights(n, order, layer.bias, layer.multiplier)
             tables.append(f"static const asc_convolution layer_{n} = {{{_list(numbers)}}};\n")
             kernel = "asc_filter" if layer.depthwise else "asc_convolve"
-            return (
-                f"{kernel}(&layer_{n}, {at(x.name)}, {at(y.name)}, weights_{n}, bias_{n}, multiplier_{n}, {own});"
-            )
+            return f"{kernel}(&layer_{n}, {at(x.name)}, {at(y.name)}, weights_{n}, bias_{n}, multiplier_{n}, {own});"
         case Sum(a, b, y):
             ratios = np.float32(a.step / y.step), np.float32(b.step / y.step)
             fixed = np.float32(y.zero) - (ratios[0] * np.float32(a.zero) + ratios[1] * np.float32(b.zero))

@@ -66,9 +66,7 @@ def read_model(content: bytes) -> Model:
     if len(metadata) < len(model["metadata"]):
         raise NotOurs("a key of the metadata occurs twice")
     given, made, weights = _check(model["graph"])
-    nodes = [
-        Node(node["kind"], node["input"], node["output"][0], _attributes(node)) for node in model["graph"]["node"]
-    ]
+    nodes = [Node(node["kind"], node["input"], node["output"][0], _attributes(node)) for node in model["graph"]["node"]]
     return Model(given, made, metadata, nodes, weights)
 
 

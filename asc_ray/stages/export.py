@@ -21,8 +21,10 @@ from asc_ray.artifacts import (
     write_atomically,
 )
 from asc_ray.config.yaml_text import read_yaml
-from asc_ray.data.clips import SPLITS, ClipStore, open_clips
+from asc_ray.data.clips import CLIP_SAMPLES, SPLITS, ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
+from asc_ray.embedded.figures import CForm
+from asc_ray.embedded.folder import noise, write_c
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, score
 from asc_ray.evaluation.scores import guessed
@@ -32,7 +34,7 @@ from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress
 from asc_ray.report.card import Card, render_card
-from asc_ray.runtime import CHECKSUMS, MODEL
+from asc_ray.runtime import C_FORM, CHECKSUMS, MODEL, Bundle
 from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
 from asc_ray.tracking.config import database_of, default_uri
@@ -40,6 +42,8 @@ from asc_ray.tracking.lookup import artifacts_of, runs_of
 from asc_ray.tracking.registry import check_name, register
 from asc_ray.tracking.store import prepare
 from asc_ray.tracking.things import first_line
+
+_BATCH = 256  # clips
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,18 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
     return Origin(best, student, clips), uri
 
 
+def export_c(bundle: Path, out: Path, progress: Progress) -> None:
+    """Write the C form of an exported bundle, of which no clips are at hand, to the new folder `out`.
+
+    Raises UserError for a bundle that is not as it was exported, where `write_c` does, and if `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists; choose another folder, or delete it")
+    pcm, logits = noise(Bundle(bundle))
+    form = write_c(bundle, out, [pcm], logits)
+    progress.note(f"{form.clips} clips of noise: {form.differ} get another scene than onnxruntime's")
+
+
 def _prepare(storage: Path, uri: str) -> None:
     try:
         prepare(storage)
@@ -118,13 +134,21 @@ def _prepare(storage: Path, uri: str) -> None:
 
 
 def export_bundle(
-    run: str, out: Path, name: str, license: str, uri: str | None, default_storage: Path, progress: Progress
+    run: str,
+    out: Path,
+    name: str,
+    license: str,
+    uri: str | None,
+    default_storage: Path,
+    progress: Progress,
+    in_c: bool = False,
 ) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
-    `license`: that of the model, for its card; empty where it has none yet.
+    `license`: that of the model, for its card; empty where it has none yet. `in_c`: with the folder of C. An equal bundle
+    in `out` without that gets it, and its figures in the card.
 
-    Raises UserError where `find`, `compare` and `register` do, and if `out` holds something else.
+    Raises UserError where `find`, `compare`, `write_c` and `register` do, and if `out` holds something else.
     """
     check_name(name)
     out = out.absolute()
@@ -147,15 +171,23 @@ def export_bundle(
         int8 = load_int8(origin.int8, config, len(store.labels))
         logits, agreement = compare(building, int8, store, test)
         runs = runs_of(uri, {"int8": origin.key, "student": str(read_manifest(origin.student)["key"])})
+        form = None
+        if in_c:
+            batches = (store.pcm(test[start : start + _BATCH]) for start in range(0, len(test), _BATCH))
+            form = write_c(building, building / C_FORM, batches, logits)
         counts = operator_counts(int8)
         size = (building / MODEL).stat().st_size
-        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license)
+        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license, form)
         write_atomically(building / CARD, render_card(card))
         seal(building)
         if (out / CHECKSUMS).is_file():
-            if (out / CHECKSUMS).read_text() != (building / CHECKSUMS).read_text():
+            if _sums(out) == _sums(building):
+                shutil.rmtree(building)
+            elif in_c and not (out / C_FORM).exists() and _sums(out, CARD) == _sums(building, CARD):
+                shutil.rmtree(out)
+                building.rename(out)
+            else:
                 raise taken
-            shutil.rmtree(building)
         else:
             if out.exists():
                 out.rmdir()
@@ -168,6 +200,10 @@ def export_bundle(
         f"torch names {agreement['differ']:.0f} of them differently; the largest difference of a logit is "
         f"{agreement['largest_difference']:.4f}"
     )
+    if form:
+        progress.note(
+            f"the C form names {form.differ} of them differently from onnxruntime; {form.equal} have equal logits to the bit"
+        )
     if "int8" in runs:
         partition = read_manifest(origin.student)["config"]["partition"]
         judged_on = content_key(clips=origin.clips.name, partition=partition)
@@ -176,6 +212,12 @@ def export_bundle(
         progress.note(register(uri, runs["int8"], out, name, card.validation, judged_on, guessing))
     else:
         progress.note(f"not registered: no run in {masked(uri)} has trained this model")
+
+
+def _sums(bundle: Path, but: str = "") -> list[str]:
+    """Return the lines of the bundle's checksums, without that of the file `but`."""
+    lines = (bundle / CHECKSUMS).read_text().splitlines()
+    return [line for line in lines if not but or not line.endswith(f"  {but}")]
 
 
 def _card(
@@ -189,6 +231,7 @@ def _card(
     operators: Sequence[tuple[str, str, int]],
     file_bytes: int,
     license: str,
+    form: CForm | None,
 ) -> Card:
     int8, student, clips = (read_manifest(folder) for folder in (origin.int8, origin.student, origin.clips))
     model = config.model
@@ -205,6 +248,7 @@ def _card(
         network=f"{model.name} {size or ''}".strip(),
         labels=store.labels,
         sample_rate=config.frontend.sample_rate,
+        clip_samples=CLIP_SAMPLES,
         input=student["facts"]["input"],
         parameters=student["facts"]["parameters"],
         macs=student["facts"]["macs"],
@@ -224,4 +268,5 @@ def _card(
         license=license,
         lineage=lineage,
         operators=operators,
+        c_form=form,
     )

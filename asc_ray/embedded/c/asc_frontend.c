@@ -7,8 +7,6 @@
 #define ASC_FRONTEND_TABLES
 #include "asc_frontend.h"
 
-#include <math.h>
-
 #include "asc_kernels.h"
 
 #define POINTS (ASC_N_FFT / 2) /* of the complex transform, whose real parts are the even samples */
@@ -16,26 +14,26 @@
 #define LENGTH (ASC_SAMPLES - 1) /* pre-emphasis takes one sample */
 
 /* Return sample n of a frame behind pre-emphasis and window, in 16-bit steps; the edges reflect. */
-static float asc_sample(const int16_t *samples, int first, int n)
+static inline float asc_sample(const int16_t *samples, int first, int inside, int n)
 {
     int at = first + n, back = ASC_WINDOW - 1 - n;
-    if (n >= ASC_WINDOW)
-        return 0.0f;
-    if (at < 0)
-        at = -at;
-    if (at >= LENGTH)
-        at = 2 * (LENGTH - 1) - at;
+    if (!inside) {
+        at = at < 0 ? -at : at;
+        at = at >= LENGTH ? 2 * (LENGTH - 1) - at : at;
+    }
     return ((float)samples[at + 1] - 0.97f * (float)samples[at]) * asc_window[n < back ? n : back];
 }
 
-/* Read a frame into z in bit-reversed order, and take the first step of the transform: sums and differences of pairs. */
+/* Read a frame into z in bit-reversed order, and take the first step of the transform: sums and differences of pairs.
+ * Behind the window lie zeros. */
 static void asc_load(const int16_t *samples, int first, float *z)
 {
-    int place = 0;
-    for (int m = 0; m < POINTS / 2; m++) {
-        float re = asc_sample(samples, first, 2 * m), im = asc_sample(samples, first, 2 * m + 1);
-        float other_re = asc_sample(samples, first, 2 * m + POINTS);
-        float other_im = asc_sample(samples, first, 2 * m + 1 + POINTS);
+    int place = 0, inside = first >= 0 && first + ASC_WINDOW <= LENGTH;
+    for (int n = 0; n < POINTS; n += 2) {
+        float re = n < ASC_WINDOW ? asc_sample(samples, first, inside, n) : 0.0f;
+        float im = n + 1 < ASC_WINDOW ? asc_sample(samples, first, inside, n + 1) : 0.0f;
+        float other_re = n + POINTS < ASC_WINDOW ? asc_sample(samples, first, inside, n + POINTS) : 0.0f;
+        float other_im = n + 1 + POINTS < ASC_WINDOW ? asc_sample(samples, first, inside, n + 1 + POINTS) : 0.0f;
         float *pair = z + 2 * place;
         pair[0] = re + other_re;
         pair[1] = im + other_im;
@@ -109,6 +107,20 @@ static void asc_power(float *z)
     z[POINTS] = z[POINTS] * z[POINTS] + z[POINTS + 1] * z[POINTS + 1];
 }
 
+/* The natural logarithm of a normal number, to two units in the last place: libm's may compute in double, which a core
+ * without double registers does in software. log m = 2 artanh((m - 1) / (m + 1)), m in [0.7, 1.4]. */
+static float asc_log(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int32_t exponent = (bits - 0x3F3504F3) >> 23;
+    bits -= exponent * (1 << 23);
+    memcpy(&x, &bits, sizeof x);
+    float s = (x - 1.0f) / (x + 1.0f), square = s * s;
+    float series = 2.0f + square * (0.666666667f + square * (0.4f + square * (0.285714286f + square * 0.222222222f)));
+    return (float)exponent * 0.693147181f + s * series;
+}
+
 /* Write the 8-bit log-mels of a frame. Bin k lies on the rising side of a mel bin and on the falling side of the one
  * before, with weights that add up to 1. */
 static void asc_frame(const float *z, uint8_t *mel)
@@ -122,7 +134,7 @@ static void asc_frame(const float *z, uint8_t *mel)
         }
         if (m > 0) {
             float energy = (before + (all - rising)) * (1.0f / 1073741824.0f); /* full scale is 2^15 */
-            float value = (logf(energy + 1e-5f) + 4.5f) / 5.0f;
+            float value = (asc_log(energy + 1e-5f) + 4.5f) / 5.0f;
             mel[(m - 1) * ASC_FRAMES] = asc_rounded(value / ASC_MEL_STEP, ASC_MEL_ZERO, 0);
         }
         before = rising;

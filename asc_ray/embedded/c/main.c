@@ -4,8 +4,8 @@
 
 #include "asc_model.h"
 
-#if defined(__arm__)
-#include "asc_measure.h"
+#ifdef ASC_MPS2
+#include "mps2_measure.h"
 #endif
 
 static int16_t samples[ASC_SAMPLES];
@@ -21,8 +21,9 @@ int main(int argc, char **argv)
     }
     while (fread(samples, sizeof samples[0], ASC_SAMPLES, file) == ASC_SAMPLES) {
         int best = 0;
-#if defined(__arm__)
-        asc_measured(samples, logits);
+#ifdef ASC_MPS2
+        asc_cost cost = asc_measured(samples, logits);
+        printf("%lu %lu %lu ", (unsigned long)cost.front_end, (unsigned long)cost.network, (unsigned long)cost.stack);
 #else
         asc_scores(samples, logits);
 #endif
