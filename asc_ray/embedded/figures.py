@@ -22,11 +22,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class CForm:
-    """A C form that was compared on `clips`: `differ` got another scene than onnxruntime's, and `equal` the same logits
-    to the bit.
+    """A C form that was compared on `clips`: `differ` got another scene than from onnxruntime, `equal` its bits.
 
-    `bytes` of the files, of the int8 `weights`, and of the `arena`, the RAM that network and front end share. `figures`:
-    None where the machine has no cross compiler and emulator.
+    `bytes` are of the files, `weights` int8, `arena` is the RAM that network and front end share. `figures`: None where
+    the machine has no cross compiler and emulator.
     """
 
     bytes: int

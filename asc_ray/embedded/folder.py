@@ -30,8 +30,8 @@ def write_c(folder: Path, out: Path, pcm: Iterable[np.ndarray], logits: np.ndarr
     source = generate(folder)
     if gone := missing(*HOST_TOOLS):
         raise UserError(
-            f"{folder}: --target c compares the C form with onnxruntime, and this machine has no {' and no '.join(gone)}; "
-            "install them (Debian: build-essential)"
+            f"{folder}: --target c compares the C form with onnxruntime, and this machine has no "
+            f"{' and no '.join(gone)}; install what is missing (Debian: build-essential)"
         )
     first: list[np.ndarray] = []  # a clip to measure
 
@@ -92,8 +92,8 @@ def _compared(folder: Path, source: Source, own: np.ndarray, logits: np.ndarray)
     differ = int((own.argmax(1) != logits.argmax(1)).sum())
     if differ > max(1, (1 - LEAST_AGREEMENT) * len(logits)):
         raise UserError(
-            f"{folder}: the C form and onnxruntime name {differ} of {len(logits)} clips differently; allowed are 0.5 %. "
-            "Report this with the bundle"
+            f"{folder}: the C form and onnxruntime name {differ} of {len(logits)} clips differently; allowed are "
+            "0.5 %. Report this with the bundle"
         )
     return CForm(
         bytes=sum(len(text.encode()) for text in source.files.values()),

@@ -57,7 +57,8 @@ def _check(folder: Path, frontend: Frontend) -> None:
     n_fft, window = frontend.n_fft, frontend.window
     if n_fft & (n_fft - 1) or not LEAST_N_FFT <= n_fft <= MOST_N_FFT:
         raise UserError(
-            f"{folder}: n_fft is {n_fft}; the C form's transform takes powers of two from {LEAST_N_FFT} to {MOST_N_FFT:,}"
+            f"{folder}: n_fft is {n_fft}; the C form's transform takes powers of two from {LEAST_N_FFT} to "
+            f"{MOST_N_FFT:,}"
         )
     if window > frontend.samples - 1:
         raise UserError(f"{folder}: a window of {window} samples is longer than a clip of {frontend.samples}")

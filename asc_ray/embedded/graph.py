@@ -96,39 +96,48 @@ class _Reader:
         if node.kind == "Max" and self._number(node.inputs[1]) == np.finfo(np.float32).min:
             node = self._maker(node.inputs[0])
         if node.kind == "MaxPool":
-            window, x = self._window(node), self._grids.get(node.inputs[0])
-            if x:
-                if (x.step, x.zero) != (step, zero_point):
-                    raise self._unknown(node, "that changes the grid")
-                return self._added(MaxPool(x, grid(x.channels, *_pooled(x, window)), window))
-            node = self._maker(node.inputs[0])
+            window = self._window(node)
+            if node.inputs[0] not in self._grids:
+                node = self._maker(node.inputs[0])
         if node.kind == "Relu":
             low, node = zero_point, self._maker(node.inputs[0])
         sources = [self._grids[name] for name in node.inputs if name in self._grids]
-        if node.kind == "Conv" and sources and window == (1, 1):
-            return self._added(self._convolution(node, sources[0], grid, low))
-        if node.kind == "Add" and len(sources) == 2 and window == (1, 1):
+        if node.kind in ("MaxPool", "Reshape") and sources and (sources[0].step, sources[0].zero) != (step, zero_point):
+            raise self._unknown(node, "that changes the grid")
+        if node.kind == "Reshape" and sources and sources[0].positions == 1:
+            return sources[0]
+        layer = self._plain(node, sources, grid, low, window) or self._normalized(node, grid, low, window)
+        if layer is None:
+            raise self._unknown(node)
+        self.layers.append(layer)
+        return layer.y
+
+    def _plain(self, node: Node, sources: Sequence[Grid], grid: Any, low: int, window: tuple[int, int]) -> Any:
+        """Return the layer of a node that takes 8-bit values, or None."""
+        if node.kind == "MaxPool" and sources:
+            (x,) = sources
+            return MaxPool(x, grid(x.channels, *_pooled(x, window)), window)
+        if not sources or window != (1, 1):
+            return None
+        x = sources[0]
+        if node.kind == "Conv":
+            return self._convolution(node, x, grid, low)
+        if node.kind == "Add" and len(sources) == 2:
             a, b = sources
             if a.bytes != b.bytes:
                 raise self._unknown(node, "of two shapes")
-            return self._added(Sum(a, b, grid(a.channels, a.height, a.width), low))
-        if node.kind == "GlobalAveragePool" and sources and not low:
-            return self._added(Mean(sources[0], grid(sources[0].channels, 1, 1)))
-        if node.kind == "Reshape" and sources and sources[0].positions == 1:
-            if (sources[0].step, sources[0].zero) != (step, zero_point):
-                raise self._unknown(node, "that changes the grid")
-            return sources[0]
+            return Sum(a, b, grid(a.channels, a.height, a.width), low)
+        return Mean(x, grid(x.channels, 1, 1)) if node.kind == "GlobalAveragePool" and not low else None
+
+    def _normalized(self, node: Node, grid: Any, low: int, window: tuple[int, int]) -> Any:
+        """Return the layer of a normalization of an 8-bit value, or None."""
         for match in (self._residual, self._response):
             if found := match(node):
                 x, layer, numbers = found
                 if x.positions > MOST_POSITIONS:
                     raise self._unknown(node, f"over more than {MOST_POSITIONS:,} positions")
-                return self._added(layer(x, grid(x.channels, *_pooled(x, window)), *numbers, window, low))
-        raise self._unknown(node)
-
-    def _added(self, layer: Any) -> Grid:
-        self.layers.append(layer)
-        return layer.y
+                return layer(x, grid(x.channels, *_pooled(x, window)), *numbers, window, low)
+        return None
 
     def _convolution(self, node: Node, x: Grid, grid: Any, low: int) -> Convolution:
         at = node.attributes
@@ -152,7 +161,7 @@ class _Reader:
         multiplier = (x.step * steps.astype(np.float32) / y.step).astype(np.float32)
         return Convolution(x, y, weights, _less_zeros(bias, weights, x), multiplier, strides, pads, depthwise, low)
 
-    def _residual(self, node: Node) -> tuple[Grid, type[ResidualNorm], tuple[np.float32, ...]] | None:
+    def _residual(self, node: Node) -> tuple[Grid, Any, tuple[Any, ...]] | None:
         """Match residual * x + gain * IN(inner * x)."""
         parts = list(node.inputs) if node.kind == "Add" else [node.output]
         norms = [name for name in parts if self._maker(name).kind == "InstanceNormalization"]
@@ -168,7 +177,7 @@ class _Reader:
         eps = np.float32(norm.attributes["epsilon"])
         return x, ResidualNorm, (residual, inner, np.float32(gains[0]), eps)
 
-    def _response(self, node: Node) -> tuple[Grid, type[ResponseNorm], tuple[np.float32, ...]] | None:
+    def _response(self, node: Node) -> tuple[Grid, Any, tuple[Any, ...]] | None:
         """Match x + gamma * (x * (g / (mean(g) + eps))) + beta."""
         beta, added = self._split(node, "Add")
         x, product = self._with_grid(added, "Add")
@@ -263,7 +272,7 @@ def _unblocked(layers: Sequence[Layer]) -> list[Layer]:
         raise Unknown(f"Conv in blocks, of weights that are none of 3x3 ({first.y.name})")
     y = replace(first.y, channels=channels, height=2 * first.y.height, width=2 * first.y.width)
     shape: dict[str, Any] = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
-    one = {"bias": first.bias[:channels], "multiplier": first.multiplier[:channels]}
+    one: dict[str, Any] = {"bias": first.bias[:channels], "multiplier": first.multiplier[:channels]}
     return [replace(first, y=y, weights=narrow, **one, **shape), replace(second, x=y, weights=wide, **shape), *others]
 
 
@@ -287,14 +296,14 @@ def _unpadded(layers: Sequence[Layer]) -> list[Layer]:
             | np.any(depthwise.weights, axis=(1, 2, 3))
             | np.any(last.weights, axis=(0, 2, 3))
         )
-        kept = {"channels": int(used.sum())}
-        x, y = replace(first.y, **kept), replace(depthwise.y, **kept)
+        kept = int(used.sum())
+        x, y = replace(first.y, channels=kept), replace(depthwise.y, channels=kept)
         result[n] = _rows(first, used, y=x)
         result[n + 1] = _rows(depthwise, used, x=x, y=y)
         result[n + 2] = replace(last, x=y, weights=last.weights[:, used])
     return result
 
 
-def _rows(layer: Convolution, kept: np.ndarray, **grids: Grid) -> Convolution:
-    arrays = {name: getattr(layer, name)[kept] for name in ("weights", "bias", "multiplier")}
+def _rows(layer: Convolution, kept: np.ndarray, **grids: Any) -> Convolution:
+    arrays: dict[str, Any] = {name: getattr(layer, name)[kept] for name in ("weights", "bias", "multiplier")}
     return replace(layer, **arrays, **grids)

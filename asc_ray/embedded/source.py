@@ -1,6 +1,8 @@
 """The C text of a network and of its front end's tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from asc_ray.embedded.layers import (
     ResidualNorm,
     ResponseNorm,
     Sum,
+    made,
+    taken,
 )
 from asc_ray.embedded.memory import WORK, Plan, scratch
 from asc_ray.runtime.frontend import Frontend, hann_window, mel_places
@@ -23,7 +27,7 @@ _WIDTH = 110  # columns of a table's line
 
 
 def model_header(frontend: Frontend, labels: Sequence[str]) -> str:
-    return f"""/* A scene classifier: {frontend.samples:,} samples of 16 bits at {frontend.sample_rate:,} Hz to one score a scene. */
+    return f"""/* A scene classifier: one clip of 16-bit samples, mono, to one score a scene. */
 #ifndef ASC_MODEL_H
 #define ASC_MODEL_H
 
@@ -38,7 +42,7 @@ extern const char *const asc_labels[ASC_LABELS];
 /* Write the logit of each scene; the largest names the scene. All memory is static, so one call at a time. */
 void asc_scores(const int16_t samples[ASC_SAMPLES], float logits[ASC_LABELS]);
 
-/* The two halves of asc_scores: the front end writes the rounded log-mels into the arena, and the network reads them. */
+/* The halves of asc_scores: the front end writes rounded log-mels into the arena, and the network reads them. */
 void asc_listen(const int16_t samples[ASC_SAMPLES]);
 void asc_name(float logits[ASC_LABELS]);
 
@@ -57,7 +61,10 @@ def labels_source(labels: Sequence[str]) -> str:
 def model_source(network: Network, plan: Plan) -> str:
     """Return the weights as tables, and the layers as calls of the kernels, in their order."""
     tables: list[str] = []
-    calls = [f"    /* {n}: {_told(layer)} */\n    {_call(n, layer, plan, tables)}" for n, layer in _counted(network)]
+    calls = [
+        f"    /* {n}: {_told(layer)} */\n    {_call(n, layer, plan, tables)}"
+        for n, layer in enumerate(network.layers, start=1)
+    ]
     return f"""/* The network: weights, and one call a layer. Written by asc-ray; do not edit. */
 #include "asc_model.h"
 
@@ -145,66 +152,102 @@ def work_bytes(frontend: Frontend) -> int:
     return 4 * frontend.n_fft
 
 
-def _counted(network: Network) -> Iterable[tuple[int, Layer]]:
-    return enumerate(network.layers, start=1)
-
-
 def _call(n: int, layer: Layer, plan: Plan, tables: list[str]) -> str:
     """Return the call of the layer's kernel, and append its tables."""
 
-    def at(name: str) -> str:
-        return f"AT({plan.at[name]})"
+    def at(place: str) -> str:
+        return f"AT({plan.at[place]})"
 
-    own = at(scratch(n))
-    match layer:
-        case Convolution(x, y):
-            height, width = layer.weights.shape[2:]
-            (top, left), (down, right) = layer.pads[:2], layer.strides
-            numbers = (x.height, x.width, x.channels, y.height, y.width, y.channels, height, width, down, right)
-            numbers += (top, left, x.zero, y.zero, layer.low)
-            # A depthwise kernel reads the weights of a channel together, another one those of a place.
-            order = layer.weights if layer.depthwise else layer.weights.transpose(0, 2, 3, 1)
-            tables += _weights(n, order, layer.bias, layer.multiplier)
-            tables.append(f"static const asc_convolution layer_{n} = {{{_list(numbers)}}};\n")
-            kernel = "asc_filter" if layer.depthwise else "asc_convolve"
-            return f"{kernel}(&layer_{n}, {at(x.name)}, {at(y.name)}, weights_{n}, bias_{n}, multiplier_{n}, {own});"
-        case Sum(a, b, y):
-            ratios = np.float32(a.step / y.step), np.float32(b.step / y.step)
-            fixed = np.float32(y.zero) - (ratios[0] * np.float32(a.zero) + ratios[1] * np.float32(b.zero))
-            numbers = _list(_float(number) for number in (*ratios, fixed))
-            return f"asc_add({at(a.name)}, {at(b.name)}, {at(y.name)}, {y.bytes}, {numbers}, {layer.low});"
-        case MaxPool(x, y):
-            size = _list((x.height, x.width, x.channels, *layer.window))
-            return f"asc_max_pool({at(x.name)}, {at(y.name)}, {size}, 0, 0, 1);"
-        case ResidualNorm(x, y):
-            tables.append(_normalization(n, layer))
-            numbers = _list(_float(value) for value in (layer.residual, layer.inner, layer.gain, layer.eps))
-            return f"asc_normalize(&layer_{n}, {at(x.name)}, {at(y.name)}, {numbers}, {own});"
-        case ResponseNorm(x, y):
-            tables.append(_normalization(n, layer))
-            numbers = _list(_float(value) for value in (layer.gamma, layer.beta, layer.eps))
-            place = plan.at[scratch(n)]
-            norms, table = f"FLOATS_AT({place})", f"AT({place + 4 * x.channels})"
-            return f"asc_respond(&layer_{n}, {at(x.name)}, {at(y.name)}, {numbers}, {norms}, {table});"
-        case Mean(x, y):
-            multiplier = _float(x.step / (y.step * np.float32(x.positions)))
-            return (
-                f"asc_mean({at(x.name)}, {at(y.name)}, {x.positions}, {x.channels}, {x.zero}, {multiplier}, {y.zero});"
-            )
-        case Linear(x):
-            tables += _weights(n, layer.weights, layer.bias, layer.multiplier)
-            size = f"{x.channels}, {len(layer.bias)}"
-            return f"asc_linear({at(x.name)}, logits, {size}, weights_{n}, bias_{n}, multiplier_{n});"
-        case MeanLogits(x):
-            size = f"{x.positions}, {x.channels}, {x.zero}"
-            return f"asc_mean_logits({at(x.name)}, logits, {size}, {_float(x.step)});"
+    kernel, values = _KERNELS[type(layer)](n, layer, tables)
+    places = [at(grid.name) for grid in (*taken(layer), made(layer)) if grid]
+    own = plan.at[scratch(n)]
+    if isinstance(layer, ResponseNorm):
+        values += [f"FLOATS_AT({own})", f"AT({own + 4 * layer.x.channels})"]
+    elif isinstance(layer, Convolution | ResidualNorm):
+        values += [f"AT({own})"]
+    first = [f"&layer_{n}"] if isinstance(layer, Convolution | ResidualNorm | ResponseNorm) else []
+    last = ["logits"] if made(layer) is None else []
+    return f"{kernel}({_list([*first, *places, *last, *values])});"
 
 
-def _weights(n: int, weights: np.ndarray, bias: np.ndarray, multiplier: np.ndarray) -> list[str]:
+_Kernel = tuple[str, list[Any]]  # its name, and its arguments behind the values
+
+
+def _convolution(n: int, layer: Convolution, tables: list[str]) -> _Kernel:
+    x, y = layer.x, layer.y
+    shapes = [x.height, x.width, x.channels, y.height, y.width, y.channels, *layer.weights.shape[2:]]
+    numbers = [*shapes, *layer.strides, *layer.pads[:2], x.zero, y.zero, layer.low]
+    # A depthwise kernel reads the weights of a channel together, another one those of a place.
+    tables += _weights(n, layer if layer.depthwise else replace(layer, weights=layer.weights.transpose(0, 2, 3, 1)))
+    tables.append(f"static const asc_convolution layer_{n} = {{{_list(numbers)}}};\n")
+    return "asc_filter" if layer.depthwise else "asc_convolve", [f"weights_{n}", f"bias_{n}", f"multiplier_{n}"]
+
+
+def _sum(n: int, layer: Sum, tables: list[str]) -> _Kernel:
+    a, b, y = layer.a, layer.b, layer.y
+    ratios = np.float32(a.step / y.step), np.float32(b.step / y.step)
+    fixed = np.float32(y.zero) - (ratios[0] * np.float32(a.zero) + ratios[1] * np.float32(b.zero))
+    return "asc_add", [y.bytes, *map(_float, (*ratios, fixed)), layer.low]
+
+
+def _max_pool(n: int, layer: MaxPool, tables: list[str]) -> _Kernel:
+    x = layer.x
+    return "asc_max_pool", [x.height, x.width, x.channels, *layer.window, 0, 0, 1]
+
+
+def _residual(n: int, layer: ResidualNorm, tables: list[str]) -> _Kernel:
+    tables.append(_normalization(n, layer))
+    return "asc_normalize", [_float(value) for value in (layer.residual, layer.inner, layer.gain, layer.eps)]
+
+
+def _response(n: int, layer: ResponseNorm, tables: list[str]) -> _Kernel:
+    tables.append(_normalization(n, layer))
+    return "asc_respond", [_float(value) for value in (layer.gamma, layer.beta, layer.eps)]
+
+
+def _mean(n: int, layer: Mean, tables: list[str]) -> _Kernel:
+    x, y = layer.x, layer.y
+    return "asc_mean", [
+        x.positions, x.channels, x.zero, _float(x.step / (y.step * np.float32(x.positions))), y.zero,
+    ]  # fmt: skip
+
+
+def _mean_logits(n: int, layer: MeanLogits, tables: list[str]) -> _Kernel:
+    x = layer.x
+    return "asc_mean_logits", [x.positions, x.channels, x.zero, _float(x.step)]
+
+
+def _linear(n: int, layer: Linear, tables: list[str]) -> _Kernel:
+    tables += _weights(n, layer)
+    return "asc_linear", [layer.x.channels, len(layer.bias), f"weights_{n}", f"bias_{n}", f"multiplier_{n}"]
+
+
+_KERNELS: Mapping[type, Callable[[int, Any, list[str]], _Kernel]] = {
+    Convolution: _convolution,
+    Sum: _sum,
+    MaxPool: _max_pool,
+    ResidualNorm: _residual,
+    ResponseNorm: _response,
+    Mean: _mean,
+    MeanLogits: _mean_logits,
+    Linear: _linear,
+}
+_NAMES = {
+    Sum: "sum",
+    MaxPool: "maximum",
+    ResidualNorm: "residual normalization",
+    ResponseNorm: "global response normalization",
+    Mean: "mean",
+    MeanLogits: "mean",
+    Linear: "linear",
+}
+
+
+def _weights(n: int, layer: Convolution | Linear) -> list[str]:
     return [
-        _table("int8_t", f"weights_{n}", weights),
-        _table("int32_t", f"bias_{n}", bias),
-        _table("float", f"multiplier_{n}", multiplier),
+        _table("int8_t", f"weights_{n}", layer.weights),
+        _table("int32_t", f"bias_{n}", layer.bias),
+        _table("float", f"multiplier_{n}", layer.multiplier),
     ]
 
 
@@ -216,24 +259,12 @@ def _normalization(n: int, layer: ResidualNorm | ResponseNorm) -> str:
 
 def _told(layer: Layer) -> str:
     """Return a line on the layer for the reader of the C text."""
-    match layer:
-        case Convolution(x, y):
-            size = "x".join(map(str, layer.weights.shape[2:]))
-            kind = f"{size} depthwise" if layer.depthwise else size
-            return f"{kind}, {x.channels} channels of {x.height} x {x.width} to {y.channels} of {y.height} x {y.width}"
-        case Linear(x):
-            return f"linear, {x.channels} to {len(layer.bias)}"
-        case Sum():
-            return f"sum of {layer.a.channels} channels"
-        case MaxPool() | ResidualNorm() | ResponseNorm() | Mean() | MeanLogits():
-            name = {
-                MaxPool: "maximum",
-                ResidualNorm: "residual normalization",
-                ResponseNorm: "global response normalization",
-                Mean: "mean",
-                MeanLogits: "mean",
-            }[type(layer)]
-            return f"{name}, {layer.x.channels} channels of {layer.x.height} x {layer.x.width}"
+    x, y = taken(layer)[0], made(layer)
+    name = _NAMES.get(type(layer))
+    if isinstance(layer, Convolution):
+        name = "x".join(map(str, layer.weights.shape[2:])) + (" depthwise" if layer.depthwise else "")
+    to = f" to {y.channels} of {y.height} x {y.width}" if y else ""
+    return f"{name}, {x.channels} channels of {x.height} x {x.width}{to}"
 
 
 def _table(kind: str, name: str, values: np.ndarray) -> str:
@@ -254,7 +285,7 @@ def _list(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def _float(value: float) -> str:
+def _float(value: Any) -> str:
     """Return a float32 as a C constant that reads back equal."""
     written = f"{np.float32(value):.9g}"
     return f"{written}f" if {".", "e"} & set(written) else f"{written}.0f"

@@ -145,16 +145,15 @@ def export_bundle(
 ) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
-    `license`: that of the model, for its card; empty where it has none yet. `in_c`: with the folder of C. An equal bundle
-    in `out` without that gets it, and its figures in the card.
+    `license`: that of the model, for its card; empty where it has none yet. `in_c`: with the folder of C. An equal
+    bundle in `out` without that gets it, and its figures in the card.
 
     Raises UserError where `find`, `compare`, `write_c` and `register` do, and if `out` holds something else.
     """
     check_name(name)
     out = out.absolute()
-    taken = UserError(f"{out}: exists, and is not this bundle; choose another folder, or delete it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
-        raise taken
+        raise _taken(out)
     origin, uri = find(run, uri, default_storage)
     if uri == default_uri(origin.storage):
         _prepare(origin.storage, uri)
@@ -180,30 +179,11 @@ def export_bundle(
         card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license, form)
         write_atomically(building / CARD, render_card(card))
         seal(building)
-        if (out / CHECKSUMS).is_file():
-            if _sums(out) == _sums(building):
-                shutil.rmtree(building)
-            elif in_c and not (out / C_FORM).exists() and _sums(out, CARD) == _sums(building, CARD):
-                shutil.rmtree(out)
-                building.rename(out)
-            else:
-                raise taken
-        else:
-            if out.exists():
-                out.rmdir()
-            building.rename(out)
+        _put(building, out)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    progress.note(f"{card.scores.clips} test clips: {100 * card.scores.accuracy:.1f} % right in onnxruntime")
-    progress.note(
-        f"torch names {agreement['differ']:.0f} of them differently; the largest difference of a logit is "
-        f"{agreement['largest_difference']:.4f}"
-    )
-    if form:
-        progress.note(
-            f"the C form names {form.differ} of them differently from onnxruntime; {form.equal} have equal logits to the bit"
-        )
+    _tell(progress, card)
     if "int8" in runs:
         partition = read_manifest(origin.student)["config"]["partition"]
         judged_on = content_key(clips=origin.clips.name, partition=partition)
@@ -212,6 +192,39 @@ def export_bundle(
         progress.note(register(uri, runs["int8"], out, name, card.validation, judged_on, guessing))
     else:
         progress.note(f"not registered: no run in {masked(uri)} has trained this model")
+
+
+def _taken(out: Path) -> UserError:
+    return UserError(f"{out}: exists, and is not this bundle; choose another folder, or delete it")
+
+
+def _put(building: Path, out: Path) -> None:
+    """Rename the folder `building` to `out`. An equal bundle stays; one that only lacks the C form makes room."""
+    if (out / CHECKSUMS).is_file() and _sums(out) == _sums(building):
+        shutil.rmtree(building)
+        return
+    if (out / CHECKSUMS).is_file():
+        gets_c = (building / C_FORM).exists() and not (out / C_FORM).exists()
+        if not gets_c or _sums(out, CARD) != _sums(building, CARD):
+            raise _taken(out)
+        shutil.rmtree(out)
+    elif out.exists():
+        out.rmdir()
+    building.rename(out)
+
+
+def _tell(progress: Progress, card: Card) -> None:
+    """Say how good the bundle is, and how its forms agree."""
+    progress.note(f"{card.scores.clips} test clips: {100 * card.scores.accuracy:.1f} % right in onnxruntime")
+    progress.note(
+        f"torch names {card.agreement['differ']:.0f} of them differently; the largest difference of a logit is "
+        f"{card.agreement['largest_difference']:.4f}"
+    )
+    if form := card.c_form:
+        progress.note(
+            f"the C form names {form.differ} of them differently from onnxruntime; {form.equal} have equal logits, to "
+            "the bit"
+        )
 
 
 def _sums(bundle: Path, but: str = "") -> list[str]:
