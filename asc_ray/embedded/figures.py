@@ -24,10 +24,11 @@ class Figures:
 class CForm:
     """A C form that was compared on `clips`: `differ` got another scene than from onnxruntime, `equal` its bits.
 
-    `bytes` are of the files, `weights` int8, `arena` is the RAM that network and front end share. `figures`: None where
+    A clip has `samples`; `bytes` are of the files, `weights` int8, `arena` is the RAM that network and front end share. `figures`: None where
     the machine has no cross compiler and emulator.
     """
 
+    samples: int
     bytes: int
     weights: int
     arena: int
@@ -38,8 +39,8 @@ class CForm:
     figures: Figures | None
 
 
-def figure_rows(form: CForm, samples: int) -> list[tuple[str, str]]:
-    """Return what the C form takes, as rows of a table; `samples` is a clip's."""
+def figure_rows(form: CForm) -> list[tuple[str, str]]:
+    """Return what the C form takes, and how it agrees, as rows of a table."""
     rows = [("int8 weights, bytes", f"{form.weights:,}"), ("arena, bytes of RAM", f"{form.arena:,}")]
     if own := form.figures:
         total = own.front_end + own.network
@@ -47,7 +48,7 @@ def figure_rows(form: CForm, samples: int) -> list[tuple[str, str]]:
             (f"flash on a {CORE}, code and tables, bytes", f"{own.flash:,}"),
             ("static RAM, bytes", f"{own.ram:,}"),
             ("stack, bytes", f"{own.stack:,}"),
-            (f"RAM with stack and the {samples:,} samples, bytes", f"{own.ram + own.stack + 2 * samples:,}"),
+            (f"RAM with stack and the {form.samples:,} samples, bytes", f"{own.ram + own.stack + 2 * form.samples:,}"),
             ("instructions of a clip", f"{total:,}"),
             ("of these the front end", f"{own.front_end:,} ({100 * own.front_end / total:.0f} %)"),
         ]

@@ -96,6 +96,7 @@ def _compared(folder: Path, source: Source, own: np.ndarray, logits: np.ndarray)
             "0.5 %. Report this with the bundle"
         )
     return CForm(
+        samples=source.samples,
         bytes=sum(len(text.encode()) for text in source.files.values()),
         weights=source.weights,
         arena=source.arena,

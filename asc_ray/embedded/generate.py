@@ -19,10 +19,11 @@ LEAST_N_FFT, MOST_N_FFT = 64, 1 << 15
 
 @dataclass(frozen=True)
 class Source:
-    """`files`: text by name; `arena`: bytes of RAM that the network and the front end share; `weights`: bytes of int8
+    """`files`: text by name; `samples`: a clip's; `arena`: bytes of RAM that the network and the front end share; `weights`: bytes of int8
     weights, without the channels of zeros that onnxruntime's form has."""
 
     files: dict[str, str]
+    samples: int
     arena: int
     weights: int
 
@@ -50,7 +51,7 @@ def generate(folder: Path) -> Source:
         "asc_frontend.h": frontend_header(bundle.frontend, network),
         "asc_labels.c": labels_source(bundle.labels),
     }
-    return Source(dict(sorted(written.items())), placed.bytes, _weights(network))
+    return Source(dict(sorted(written.items())), bundle.frontend.samples, placed.bytes, _weights(network))
 
 
 def _check(folder: Path, frontend: Frontend) -> None:

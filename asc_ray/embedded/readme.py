@@ -18,7 +18,7 @@ qemu-system-arm. `make CROSS=arm-none-eabi- run` measures them."""
 
 def render_readme(bundle: Bundle, form: CForm) -> str:
     frontend = bundle.frontend
-    rows = figure_rows(form, frontend.samples)
+    rows = figure_rows(form)
     return Template(files(__package__).joinpath("readme.md.in").read_text()).substitute(
         samples=f"{frontend.samples:,}",
         rate=f"{frontend.sample_rate:,}",

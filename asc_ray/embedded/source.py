@@ -111,7 +111,7 @@ def frontend_header(frontend: Frontend, network: Network) -> str:
     starts = np.searchsorted(at, edges)
     side = np.searchsorted(edges, at[starts[0] : starts[-1]], side="right") - 1
     rise = (at[starts[0] : starts[-1]] - edges[side]) / (edges[side + 1] - edges[side])
-    window = hann_window(f.window)[: (f.window + 1) // 2]
+    window = np.append(hann_window(f.window), [0] * (f.window % 2))
     sine = np.sin(2 * np.pi * np.arange(f.n_fft // 4 + 1) / f.n_fft)
     return f"""/* Settings and tables of the front end. Written by asc-ray; do not edit. */
 #ifndef ASC_FRONTEND_H
@@ -134,7 +134,7 @@ def frontend_header(frontend: Frontend, network: Network) -> str:
 void asc_log_mel(const int16_t *samples, uint8_t *mel, float *work);
 
 #ifdef ASC_FRONTEND_TABLES
-/* The first half of the window. */
+/* An odd window has a zero behind it. */
 {_table("float", "asc_window", window)}
 /* A quarter of a turn in steps of the transform. */
 {_table("float", "asc_sine", sine)}

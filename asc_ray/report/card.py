@@ -22,7 +22,6 @@ class Card:
     network: str
     labels: Sequence[str]
     sample_rate: int
-    clip_samples: int
     input: Sequence[int]
     parameters: int
     macs: int
@@ -42,11 +41,11 @@ class Card:
     license: str
     lineage: Mapping[str, str]
     operators: Sequence[tuple[str, str, int]]
-    c_form: CForm | None
+    c_form: CForm | None = None
 
     @property
     def c_rows(self) -> list[tuple[str, str]]:
-        return figure_rows(self.c_form, self.clip_samples) if self.c_form else []
+        return figure_rows(self.c_form) if self.c_form else []
 
 
 def render_card(card: Card) -> str:

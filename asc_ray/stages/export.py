@@ -21,7 +21,7 @@ from asc_ray.artifacts import (
     write_atomically,
 )
 from asc_ray.config.yaml_text import read_yaml
-from asc_ray.data.clips import CLIP_SAMPLES, SPLITS, ClipStore, open_clips
+from asc_ray.data.clips import SPLITS, ClipStore, open_clips
 from asc_ray.data.corpus import unseen_devices
 from asc_ray.embedded.figures import CForm
 from asc_ray.embedded.folder import noise, write_c
@@ -261,7 +261,6 @@ def _card(
         network=f"{model.name} {size or ''}".strip(),
         labels=store.labels,
         sample_rate=config.frontend.sample_rate,
-        clip_samples=CLIP_SAMPLES,
         input=student["facts"]["input"],
         parameters=student["facts"]["parameters"],
         macs=student["facts"]["macs"],

@@ -14,31 +14,41 @@
 #define LENGTH (ASC_SAMPLES - 1) /* pre-emphasis takes one sample */
 
 /* Return sample n of a frame behind pre-emphasis and window, in 16-bit steps; the edges reflect. */
-static inline float asc_sample(const int16_t *samples, int first, int inside, int n)
+static float asc_sample(const int16_t *samples, int first, int n)
 {
-    int at = first + n, back = ASC_WINDOW - 1 - n;
-    if (!inside) {
-        at = at < 0 ? -at : at;
-        at = at >= LENGTH ? 2 * (LENGTH - 1) - at : at;
-    }
-    return ((float)samples[at + 1] - 0.97f * (float)samples[at]) * asc_window[n < back ? n : back];
+    int at = first + n < 0 ? -(first + n) : first + n;
+    at = at < LENGTH ? at : 2 * (LENGTH - 1) - at;
+    return ((float)samples[at + 1] - 0.97f * (float)samples[at]) * asc_window[n];
 }
 
-/* Read a frame into z in bit-reversed order, and take the first step of the transform: sums and differences of pairs.
- * Behind the window lie zeros. */
+/* Write samples n and n + 1 of a frame to pair[0] and pair[1]. */
+static inline void asc_pair(const int16_t *samples, int first, int n, float pair[2])
+{
+    if (n >= ASC_WINDOW) {
+        pair[0] = pair[1] = 0.0f;
+    } else if (first >= 0 && first + ASC_WINDOW < LENGTH) {
+        const int16_t *at = samples + first + n;
+        float a = (float)at[0], b = (float)at[1], c = (float)at[2];
+        pair[0] = (b - 0.97f * a) * asc_window[n];
+        pair[1] = (c - 0.97f * b) * asc_window[n + 1];
+    } else {
+        pair[0] = asc_sample(samples, first, n);
+        pair[1] = asc_sample(samples, first, n + 1);
+    }
+}
+
+/* Read a frame into z in bit-reversed order, and take the first step of the transform: sums and differences of pairs. */
 static void asc_load(const int16_t *samples, int first, float *z)
 {
-    int place = 0, inside = first >= 0 && first + ASC_WINDOW <= LENGTH;
+    int place = 0;
     for (int n = 0; n < POINTS; n += 2) {
-        float re = n < ASC_WINDOW ? asc_sample(samples, first, inside, n) : 0.0f;
-        float im = n + 1 < ASC_WINDOW ? asc_sample(samples, first, inside, n + 1) : 0.0f;
-        float other_re = n + POINTS < ASC_WINDOW ? asc_sample(samples, first, inside, n + POINTS) : 0.0f;
-        float other_im = n + 1 + POINTS < ASC_WINDOW ? asc_sample(samples, first, inside, n + 1 + POINTS) : 0.0f;
-        float *pair = z + 2 * place;
-        pair[0] = re + other_re;
-        pair[1] = im + other_im;
-        pair[2] = re - other_re;
-        pair[3] = im - other_im;
+        float even[2], odd[2], *pair = z + 2 * place;
+        asc_pair(samples, first, n, even);
+        asc_pair(samples, first, n + POINTS, odd);
+        pair[0] = even[0] + odd[0];
+        pair[1] = even[1] + odd[1];
+        pair[2] = even[0] - odd[0];
+        pair[3] = even[1] - odd[1];
         int bit = POINTS / 2;
         for (; place & bit; bit >>= 1)
             place ^= bit;
@@ -91,20 +101,19 @@ static void asc_join4(float *z, int length)
     }
 }
 
-/* Replace the transform of even and odd samples by the power of the whole; that of bin k is z[2 k]. */
+/* Replace the transform of even and odd samples by four times the power of the whole; that of bin k is z[2 k]. */
 static void asc_power(float *z)
 {
-    z[0] = (z[0] + z[1]) * (z[0] + z[1]);
+    z[0] = 4.0f * (z[0] + z[1]) * (z[0] + z[1]);
     for (int k = 1; k < POINTS / 2; k++) {
         float *low = z + 2 * k, *high = z + 2 * (POINTS - k);
-        float er = 0.5f * (low[0] + high[0]), ei = 0.5f * (low[1] - high[1]);
-        float dr = 0.5f * (low[1] + high[1]), di = 0.5f * (high[0] - low[0]);
+        float er = low[0] + high[0], ei = low[1] - high[1], dr = low[1] + high[1], di = high[0] - low[0];
         float wr = asc_sine[QUARTER - k], wi = -asc_sine[k];
         float pr = dr * wr - di * wi, pi = dr * wi + di * wr;
         low[0] = (er + pr) * (er + pr) + (ei + pi) * (ei + pi);
         high[0] = (er - pr) * (er - pr) + (ei - pi) * (ei - pi);
     }
-    z[POINTS] = z[POINTS] * z[POINTS] + z[POINTS + 1] * z[POINTS + 1];
+    z[POINTS] = 4.0f * (z[POINTS] * z[POINTS] + z[POINTS + 1] * z[POINTS + 1]);
 }
 
 /* The natural logarithm of a normal number, to two units in the last place: libm's may compute in double, which a core
@@ -133,7 +142,7 @@ static void asc_frame(const float *z, uint8_t *mel)
             rising += z[2 * k] * asc_rise[k - asc_edges[0]];
         }
         if (m > 0) {
-            float energy = (before + (all - rising)) * (1.0f / 1073741824.0f); /* full scale is 2^15 */
+            float energy = (before + (all - rising)) * (1.0f / 4294967296.0f); /* full scale is 2^15 */
             float value = (asc_log(energy + 1e-5f) + 4.5f) / 5.0f;
             mel[(m - 1) * ASC_FRAMES] = asc_rounded(value / ASC_MEL_STEP, ASC_MEL_ZERO, 0);
         }
