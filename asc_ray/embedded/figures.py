@@ -24,8 +24,8 @@ class Figures:
 class CForm:
     """A C form that was compared on `clips`: `differ` got another scene than from onnxruntime, `equal` its bits.
 
-    A clip has `samples`; `bytes` are of the files, `weights` int8, `arena` is the RAM that network and front end share. `figures`: None where
-    the machine has no cross compiler and emulator.
+    A clip has `samples`; `bytes` are of the files, `weights` int8, `arena` is the RAM that network and front end share.
+    `figures`: None where the machine has no cross compiler and emulator.
     """
 
     samples: int

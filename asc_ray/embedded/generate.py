@@ -19,8 +19,9 @@ LEAST_N_FFT, MOST_N_FFT = 64, 1 << 15
 
 @dataclass(frozen=True)
 class Source:
-    """`files`: text by name; `samples`: a clip's; `arena`: bytes of RAM that the network and the front end share; `weights`: bytes of int8
-    weights, without the channels of zeros that onnxruntime's form has."""
+    """`files`: text by name; `samples`: of a clip; `arena`: bytes of RAM that the network and the front end share;
+    `weights`: bytes of int8 weights, without the channels of zeros that onnxruntime's form has.
+    """
 
     files: dict[str, str]
     samples: int
