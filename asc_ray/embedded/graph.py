@@ -32,9 +32,16 @@ def read_network(model: Model) -> Network:
     """Return the layers that compute what the model computes. Raises Unknown for an operator that has no C form."""
     reader = _Reader(model)
     for node in model.nodes:
-        reader.read(node)
+        try:
+            reader.read(node)
+        except (KeyError, IndexError, TypeError, ValueError) as error:  # of a form that `asc-ray export` does not write
+            raise (
+                error if isinstance(error, Unknown) else Unknown(f"{node.kind} of another form ({node.output})")
+            ) from None
     layers = [*reader.layers, reader.last()]
-    return Network(reader.input(), _unpadded(_unblocked(layers)), model.output[1][0])
+    if reader.input is None:
+        raise Unknown("no QuantizeLinear of the log-mel")
+    return Network(reader.input, _unpadded(_unblocked(layers)), model.output[1][0])
 
 
 class _Reader:
@@ -46,6 +53,7 @@ class _Reader:
         self._grids: dict[str, Grid] = {}  # by name of the 8-bit value, and of its dequantized form
         self._stored: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # dequantized weights: integers and steps
         self.layers: list[Layer] = []
+        self.input: Grid | None = None
 
     def read(self, node: Node) -> None:
         if node.kind == "DequantizeLinear":
@@ -61,23 +69,21 @@ class _Reader:
         elif node.kind == "QuantizeLinear":
             self._grids[node.output] = self._layer(node)
 
-    def input(self) -> Grid:
-        return next(grid for name, grid in self._grids.items() if self._makers[name].inputs[0] == self._model.input[0])
-
     def last(self) -> Layer:
         node = self._maker(self._model.output[0])
         if node.kind == "Reshape":
             node = self._maker(node.inputs[0])
         x = self._grids.get(node.inputs[0]) if node.inputs else None
-        if node.kind == "GlobalAveragePool" and x:
+        outputs = self._model.output[1]
+        if node.kind == "GlobalAveragePool" and x and outputs == (x.channels,):
             return MeanLogits(x)
         if node.kind == "Gemm" and x and x.positions == 1 and all(name in self._stored for name in node.inputs[1:]):
             weights, steps = self._stored[node.inputs[1]]
-            if (node.attributes.get("alpha"), node.attributes.get("beta")) != (1.0, 1.0) or len(node.inputs) != 3:
-                raise self._unknown(node)
-            weights = weights if node.attributes.get("transB") else weights.T
-            bias = self._stored[node.inputs[2]][0]
-            return Linear(x, weights, _less_zeros(bias, weights, x), (x.step * steps).astype(np.float32))
+            at, bias = node.attributes, self._stored[node.inputs[-1]][0]
+            weights = weights if at.get("transB") else weights.T
+            plain = (at.get("alpha"), at.get("beta"), at.get("transA", 0)) == (1.0, 1.0, 0)
+            if plain and len(node.inputs) == 3 and (*outputs, x.channels) == weights.shape and weights.dtype == np.int8:
+                return Linear(x, weights, _less_zeros(bias, weights, x), _multiplier(x.step, steps, len(weights)))
         raise self._unknown(node, "before the logits")
 
     def _layer(self, quantize: Node) -> Grid:
@@ -90,8 +96,14 @@ class _Reader:
         def grid(channels: int, height: int, width: int) -> Grid:
             return Grid(quantize.output, channels, height, width, step, zero_point)
 
+        if step < np.finfo(np.float32).tiny:
+            raise self._unknown(quantize, f"of the step {step}")
         if name == self._model.input[0]:
-            return grid(*self._model.input[1])
+            own, first = grid(*self._model.input[1]), self.input
+            if first and (first.step, first.zero) != (step, zero_point):
+                raise self._unknown(quantize, "of the log-mel in two ways")
+            self.input = first or own
+            return self.input
         node, low, window = self._maker(name), 0, (1, 1)
         if node.kind == "Max" and self._number(node.inputs[1]) == np.finfo(np.float32).min:
             node = self._maker(node.inputs[0])
@@ -108,7 +120,8 @@ class _Reader:
             return sources[0]
         layer = self._plain(node, sources, grid, low, window) or self._normalized(node, grid, low, window)
         if layer is None:
-            raise self._unknown(node)
+            floats = self._floats(node)
+            raise self._unknown(node, f"of {', '.join(sorted(floats))} in float" if floats else "")
         self.layers.append(layer)
         return layer.y
 
@@ -149,6 +162,8 @@ class _Reader:
         depthwise = group > 1
         if weights.dtype != np.int8 or weights.ndim != 4 or (set(at.get("dilations") or [1]) != {1}):
             raise self._unknown(node, "with dilation, or other weights than int8 of two dimensions")
+        if weights.shape[1] * group != x.channels:
+            raise self._unknown(node, f"of {x.channels} channels in another order")
         if depthwise and (group != x.channels or len(weights) != group or weights.shape[2:] != (3, 3)):
             raise self._unknown(node, f"of {group} groups, {list(weights.shape)}; depthwise kernels have 3x3")
         if depthwise and (pads[:2] not in ([0, 0], [1, 1]) or x.width < 2):
@@ -158,7 +173,7 @@ class _Reader:
             for axis, size in enumerate((x.height, x.width))
         )
         y = grid(len(weights), height, width)
-        multiplier = (x.step * steps.astype(np.float32) / y.step).astype(np.float32)
+        multiplier = _multiplier(x.step, steps, len(weights), y.step)
         return Convolution(x, y, weights, _less_zeros(bias, weights, x), multiplier, strides, pads, depthwise, low)
 
     def _residual(self, node: Node) -> tuple[Grid, Any, tuple[Any, ...]] | None:
@@ -229,6 +244,17 @@ class _Reader:
             raise self._unknown(node, f"with {dict(at)}")
         return window[0], window[1]
 
+    def _floats(self, node: Node) -> set[str]:
+        """Return the operators between the 8-bit values, or the mel, and a node that computes with floats."""
+        seen: dict[str, Node] = {}
+        waiting = [node]
+        while waiting:
+            names = [name for name in waiting.pop().inputs if name in self._makers and name not in self._grids]
+            above = {name: self._makers[name] for name in names if name not in seen and name not in self._stored}
+            seen |= above
+            waiting += above.values()
+        return {own.kind for own in seen.values()}
+
     def _maker(self, name: str) -> Node:
         return self._makers.get(name, _NONE)
 
@@ -240,9 +266,20 @@ def _pooled(x: Grid, window: tuple[int, int]) -> tuple[int, int]:
     return x.height // window[0], x.width // window[1]
 
 
+def _multiplier(step: np.float32, steps: np.ndarray, outputs: int, out_step: np.float32 | None = None) -> np.ndarray:
+    """Return the float32 factors of the sums, in onnxruntime's order. Raises Unknown where one is not finite."""
+    factors = step * steps.astype(np.float32)
+    factors = np.broadcast_to(factors if out_step is None else factors / out_step, outputs)
+    if not np.isfinite(factors).all():
+        raise Unknown("weights whose steps are no numbers")
+    return factors
+
+
 def _less_zeros(bias: np.ndarray, weights: np.ndarray, x: Grid) -> np.ndarray:
     """Return the bias less the products of the input's zero point. Raises Unknown where a sum could pass int32."""
     sums = weights.astype(np.int64).reshape(len(weights), -1)
+    if bias.shape != (len(weights),):
+        raise Unknown(f"a layer behind {x.name} with biases of the shape {bias.shape}")
     moved = bias.astype(np.int64) - x.zero * sums.sum(axis=1)
     if (abs(moved) + 255 * abs(sums).sum(axis=1) >= 2**31).any():
         raise Unknown(f"a layer behind {x.name} whose sums pass 32 bits")
@@ -251,6 +288,8 @@ def _less_zeros(bias: np.ndarray, weights: np.ndarray, x: Grid) -> np.ndarray:
 
 def _unblocked(layers: Sequence[Layer]) -> list[Layer]:
     """Undo `onnx_form._block_the_stem`: 5x5 with stride 4 for blocks of 2 x 2 become 3x3 with stride 2 again."""
+    if len(layers) < 2:
+        return list(layers)
     first, second, *others = layers
     if (
         not (isinstance(first, Convolution) and isinstance(second, Convolution))
