@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +66,13 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+class Target(StrEnum):
+    """What `export` writes."""
+
+    onnx = "onnx"
+    c = "c"
 
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")]
@@ -302,12 +310,23 @@ def _verify_artifact(folder: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _verify_bundle(folder: Path) -> None:
+    from asc_ray.runtime import C_FORM
     from asc_ray.runtime import verify as verify_bundle
 
     found = verify_bundle(folder)
     for name, size in found["files"].items():
         typer.echo(f"{folder}/{name}: {size:,} bytes")
     typer.echo(f"{folder}: as exported; {found['labels']} labels; the model names noise")
+    if (folder / C_FORM).exists():
+        from asc_ray.embedded.folder import verify_c
+
+        form = verify_c(folder)
+        what = (
+            f"{form.differ} of {form.clips} clips of noise get another scene than onnxruntime's"
+            if form
+            else "not compiled, because this machine has no make or cc"
+        )
+        typer.echo(f"{folder / C_FORM}: what asc-ray makes of the model; {what}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -424,16 +443,24 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
     name: Annotated[str, typer.Option(help="Name of the registered model in MLflow.")] = "asc-ray",
     license: Annotated[str, typer.Option(help="License of the model, for its card, such as CC-BY-4.0.")] = "",
+    target: Annotated[
+        Target, typer.Option(help="c: also a folder of C for microcontrollers; RUN may then be a bundle, too.")
+    ] = Target.onnx,
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
 ) -> None:
     """Write a finished int8 student as one folder: models, front end, labels, card and checksums; register it."""
     from asc_ray.config.composition import load_config
     from asc_ray.progress import Progress
-    from asc_ray.stages.export import export_bundle
+    from asc_ray.runtime import is_bundle
+    from asc_ray.stages.export import export_bundle, export_c
 
+    if target is Target.c and is_bundle(Path(run)) and not (Path(run) / "manifest.json").exists():
+        export_c(Path(run), out, Progress())
+        typer.echo(f"C  {out}   ({out}/README.md says how to compile it)")
+        return
     settings = load_config(config, set)
-    export_bundle(run, out, name, license, settings.tracking.uri, settings.folder, Progress())
+    export_bundle(run, out, name, license, settings.tracking.uri, settings.folder, Progress(), target is Target.c)
     typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
 
 

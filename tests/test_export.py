@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from asc_ray.artifacts import read_manifest
 from asc_ray.data.clips import ClipStore
+from asc_ray.embedded.program import HOST_TOOLS, missing
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.models.complexity import peak_activations
@@ -100,6 +101,24 @@ def test_the_card_has_sizes_devices_operators_and_lineage(exported, storage):
     for line in ("| train | 120 clips, 60 places |", "| test | 90 clips, 10 places |", "alone | s4, s5, s6 |"):
         assert line in card
     assert "&" not in card, "Markdown and not HTML"
+
+
+@pytest.mark.skipif(bool(missing(*HOST_TOOLS)), reason=f"not here: {missing(*HOST_TOOLS)}")
+def test_a_bundle_gets_its_c_form_with_figures_in_the_card(exported, storage, tmp_path):
+    out = tmp_path / "bundle"
+    shutil.copytree(exported[0], out)
+    (int8,) = (storage / "int8").iterdir()
+    done = run("export", int8, out, "--target", "c")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"the C form names [01] of them differently", done.stdout)
+    assert "| clips compared with onnxruntime | 90 |" in (out / "card.md").read_text()
+    before = (out / "SHA256SUMS").read_text()
+    done = run("export", int8, out, "--target", "c")
+    assert done.returncode == 0, "an equal one stays"
+    assert (out / "SHA256SUMS").read_text() == before
+    done = run("verify", out)
+    assert done.returncode == 0, done.stderr
+    assert "of 20 clips of noise get another scene than onnxruntime's" in done.stdout
 
 
 def test_mlflow_serves_the_champion(exported, storage, tmp_path):

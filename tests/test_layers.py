@@ -14,6 +14,7 @@ LAYERS = (
     {"errors"},
     {"files", "shown", "provenance", "disk", "places", "remote"},
     {"runtime"},
+    {"embedded"},
     {"section", "artifacts", "lock", "claims", "resources", "config.yaml_text", "config.overrides"},
     {"audio", "models"},
     {"predict"},

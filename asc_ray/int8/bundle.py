@@ -40,8 +40,8 @@ def write_bundle(folder: Path, int8: Path, labels: Sequence[str], config: Fronte
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums, in the form of `sha256sum --check`."""
-    files = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
+    """Write the checksums of the folder's own files, in the form of `sha256sum --check`."""
+    files = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS and path.is_file())
     write_atomically(folder / CHECKSUMS, "".join(f"{file_sha256(folder / name)}  {name}\n" for name in files))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from asc_ray.embedded.figures import CForm, figure_rows
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.report.page import environment
 
@@ -40,6 +41,11 @@ class Card:
     license: str
     lineage: Mapping[str, str]
     operators: Sequence[tuple[str, str, int]]
+    c_form: CForm | None = None
+
+    @property
+    def c_rows(self) -> list[tuple[str, str]]:
+        return figure_rows(self.c_form) if self.c_form else []
 
 
 def render_card(card: Card) -> str:

@@ -25,6 +25,7 @@ from asc_ray.runtime.protobuf import NotOurs
 from asc_ray.shown import printable
 
 MODEL, FRONTEND, LABELS, CHECKSUMS = "model.onnx", "frontend.json", "labels.json", "SHA256SUMS"
+C_FORM = "c"  # a folder in a bundle, for microcontrollers; `asc_ray.embedded` writes and checks it
 NEEDED = (MODEL, FRONTEND, LABELS)
 EXAMPLE = Path(__file__).parent / "example"  # a bundle that the package brings
 PRODUCER = "asc-ray"  # in the ONNX file's metadata, beside the same labels and front end as in the JSON files
@@ -131,7 +132,7 @@ def verify(folder: Path) -> dict[str, Any]:
     Return the number of labels and the files' sizes. Raises UserError naming what is wrong.
     """
     bundle = Bundle(folder)
-    if added := sorted({file.name for file in folder.iterdir()} - {CHECKSUMS, *bundle.files}):
+    if added := sorted({file.name for file in folder.iterdir()} - {CHECKSUMS, C_FORM, *bundle.files}):
         names = ", ".join(map(printable, added[:5]))
         raise UserError(f"{folder}: not in {CHECKSUMS}: {names}. Take away what is not the bundle's own")
     noise = 0.1 * np.random.default_rng(0).standard_normal((2, bundle.frontend.samples), dtype=np.float32)

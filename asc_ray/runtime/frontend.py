@@ -53,16 +53,26 @@ def mel_bank(sample_rate: int, n_fft: int, mels: int, fmin: float, fmax: float) 
 
     The Nyquist bin, which Kaldi leaves out, has no column.
     """
+    at, edges = mel_places(sample_rate, n_fft, mels, fmin, fmax)
+    left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    bank = np.minimum((at - left) / (centre - left), (right - at) / (right - centre))
+    return np.maximum(bank, 0).astype(np.float32)
+
+
+def hann_window(length: int) -> np.ndarray:
+    """Return the symmetric window of Hann, (length) float32."""
+    position = 2 * np.pi * np.arange(length) / max(1, length - 1)
+    return (0.5 - 0.5 * np.cos(position)).astype(np.float32)
+
+
+def mel_places(sample_rate: int, n_fft: int, mels: int, fmin: float, fmax: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the bins of the transform lie, (n_fft // 2), and the edges of the triangles, (mels + 2), in mel."""
 
     def mel(hertz: np.ndarray) -> np.ndarray:
         return 1127.0 * np.log1p(hertz / 700.0)
 
-    at = mel(np.arange(n_fft // 2) * (sample_rate / n_fft))
     low, high = mel(np.array([fmin, fmax]))
-    edges = np.linspace(low, high, mels + 2)[:, None]
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    bank = np.minimum((at - left) / (centre - left), (right - at) / (right - centre))
-    return np.maximum(bank, 0).astype(np.float32)
+    return mel(np.arange(n_fft // 2) * (sample_rate / n_fft)), np.linspace(low, high, mels + 2)
 
 
 class LogMel:
@@ -70,8 +80,7 @@ class LogMel:
 
     def __init__(self, frontend: Frontend) -> None:
         f = self._frontend = frontend
-        position = 2 * np.pi * np.arange(f.window) / max(1, f.window - 1)
-        self._window = (0.5 - 0.5 * np.cos(position)).astype(np.float32)
+        self._window = hann_window(f.window)
         bank = mel_bank(f.sample_rate, f.n_fft, f.mels, f.fmin, f.fmax)
         self._bands = [_band(bank[start : start + _GROUP]) for start in range(0, f.mels, _GROUP)]
 

@@ -33,12 +33,25 @@ _ATTRIBUTE_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}
 
 
 @dataclass(frozen=True)
+class Node:
+    """An operator: names of the values that it takes, of the one that it makes, and attributes as ONNX has them."""
+
+    kind: str
+    inputs: Sequence[str]
+    output: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Model:
-    """`input` and `output`: name and shape without the batch; `metadata`: what the exporter wrote beside the graph."""
+    """`input` and `output`: name and shape without the batch; `metadata`: what the exporter wrote beside the graph;
+    `nodes` in the order in which they are computed; `weights` by name."""
 
     input: tuple[str, Shape]
     output: tuple[str, Shape]
     metadata: Mapping[str, str]
+    nodes: Sequence[Node]
+    weights: Mapping[str, np.ndarray]
 
 
 def read_model(content: bytes) -> Model:
@@ -52,12 +65,13 @@ def read_model(content: bytes) -> Model:
     metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata"]}
     if len(metadata) < len(model["metadata"]):
         raise NotOurs("a key of the metadata occurs twice")
-    given, made = _check(model["graph"])
-    return Model(given, made, metadata)
+    given, made, weights = _check(model["graph"])
+    nodes = [Node(node["kind"], node["input"], node["output"][0], _attributes(node)) for node in model["graph"]["node"]]
+    return Model(given, made, metadata, nodes, weights)
 
 
-def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
-    """Check the graph, and return its input's and its output's name and shape, without the batch."""
+def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape], Mapping[str, np.ndarray]]:
+    """Check the graph, and return its input's and its output's name and shape, without the batch, and the weights."""
     if len(graph["input"]) != 1 or len(graph["output"]) != 1:
         raise NotOurs(f"{len(graph['input'])} inputs and {len(graph['output'])} outputs; one of each is expected")
     if len(graph["node"]) > MOST_NODES:
@@ -68,7 +82,7 @@ def _check(graph: Message) -> tuple[tuple[str, Shape], tuple[str, Shape]]:
         weights[_new(weights, tensor.get("name", ""))] = _weight(tensor)
     for batch in (1, _CLIPS):
         _check_shapes(graph, given, made, weights, batch)
-    return given, made
+    return given, made, weights
 
 
 def _check_shapes(
@@ -136,16 +150,8 @@ def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, np.
     kind = node.get("kind", "")
     if node.get("domain", "") not in ("", "ai.onnx") or kind not in _OPERATORS:
         raise NotOurs(f"the operator {node.get('domain') or ''} {kind}".replace("  ", " "))
-    names, infer = _OPERATORS[kind]
-    attributes = {}
-    for attribute in node["attribute"]:
-        name, field = attribute.get("name", ""), _ATTRIBUTE_TYPES.get(attribute.get("type", 0), "")
-        if name not in names or name in attributes:
-            raise NotOurs(f"the attribute {name!r} of {kind}")
-        own = attribute.get(field)
-        if isinstance(own, float) and not math.isfinite(own):
-            raise NotOurs(f"the attribute {name!r} of {kind} is not finite")
-        attributes[name] = own
+    _, infer = _OPERATORS[kind]
+    attributes = _attributes(node)
     if attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
         raise NotOurs(f"{kind} with auto_pad")
     inputs, outputs = list(node["input"]), node["output"]
@@ -158,6 +164,19 @@ def _infer(node: Message, shapes: Mapping[str, Shape], weights: Mapping[str, np.
             raise
         raise NotOurs(f"a {kind} that takes {[shapes[name] for name in inputs]} with {attributes}") from None
     return outputs[0], _sane(shape), macs
+
+
+def _attributes(node: Message) -> dict[str, Any]:
+    kind, attributes = node["kind"], {}
+    for attribute in node["attribute"]:
+        name, field = attribute.get("name", ""), _ATTRIBUTE_TYPES.get(attribute.get("type", 0), "")
+        if name not in _OPERATORS[kind][0] or name in attributes:
+            raise NotOurs(f"the attribute {name!r} of {kind}")
+        own = attribute.get(field)
+        if isinstance(own, float) and not math.isfinite(own):
+            raise NotOurs(f"the attribute {name!r} of {kind} is not finite")
+        attributes[name] = own
+    return attributes
 
 
 _Inputs = list[Shape]

@@ -22,6 +22,8 @@ from asc_ray.artifacts import (
 )
 from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.clips import SPLITS, ClipStore, open_clips
+from asc_ray.embedded.figures import CForm
+from asc_ray.embedded.folder import noise, write_c
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, score
 from asc_ray.evaluation.scores import guessed
@@ -33,7 +35,7 @@ from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress
 from asc_ray.remote import children
 from asc_ray.report.card import Card, render_card
-from asc_ray.runtime import CHECKSUMS, MODEL
+from asc_ray.runtime import C_FORM, CHECKSUMS, MODEL, Bundle
 from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
 from asc_ray.tracking.config import database_of, default_uri
@@ -41,6 +43,8 @@ from asc_ray.tracking.lookup import artifacts_of, runs_of
 from asc_ray.tracking.registry import check_name, register
 from asc_ray.tracking.store import prepare
 from asc_ray.tracking.things import first_line
+
+_BATCH = 256  # clips
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,18 @@ def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]
     return Origin(best, student, clips), uri
 
 
+def export_c(bundle: Path, out: Path, progress: Progress) -> None:
+    """Write the C form of an exported bundle, of which no clips are at hand, to the new folder `out`.
+
+    Raises UserError for a bundle that is not as it was exported, where `write_c` does, and if `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists; choose another folder, or delete it")
+    pcm, logits = noise(Bundle(bundle))
+    form = write_c(bundle, out, [pcm], logits)
+    progress.note(f"{form.clips} clips of noise: {form.differ} get another scene than onnxruntime's")
+
+
 def _prepare(storage: Path, uri: str) -> None:
     try:
         prepare(storage)
@@ -124,19 +140,26 @@ def _prepare(storage: Path, uri: str) -> None:
 
 
 def export_bundle(
-    run: str, out: Path, name: str, license: str, uri: str | None, default_storage: Path, progress: Progress
+    run: str,
+    out: Path,
+    name: str,
+    license: str,
+    uri: str | None,
+    default_storage: Path,
+    progress: Progress,
+    in_c: bool = False,
 ) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
-    `license`: that of the model, for its card; empty where it has none yet.
+    `license`: that of the model, for its card; empty where it has none yet. `in_c`: with the folder of C. An equal
+    bundle in `out` without that gets it, and its figures in the card.
 
-    Raises UserError where `find`, `compare` and `register` do, and if `out` holds something else.
+    Raises UserError where `find`, `compare`, `write_c` and `register` do, and if `out` holds something else.
     """
     check_name(name)
     out = out.absolute()
-    taken = UserError(f"{out}: exists, and is not this bundle; choose another folder, or delete it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
-        raise taken
+        raise _taken(out)
     origin, uri = find(run, uri, default_storage)
     if uri == default_uri(origin.storage):
         _prepare(origin.storage, uri)
@@ -153,27 +176,20 @@ def export_bundle(
         int8 = load_int8(origin.int8, config, len(store.labels))
         logits, agreement = compare(building, int8, store, test)
         runs = runs_of(uri, {"int8": origin.key, "student": str(read_manifest(origin.student)["key"])})
+        form = None
+        if in_c:
+            batches = (store.pcm(test[start : start + _BATCH]) for start in range(0, len(test), _BATCH))
+            form = write_c(building, building / C_FORM, batches, logits)
         counts = operator_counts(int8)
         size = (building / MODEL).stat().st_size
-        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license)
+        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license, form)
         write_atomically(building / CARD, render_card(card))
         seal(building)
-        if (out / CHECKSUMS).is_file():
-            if (out / CHECKSUMS).read_text() != (building / CHECKSUMS).read_text():
-                raise taken
-            shutil.rmtree(building)
-        else:
-            if out.exists():
-                out.rmdir()
-            building.rename(out)
+        _put(building, out)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    progress.note(f"{card.scores.clips} test clips: {100 * card.scores.accuracy:.1f} % right in onnxruntime")
-    progress.note(
-        f"torch names {agreement['differ']:.0f} of them differently; the largest difference of a logit is "
-        f"{agreement['largest_difference']:.4f}"
-    )
+    _tell(progress, card)
     if "int8" in runs:
         partition = read_manifest(origin.student)["config"]["partition"]
         judged_on = content_key(clips=origin.clips.name, partition=partition)
@@ -182,6 +198,45 @@ def export_bundle(
         progress.note(register(uri, runs["int8"], out, name, card.validation, judged_on, guessing))
     else:
         progress.note(f"not registered: no run in {masked(uri)} has trained this model")
+
+
+def _taken(out: Path) -> UserError:
+    return UserError(f"{out}: exists, and is not this bundle; choose another folder, or delete it")
+
+
+def _put(building: Path, out: Path) -> None:
+    """Rename the folder `building` to `out`. An equal bundle stays; one that only lacks the C form makes room."""
+    if (out / CHECKSUMS).is_file() and _sums(out) == _sums(building):
+        shutil.rmtree(building)
+        return
+    if (out / CHECKSUMS).is_file():
+        gets_c = (building / C_FORM).exists() and not (out / C_FORM).exists()
+        if not gets_c or _sums(out, CARD) != _sums(building, CARD):
+            raise _taken(out)
+        shutil.rmtree(out)
+    elif out.exists():
+        out.rmdir()
+    building.rename(out)
+
+
+def _tell(progress: Progress, card: Card) -> None:
+    """Say how good the bundle is, and how its forms agree."""
+    progress.note(f"{card.scores.clips} test clips: {100 * card.scores.accuracy:.1f} % right in onnxruntime")
+    progress.note(
+        f"torch names {card.agreement['differ']:.0f} of them differently; the largest difference of a logit is "
+        f"{card.agreement['largest_difference']:.4f}"
+    )
+    if form := card.c_form:
+        progress.note(
+            f"the C form names {form.differ} of them differently from onnxruntime; {form.equal} have equal logits, to "
+            "the bit"
+        )
+
+
+def _sums(bundle: Path, but: str = "") -> list[str]:
+    """Return the lines of the bundle's checksums, without that of the file `but`."""
+    lines = (bundle / CHECKSUMS).read_text().splitlines()
+    return [line for line in lines if not but or not line.endswith(f"  {but}")]
 
 
 def _card(
@@ -195,6 +250,7 @@ def _card(
     operators: Sequence[tuple[str, str, int]],
     file_bytes: int,
     license: str,
+    form: CForm | None,
 ) -> Card:
     int8, student, clips = (read_manifest(folder) for folder in (origin.int8, origin.student, origin.clips))
     model = config.model
@@ -230,4 +286,5 @@ def _card(
         license=license,
         lineage=lineage,
         operators=operators,
+        c_form=form,
     )

@@ -18,6 +18,9 @@ from asc_ray.config.composition import load_config
 from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.decode import decode
+from asc_ray.embedded.graph import read_network
+from asc_ray.embedded.layers import Unknown
+from asc_ray.embedded.memory import plan
 from asc_ray.errors import ConfigError, CorpusError, UserError
 from asc_ray.int8.bundle import seal
 from asc_ray.models.pretrained import read_tensors
@@ -72,6 +75,15 @@ def test_a_model_is_read_or_refused(whole, data):
         assert found.metadata == {entry.key: entry.value for entry in other.metadata_props}
         assert found.input[0] == other.graph.input[0].name
         assert found.output[0] == other.graph.output[0].name
+
+
+@bounded
+@given(data=st.data())
+def test_a_model_has_a_c_form_or_is_refused(whole, data):
+    content = data.draw(damaged(whole))
+    with contextlib.suppress(NotOurs, Unknown):
+        network = read_network(read_model(content))
+        assert plan(network, 4).bytes > network.input.bytes
 
 
 @bounded
