@@ -92,6 +92,7 @@ _HELP = {
     "fuse": "Learn the fusion (eq. 4) on held-out places and write the soft targets.",
     "sweep": "Search the student's configuration on the validation part.",
     "student": "Train the student from the soft targets, with student.seeds=n n of them at once.",
+    "specialize": "Fine-tune the student for each device, if student.specialize says so.",
     "qat": "Train the student for int8 and convert it.",
     "evaluate": "Score teachers, fusion and both students on the test split.",
     "report": "Write the HTML report.",

@@ -16,9 +16,11 @@ from asc_ray import remote
 from asc_ray.artifacts import Artifact, content_key, write_atomically
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
+from asc_ray.config.fitting import check_limits
 from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_answers, read_evaluation
 from asc_ray.evaluation.gains import Gain, gain
+from asc_ray.int8.config import check_int8
 from asc_ray.plan import STAGES, Plan, dump
 from asc_ray.preview import Step, preview
 from asc_ray.progress import Progress
@@ -29,6 +31,7 @@ from asc_ray.run import at_work, run
 from asc_ray.section import Section
 from asc_ray.stages.evaluate import evaluation_jobs
 from asc_ray.stages.qat import int8_jobs
+from asc_ray.stages.specialize import specialize_jobs
 from asc_ray.stages.student import student_jobs
 from asc_ray.stages.tracked import pipeline_thing, student_thing
 from asc_ray.stages.work import Job, Work, source_of
@@ -39,7 +42,10 @@ TAU22_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")  # the paper
 
 
 class RowConfig(Section):
-    """A row of a table. `set`: what it changes, by dotted key. `paper`: the paper's figures, see ComparedRow."""
+    """A row of a table. `set`: what it changes, by dotted key. `paper`: the paper's figures, see ComparedRow.
+
+    With `student.specialize` it has the figures of the specialized students.
+    """
 
     later = frozenset({"against"})
     name: str = Field(pattern=r"^[^'\"\\]+$", description="name of the row, and of its runs in MLflow")
@@ -143,7 +149,9 @@ def _planned(
     plans = _plans(configs)
     for name_of_row, plan in plans.items():
         try:
-            plan.refuse_large()
+            check_limits(plan.config, plan.scenes)
+            if spec.int8:
+                check_int8(plan.config.student.model.name)
         except ConfigError as error:
             raise ConfigError(f"row {name_of_row}: {error}") from None
     _refuse_unknown_columns(spec, next(iter(plans.values())))
@@ -224,12 +232,17 @@ def _artifact(kind: str, name: str, spec: TableConfig, plans: Mapping[str, Plan]
 
 
 def _compared(plan: Plan, int8: bool) -> list[str]:
-    return [*plan.students, *(plan.int8 if int8 else ())]
+    return [*plan.students, *plan.specialized, *(plan.int8 if int8 else ())]
+
+
+def _shown(plan: Plan) -> Mapping[str, Artifact]:
+    """Return the students whose figures a row has."""
+    return plan.specialized or plan.students
 
 
 def _parts(plan: Plan, int8: bool) -> list[Artifact]:
     names = _compared(plan, int8)
-    models = plan.students | plan.int8
+    models = plan.models
     return [models[name] for name in names] + [plan.evaluations[name] for name in names]
 
 
@@ -239,6 +252,9 @@ def _compare(work: Work, kind: str, spec: TableConfig, plans: Mapping[str, Plan]
     )
     with work.progress.stage("students"):
         work.together(_jobs(plans, student_jobs, work.tracker.top.key))
+    if any(plan.specialized for plan in plans.values()):
+        with work.progress.stage("specialize"):
+            work.together(_jobs(plans, specialize_jobs, work.tracker.top.key))
     if spec.int8:
         with work.progress.stage("int8"):
             work.together(_jobs(plans, int8_jobs, work.tracker.top.key))
@@ -274,7 +290,7 @@ def _track(work: Work, spec: TableConfig, plans: Mapping[str, Plan], comparison:
     """Tell of every student of the table below one parent run, with its test figures, whichever command trained it."""
     for row, plan in plans.items():
         for name in _compared(plan, spec.int8):
-            model = (plan.students | plan.int8)[name]
+            model = plan.models[name]
             thing = student_thing(plan, name, f"{row}: {name}", work.tracker.top.key)
             work.tracker.whole(thing, curves(model.facts()["history"]))
             work.tracker.log(thing, figures(read_evaluation(plan.evaluations[name].path)))
@@ -290,7 +306,7 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     test = np.flatnonzero(store.split == "test")
     unseen = store.unseen_devices
     answers = {
-        name: read_answers([plan.evaluations[student].path for student in plan.students], store.ids[test])
+        name: read_answers([plan.evaluations[student].path for student in _shown(plan)], store.ids[test])
         for name, plan in plans.items()
     }
 
@@ -308,14 +324,14 @@ def _comparison(spec: TableConfig, plans: Mapping[str, Plan]) -> Comparison:
     rows = []
     for row in spec.rows:
         plan = plans[row.name]
-        facts = next(iter(plan.students.values())).facts()
+        facts = next(iter(_shown(plan).values())).facts()
         over = row.against or (None if row is spec.rows[0] else spec.rows[0].name)
         rows.append(
             ComparedRow(
                 name=row.name,
                 parameters=facts["parameters"],
                 macs=facts["macs"],
-                scores=plan.scores(plan.students),
+                scores=plan.scores(_shown(plan)),
                 int8=plan.scores(plan.int8) if spec.int8 else None,
                 paper=row.paper,
                 over=over,

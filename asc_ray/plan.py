@@ -22,8 +22,7 @@ from asc_ray.evaluation.artifact import EVALUATION_FORM, read_evaluation
 from asc_ray.evaluation.seeds import OverSeeds, over_seeds
 from asc_ray.int8.config import INT8_FORM
 from asc_ray.models.pretrained import published
-from asc_ray.students.config import StudentConfig, changed
-from asc_ray.students.cost import student_cost
+from asc_ray.students.config import StudentConfig
 from asc_ray.students.targets import TargetFiles
 from asc_ray.training.dataset import bank_identity
 from asc_ray.training.recipe import Recipe
@@ -42,8 +41,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "fuse": ("logits",),
     "sweep": ("fuse",),
     "student": ("fuse", "sweep"),
+    "specialize": ("student",),
     "qat": ("student",),
-    "evaluate": ("fuse", "qat"),
+    "evaluate": ("fuse", "specialize", "qat"),
     "report": ("evaluate",),
 }
 STAGES = tuple(NEEDS)
@@ -138,6 +138,7 @@ class Plan:
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
         student = {"student": config.student.for_key(), "partition": self._division()}
         del student["student"]["seeds"]
+        student["student"].pop("specialize", None)
         if file := config.student.checkpoint:
             if config.sweep:
                 raise ConfigError("student.checkpoint: there is nothing to search for with it; give sweep: null, too")
@@ -156,6 +157,13 @@ class Plan:
             )
             for name, seed in self.seeds.items()
         }
+        specialize = config.student.specialize and {"specialize": config.student.specialize.for_key()}
+        self.specialized = {
+            name.replace("student", "specialized"): self._artifact(
+                "specialized", "student", specialize, {"student": artifact.key}
+            )
+            for name, artifact in (self.students.items() if specialize else ())
+        }
         self.int8 = {
             _int8(name): self._artifact(
                 "int8", "student", {"qat": config.qat.for_key(), "form": INT8_FORM}, {"student": artifact.key}
@@ -164,7 +172,7 @@ class Plan:
         }
         self.evaluations = {
             name: self._artifact("evaluation", artifact.stage, {"form": EVALUATION_FORM}, {"model": artifact.key})
-            for name, artifact in (self.students | self.int8).items()
+            for name, artifact in self.models.items()
         }
 
     def by_stage(self) -> dict[str, list[Artifact]]:
@@ -176,10 +184,20 @@ class Plan:
             "fuse": [self.fusion],
             "sweep": [self.sweep] if self.sweep else [],
             "student": list(self.students.values()),
+            "specialize": list(self.specialized.values()),
             "qat": list(self.int8.values()),
             "evaluate": [self.evaluation, *self.evaluations.values()],
             "report": [self.report],
         }
+
+    @property
+    def forms(self) -> dict[str, dict[str, Artifact]]:
+        """The students and what is made of them, by kind and name."""
+        return {"student": self.students, "specialized": self.specialized, "int8": self.int8}
+
+    @property
+    def models(self) -> dict[str, Artifact]:
+        return {name: artifact for own in self.forms.values() for name, artifact in own.items()}
 
     def trial(self, number: int) -> Artifact:
         """Return a trial as an artifact for MLflow's runs; its result is a file of the sweep's artifact."""
@@ -214,11 +232,11 @@ class Plan:
         if self.sweep is not None:
             found = stored_file(self.sweep.path, BEST_STUDENT)
             best = read_yaml(found.read_text(), str(found))
-            config = StudentConfig.model_validate(best["student"])
+            config = StudentConfig.model_validate(best["student"]).model_copy(update={"specialize": config.specialize})
         return {name: config.model_copy(update={"seed": seed}) for name, seed in self.seeds.items()}
 
     def scores(self, names: Iterable[str]) -> OverSeeds:
-        """Return the test scores, over the seeds, of the finished students or int8 forms with these names."""
+        """Return the test scores, over the seeds, of finished students, or forms of them, with these names."""
         return over_seeds([read_evaluation(self.evaluations[name].path) for name in names])
 
     def needs(self, stage: str) -> tuple[str, ...]:
@@ -227,22 +245,10 @@ class Plan:
             return tuple("ingest" if need == "fuse" else need for need in NEEDS[stage])
         return NEEDS[stage]
 
-    def refuse_large(self) -> None:
-        """Raise ConfigError if a student that the configuration may train is over the limits.
-
-        In a search, each end of each parameter is tried alone; its trials check the combinations.
-        """
-        config, scenes = self.config, len(self.source.labels if self.source else SCENES)
-        students = {"student.model": config.student}
-        for key, parameter in config.sweep.space.items() if config.sweep else ():
-            if key.partition(".")[0] in ("model", "frontend"):
-                for end in parameter.ends():
-                    students[f"sweep.space.{key}: {end}: student.model"] = changed(config.student, {key: end})
-        for key, student in students.items():
-            try:
-                student_cost(student, config.limits, scenes)
-            except ConfigError as error:
-                raise ConfigError(f"{key}: {error}") from None
+    @property
+    def scenes(self) -> int:
+        """How many scenes the corpus has."""
+        return len(self.source.labels if self.source else SCENES)
 
     def keep_reading(self) -> None:
         """Keep what was read of the corpus for the next command; the caller holds the storage's lock."""
@@ -314,8 +320,9 @@ class Plan:
 
 
 def scores_over_seeds(plan: Plan) -> dict[str, OverSeeds]:
-    """Return the scores of the students and of their int8 forms on the test split."""
-    return {"student fp32": plan.scores(plan.students), "student int8": plan.scores(plan.int8)}
+    """Return the scores of the students and of their forms on the test split."""
+    words = {"student": "student fp32"}
+    return {words.get(kind, f"student {kind}"): plan.scores(own) for kind, own in plan.forms.items() if own}
 
 
 def _of_seed(name: str, seed: int, seeds: int) -> str:

@@ -63,7 +63,7 @@ def _resources(plan: Plan, state: State) -> str:
         "ingest": Resources(),
         "logits": config.logits.resources,
         "fuse": Resources(cpus=config.logits.resources.cpus),
-        **dict.fromkeys(("sweep", "student", "qat", "evaluate"), config.student_resources),
+        **dict.fromkeys(("sweep", "student", "specialize", "qat", "evaluate"), config.student_resources),
     }
     return _asked(asked[state.stage]) if state.stage in asked else "this process"
 

@@ -13,8 +13,10 @@ import yaml
 from asc_ray import remote
 from asc_ray.artifacts import stored_file
 from asc_ray.config.configuration import Config
+from asc_ray.config.fitting import check_limits
 from asc_ray.disk import disk_error
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.int8.config import check_int8
 from asc_ray.lock import exclusive
 from asc_ray.places import is_kept, named
 from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
@@ -56,7 +58,7 @@ def where_things_are(plan: Plan) -> list[str]:
 
 def refuse(plan: Plan, todo: Sequence[str]) -> None:
     """Raise UserError where a stage of `todo` needs one that is neither done nor in `todo`, and ConfigError where a
-    student would be over the limits."""
+    student would be over the limits, or has no int8 form."""
     for stage in todo:
         for need in plan.needs(stage):
             if need not in todo and plan.missing(need):
@@ -65,7 +67,9 @@ def refuse(plan: Plan, todo: Sequence[str]) -> None:
                     "configuration first, or `asc-ray pipeline` for all stages"
                 )
     if {"sweep", "student"} & set(todo):
-        plan.refuse_large()
+        check_limits(plan.config, plan.scenes)
+    if "qat" in todo:
+        check_int8(plan.config.student.model.name)
 
 
 def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:

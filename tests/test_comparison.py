@@ -140,6 +140,10 @@ def test_the_paper_s_figures_are_those_of_the_paper(number):
         (["table", "wrong.yaml"], "student.optimizer.epoch: unknown key"),
         (["table", "column.yaml"], "row first: paper.al: no such column; did you mean all?"),
         (["table", "large.yaml"], "row second: student.model: cp_resnet is too large for the device"),
+        (
+            ["table", "gru.yaml"],
+            "row second: student.model: cnn_gru has no int8 form, because a GRU feeds its state back",
+        ),
         (["table", "elsewhere.yaml"], "row second: storage: a table has one"),
         (["table", "apart.yaml"], "row second: corpus: differs from that of row first; a table is of one corpus"),
     ],
@@ -155,6 +159,8 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, message):
     (tmp_path / "column.yaml").write_text("title: x\nrows: [{name: first, paper: {al: 60}}]\n")
     large = "{name: second, set: {student.model: {name: cp_resnet, width: 64}}}"
     (tmp_path / "large.yaml").write_text(f"title: x\nrows: [{{name: first}}, {large}]\n")
+    gru = "{name: second, set: {student.preset: cnn_gru}}"
+    (tmp_path / "gru.yaml").write_text(f"title: x\nint8: true\nrows: [{{name: first}}, {gru}]\n")
     done = subprocess.run(
         command(*arguments, "--config", TINY, "--set", f"storage={tmp_path}/s"),
         capture_output=True, text=True, cwd=tmp_path, check=False,

@@ -329,6 +329,13 @@ def test_a_student_over_the_limits_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_student_without_int8_form_is_refused_before_any_work(tmp_path):
+    done = command("pipeline", "--config", "demo", "--set", f"storage={tmp_path}/s", "--set", "student.preset=cnn_gru")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "student.model: cnn_gru has no int8 form, because a GRU feeds its state back" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

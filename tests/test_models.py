@@ -26,6 +26,7 @@ from reference import (
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import PRESETS, network_preset
 from asc_ray.models.bsconv import BSConvConfig
+from asc_ray.models.cnn_gru import CNNGRUConfig
 from asc_ray.models.complexity import complexity, peak_activations
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNetConfig
@@ -34,6 +35,7 @@ from asc_ray.models.ds_flexinet import PLANS, ChannelPlan, DSFlexiNet, DSFlexiNe
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.passt import Passt, PasstConfig
 from asc_ray.models.registry import ModelConfig, build, folded
+from asc_ray.models.tf_sepnet import TFSepNetConfig
 from asc_ray.students.cost import Limits, input_shape
 from asc_ray.training.recipe import Recipe
 
@@ -102,6 +104,17 @@ def test_table_ii(size):
     assert counted.parameters == pytest.approx(parameters, rel=0.005)
     assert counted.macs == pytest.approx(macs, rel=0.01)
     assert counted.bytes == {"float32": 4 * counted.parameters, "int8": counted.parameters}
+
+
+def test_the_students_that_won_have_the_published_sizes():
+    """TF-SepNet-64 of DCASE 2024 and the CNN-GRU of DCASE 2025, as their authors' public code has them."""
+    published = {"tf_sepnet": (126_858, 29_419_648), "cnn_gru": (58_171, 10_902_300)}
+    for name, sizes in published.items():
+        recipe = Recipe.model_validate(network_preset(name))
+        counted = complexity(build(recipe.model, scenes=10), input_shape(recipe))
+        assert (counted.parameters, counted.macs) == sizes
+    with pytest.raises(ValidationError, match="frontend makes 128 mels of a clip, cnn_gru takes 256"):
+        Recipe.model_validate({"model": {"name": "cnn_gru"}, "frontend": {"mels": 128}})
 
 
 TABLE_III = {"cp_resnet_64k": (63_500, 19.5e6), "bsconv_cnn": (73_390, 13.18e6)}
@@ -173,6 +186,8 @@ SHRUNKEN: dict[str, tuple[Any, tuple[int, int]]] = {
     "cp_mobile": (CPMobileConfig(width=8), (256, 64)),
     "bsconv_cnn": (BSConvConfig(stem=4, channels=(8, 12)), (256, 64)),
     "dcase22_baseline": (DCASE22BaselineConfig(), (40, 51)),
+    "tf_sepnet": (TFSepNetConfig(width=8), (64, 32)),
+    "cnn_gru": (CNNGRUConfig(), (256, 33)),
     "ds_flexinet": (DSFlexiNetConfig(size="sm1"), (256, 64)),
     "ds_flexinet, own plan": (
         DSFlexiNetConfig(

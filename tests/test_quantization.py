@@ -25,6 +25,7 @@ from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
 from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNetConfig, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.registry import build
+from asc_ray.models.tf_sepnet import TFSepNetConfig
 from asc_ray.training.recipe import Recipe
 
 # Copying an exported graph, torch uses what it deprecated itself.
@@ -42,14 +43,14 @@ CYCLES = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [2.0, 2.0]])  # of a 
 NOISE = 1.5
 
 
-def labelled(seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+def labelled(seed: int, size: int = 32, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
     """Stripes of the scene's direction and width, at a random phase, in noise."""
     generator = torch.Generator().manual_seed(seed)
     scene = torch.randint(CLASSES, (size,), generator=generator)
-    frequency, time = (torch.arange(bins) / bins for bins in SHAPE[1:])
+    frequency, time = (torch.arange(bins) / bins for bins in shape[1:])
     place = CYCLES[scene, :1, None] * frequency[:, None] + CYCLES[scene, 1:, None] * time
     phase = torch.rand(size, 1, 1, generator=generator)
-    noise = torch.randn(size, *SHAPE[1:], generator=generator)
+    noise = torch.randn(size, *shape[1:], generator=generator)
     return (torch.cos(2 * torch.pi * (place + phase)) + NOISE * noise)[:, None], scene
 
 
@@ -57,10 +58,10 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=3e-3)
 
 
-def train(model: nn.Module, steps: range, size: int = 32) -> None:
+def train(model: nn.Module, steps: range, size: int = 32, shape: tuple[int, ...] = SHAPE) -> None:
     update = optimizer(model)
     for step in steps:
-        x, scene = labelled(step, size)
+        x, scene = labelled(step, size, shape)
         update.zero_grad()
         F.cross_entropy(model(x), scene).backward()
         update.step()
@@ -294,19 +295,22 @@ def test_the_given_model_is_left_alone(trained):
         CPMobileConfig(width=16),
         CPResNetConfig(width=8),
         BSConvConfig(channels=(8, 16)),
+        TFSepNetConfig(width=16),
         DSFlexiNetConfig(size="sm1", normalization=NormalizationConfig(kind="bn", eps=0.01, places=("input", "stem"))),
     ],
     ids=lambda config: getattr(config, "size", config.name),
 )
 def test_networks_convert_to_what_they_trained(config, tmp_path):
-    fake = preparation.prepare(build(config, CLASSES), torch.zeros(2, *SHAPE))
+    shape = (1, 64, 32) if config.name == "tf_sepnet" else SHAPE  # it halves the plane five times
+    fake = preparation.prepare(build(config, CLASSES), torch.zeros(2, *shape))
     preparation.set_training(fake, True)
-    train(fake, range(3), size=8)
+    train(fake, range(3), size=8, shape=shape)
     int8 = conversion.convert(fake)
     preparation.set_training(fake, False)
-    x, _ = labelled(7, 64)
+    x, _ = labelled(7, 64, shape)
     expected = fake(x).detach()
-    assert (int8(x) - expected).abs().mean() < 0.05 * expected.std()
+    # TF-SepNet normalizes each mel bin five times, which multiplies the steps of rounding where a bin hardly varies.
+    assert (int8(x) - expected).abs().mean() < (0.1 if config.name == "tf_sepnet" else 0.05) * expected.std()
     export_onnx(int8, tmp_path / "model.onnx")
     assert (OnnxModel(tmp_path / "model.onnx")(x) - int8(x)).abs().mean() < 0.002 * expected.std()
     written = onnx.load(tmp_path / "model.onnx").graph.node

@@ -41,6 +41,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "model": {"name": "dcase22_baseline"},
         "frontend": {"n_fft": 2048, "window": 1280, "hop": 639, "mels": 40},
     },
+    "tf_sepnet": {"model": {"name": "tf_sepnet", "width": 8}},
     "cp_resnet": {"model": {"name": "cp_resnet", "width": 4}},
     "passt": {"model": PASST | {"patchout_time": 1, "patchout": 1}},
 }

@@ -93,8 +93,8 @@ class Config(Section):
 def check_space(sweep: SweepConfig, student: StudentConfig) -> None:
     """Raise ValueError if a key of the space is unknown, or an end of its range is not allowed."""
     for key, parameter in sweep.space.items():
-        if key in NOT_JUDGED:
-            raise ValueError(f"sweep.space.{key}: is not searched, because {NOT_JUDGED[key]}; give it in student.{key}")
+        if reason := NOT_JUDGED.get(key) or NOT_JUDGED.get(key.partition(".")[0]):
+            raise ValueError(f"sweep.space.{key}: is not searched, because {reason}; give it in student.{key}")
         for value in parameter.ends():
             try:
                 changed(student, {key: value})

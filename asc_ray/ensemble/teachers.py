@@ -91,7 +91,7 @@ def train_teacher(
         data.parts["train"],
         folder / "checkpoints",
         gpus=gpus,
-        on_epoch=noted(folder, recipe, on_epoch),
+        on_epoch=noted(folder, recipe.optimizer.epochs, on_epoch),
     )
     if parallel.rank() == 0:
         save_weights(model, folder / WEIGHTS, about(recipe, data.store.labels))

@@ -4,10 +4,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from asc_ray.errors import ConfigError
 from asc_ray.section import Section
 
 INT8_FORM = 2  # part of the artifact's key: raise it when an int8 training writes something else
 ONNX_MODEL = "model.onnx"
+# Networks that the scheme cannot compute from 8-bit values, with the reason.
+FLOAT_ALONE = {"cnn_gru": "a GRU feeds its state back, and its gates have no 8-bit kernel in onnxruntime"}
 
 
 class QATConfig(Section):
@@ -24,3 +27,12 @@ class QATConfig(Section):
         if 0 < self.epochs <= self.frozen_epochs:
             raise ValueError(f"frozen_epochs: {self.frozen_epochs} of {self.epochs} epochs leaves none to observe in")
         return self
+
+
+def check_int8(network: str) -> None:
+    """Raise ConfigError for a network that has no int8 form."""
+    if reason := FLOAT_ALONE.get(network):
+        raise ConfigError(
+            f"student.model: {network} has no int8 form, because {reason}. Train it with `asc-ray student` and compare "
+            "it with `asc-ray table`, or choose another network"
+        )

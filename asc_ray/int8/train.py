@@ -12,7 +12,7 @@ from torch import nn
 
 from asc_ray.artifacts import Artifact, read_manifest, stored_file
 from asc_ray.audio.frontend import LogMel
-from asc_ray.int8.config import ONNX_MODEL, QATConfig
+from asc_ray.int8.config import ONNX_MODEL, QATConfig, check_int8
 from asc_ray.models.complexity import peak_activations
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
@@ -37,7 +37,11 @@ def train_int8(
     gpus: float = 0.0,
     on_epoch: OnEpoch = lambda metrics: None,
 ) -> None:
-    """Train the finished `student` for int8, or quantize it without training, and write the int8 model."""
+    """Train the finished `student` for int8, or quantize it without training, and write the int8 model.
+
+    Raises ConfigError for a network that has no int8 form, which a search may have chosen.
+    """
+    check_int8(config.model.name)
     from asc_ray.int8.conversion import bytes_by_dtype, convert, round_biases
     from asc_ray.int8.onnx_form import export_onnx
     from asc_ray.int8.preparation import observing, prepare
@@ -114,7 +118,7 @@ def _fit_int8(
         distillation=distillation,
         soft_targets=soft,
         gpus=gpus,
-        on_epoch=noted(folder, recipe, on_epoch),
+        on_epoch=noted(folder, qat.epochs, on_epoch),
         set_mode=set_mode,
     )
 

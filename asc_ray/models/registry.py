@@ -9,14 +9,23 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from asc_ray.models.bsconv import BSConvCNN, BSConvConfig
+from asc_ray.models.cnn_gru import CNNGRU, CNNGRUConfig
 from asc_ray.models.cp_mobile import CPMobile, CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNet, CPResNetConfig
 from asc_ray.models.dcase22_baseline import DCASE22Baseline, DCASE22BaselineConfig
 from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig
 from asc_ray.models.passt import Passt, PasstConfig
+from asc_ray.models.tf_sepnet import TFSepNet, TFSepNetConfig
 
 ModelConfig = Annotated[
-    PasstConfig | CPResNetConfig | CPMobileConfig | DSFlexiNetConfig | DCASE22BaselineConfig | BSConvConfig,
+    PasstConfig
+    | CPResNetConfig
+    | CPMobileConfig
+    | DSFlexiNetConfig
+    | DCASE22BaselineConfig
+    | BSConvConfig
+    | TFSepNetConfig
+    | CNNGRUConfig,
     Field(discriminator="name"),
 ]
 
@@ -27,6 +36,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ds_flexinet": DSFlexiNet,
     "dcase22_baseline": DCASE22Baseline,
     "bsconv_cnn": BSConvCNN,
+    "tf_sepnet": TFSepNet,
+    "cnn_gru": CNNGRU,
 }
 
 

@@ -27,6 +27,7 @@ NOT_JUDGED = {
     "optimizer.epochs": "trials train for sweep.epochs",
     "seed": "a good seed is luck",
     "seeds": "a trial has one",
+    "specialize": "it follows the search",
     "select": "a trial's value is that of its last epoch",
 }
 

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from asc_ray.artifacts import Artifact, read_manifest, stored_file, stored_files, write_atomically
 from asc_ray.audio.frontend import LogMel
+from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
@@ -18,6 +21,7 @@ from asc_ray.plan import Plan
 from asc_ray.resources import Resources
 from asc_ray.stages.work import Job, Work, source_of
 from asc_ray.students.config import StudentConfig
+from asc_ray.students.specialize import load_specialized, of_devices
 from asc_ray.training.dataset import Source
 from asc_ray.training.folder import load_model
 from asc_ray.training.gpu import training_device
@@ -33,12 +37,22 @@ def make(work: Work) -> None:
 
 
 def evaluation_jobs(plan: Plan, names: Iterable[str]) -> dict[str, Job]:
-    """Return the jobs that score the students and int8 forms with these names on the test split."""
-    models, config = plan.students | plan.int8, next(iter(plan.student_configs().values()))
+    """Return the jobs that score the students and forms of them with these names on the test split."""
+    config = next(iter(plan.student_configs().values()))
     source, resources = source_of(plan), plan.config.student_resources
+    general = dict(zip(plan.specialized, plan.students.values(), strict=False))  # by the name of what is made of it
     return {
         name: Job(
-            plan.evaluations[name], evaluate_student, (source, models[name].path, config, resources.gpus), resources
+            plan.evaluations[name],
+            evaluate_specialized if name in general else evaluate_student,
+            (
+                source,
+                plan.models[name].path,
+                *([general[name].path] if name in general else []),
+                config,
+                resources.gpus,
+            ),
+            resources,
         )
         for name in names
     }
@@ -84,13 +98,38 @@ def evaluate_student(
         model, others = load_model(student, config, len(store.labels)).to(device), {}
     front_end = LogMel(config.frontend).to(device)
     outputs = predict(model, front_end, store, test, device)
-    scores = score(store, test, outputs.numpy())
-    write_atomically(folder / EVALUATION, scores.model_dump_json())
-    metadata = {"system": student.name, "labels": json.dumps(store.labels), "corpus": store.corpus, "split": "test"}
-    write_logits(folder / ANSWERS, store.ids[test], outputs.numpy(), metadata)
-    facts = headline(scores)
+    facts = _scored(folder, student.name, store, test, outputs)
     for name, other in others.items():
         own = predict(other, front_end, store, test, device)
         facts[f"agreement_with_{name}"] = float((own.argmax(1) == outputs.argmax(1)).float().mean())
         facts[f"difference_to_{name}"] = float((own - outputs).abs().max())
     artifact.finish(facts)
+
+
+def evaluate_specialized(
+    artifact: Artifact, source: Source, specialized: Path, student: Path, config: StudentConfig, gpus: float = 0.0
+) -> None:
+    """Score on the test split, with each clip's device known: by its network, or for unknown ones by the `student`."""
+    folder = artifact.open_partial()
+    data = source.open(test=True)
+    store, test = data.store, data.parts["test"]
+    device = training_device(gpus)
+    networks = load_specialized(specialized, student, config, len(store.labels))
+    general = load_model(student, config, len(store.labels))
+    front_end = LogMel(config.frontend).to(device)
+    outputs = torch.empty(len(test), len(store.labels))
+    heard_by = of_devices(networks, store.device[test])
+    for name, rows in heard_by.items():
+        network = general if name is None else networks[name]
+        outputs[rows] = predict(network.to(device), front_end, store, test[rows], device)
+    facts = _scored(folder, specialized.name, store, test, outputs)
+    artifact.finish(facts | {"clips_of_unknown_devices": len(heard_by.get(None, ()))})
+
+
+def _scored(folder: Path, name: str, store: ClipStore, test: np.ndarray, outputs: torch.Tensor) -> dict[str, Any]:
+    """Write the scores of the logits (N, K) of the store's clips `test`, and the logits beside them."""
+    scores = score(store, test, outputs.numpy())
+    write_atomically(folder / EVALUATION, scores.model_dump_json())
+    metadata = {"system": name, "labels": json.dumps(store.labels), "corpus": store.corpus, "split": "test"}
+    write_logits(folder / ANSWERS, store.ids[test], outputs.numpy(), metadata)
+    return dict(headline(scores))

@@ -40,13 +40,11 @@ def teacher_thing(plan: Plan, name: str) -> Thing:
 
 
 def student_thing(plan: Plan, name: str, called: str = "", below: str = "") -> Thing:
-    """Return the run of a student or of an int8 form."""
-    int8 = name in plan.int8
-    configs = plan.student_configs()
-    recipe = dict(zip(plan.int8, configs.values(), strict=True))[name] if int8 else configs[name]
-    artifact = plan.int8[name] if int8 else plan.students[name]
-    thing = _of_recipe(plan, called or name, artifact, "int8" if int8 else "student", recipe)
-    quantized = parameters(plan.config.qat, "qat.") if int8 else {}
+    """Return the run of a student or of a form of one."""
+    kind, own = next((kind, own) for kind, own in plan.forms.items() if name in own)
+    recipe = dict(zip(own, plan.student_configs().values(), strict=True))[name]
+    thing = _of_recipe(plan, called or name, own[name], kind, recipe)
+    quantized = parameters(plan.config.qat, "qat.") if kind == "int8" else {}
     return replace(thing, parameters={**thing.parameters, **quantized}, below=below)
 
 
@@ -120,6 +118,14 @@ def _tell_students(plan: Plan, tracker: Tracker) -> None:
             tracker.log(thing, {"parameters": facts["parameters"], "macs": facts["macs"]})
 
 
+def _tell_specialized(plan: Plan, tracker: Tracker) -> None:
+    for name, artifact in plan.specialized.items():
+        if artifact.complete:
+            thing, facts = student_thing(plan, name), artifact.facts()
+            tracker.whole(thing, curves(facts["history"]))
+            tracker.log(thing, {"parameters": facts["parameters"], "macs": facts["macs"]})
+
+
 def _tell_int8(plan: Plan, tracker: Tracker) -> None:
     for name, artifact in plan.int8.items():
         if artifact.complete:
@@ -156,6 +162,7 @@ _TELLERS = {
     "fuse": _tell_fusion,
     "sweep": _tell_trials,
     "student": _tell_students,
+    "specialize": _tell_specialized,
     "qat": _tell_int8,
     "evaluate": _tell_scores,
 }

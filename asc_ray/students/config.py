@@ -2,21 +2,37 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from asc_ray.config.overrides import apply_overrides
+from asc_ray.section import Section
 from asc_ray.training.objective import DistillationConfig
 from asc_ray.training.recipe import Recipe
+
+
+class SpecializeConfig(Section):
+    """The fine-tuning of a finished student for each known device; unknown devices have the general student."""
+
+    by: Literal["device"] = Field("device", description="what a student is specialized for")
+    epochs: int = Field(10, ge=1, description="passes over a device's clips; the student's schedule is scaled to them")
+    learning_rate: float = Field(1e-3, gt=0.0, le=1.0, description="replaces the student's; its schedule stays")
+    weights: Literal["all", "head_and_normalizations"] = Field(
+        "all", description="what is fine-tuned, and kept once for each device"
+    )
 
 
 class StudentConfig(Recipe):
     """A recipe and its soft targets."""
 
+    later = Recipe.later | {"specialize"}
     checkpoint: Path | None = Field(None, description="published checkpoint that is taken instead of a training")
     seeds: int = Field(1, ge=1, le=100, description="number of students; they have `seed` and the seeds after it")
     distillation: DistillationConfig = DistillationConfig()
+    specialize: SpecializeConfig | None = Field(
+        None, description="fine-tuning for each device, when the student is finished; null: none"
+    )
 
     @model_validator(mode="after")
     def _one_checkpoint(self) -> Self:

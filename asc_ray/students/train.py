@@ -38,7 +38,8 @@ def train_student(
         history = []
     else:
         soft = read_soft_targets(data, targets)
-        history = fit_student(model, config, data, soft, folder / "checkpoints", gpus, noted(folder, config, on_epoch))
+        note = noted(folder, config.optimizer.epochs, on_epoch)
+        history = fit_student(model, config, data, soft, folder / "checkpoints", gpus, note)
     save_weights(model, folder / WEIGHTS, about(config, data.store.labels))
     shape = input_shape(config)
     cost = complexity(model.cpu(), shape)

@@ -1,6 +1,6 @@
 """What a training leaves in its artifact's folder: weights, and notes of its progress."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,18 @@ def load_model(folder: Path, recipe: Recipe, scenes: int) -> nn.Module:
     return model.eval()
 
 
-def save_weights(model: nn.Module, file: Path, about: Mapping[str, Any]) -> None:
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+def save_weights(model: nn.Module, file: Path, about: Mapping[str, Any], only: Container[str] | None = None) -> None:
+    """Write the network's weights, or `only` those with these names."""
+    state = {name: value for name, value in model.state_dict().items() if only is None or name in only}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(tensors, file, metadata(about))
 
 
-def noted(folder: Path, recipe: Recipe, on_epoch: OnEpoch) -> OnEpoch:
+def noted(folder: Path, epochs: int, on_epoch: OnEpoch) -> OnEpoch:
     """Return an `on_epoch` that also writes its metrics to the folder, for `asc-ray status` in another shell."""
 
     def note(metrics: Metrics) -> None:
-        write_record(folder / PROGRESS, {**metrics, "epochs": recipe.optimizer.epochs})
+        write_record(folder / PROGRESS, {**metrics, "epochs": epochs})
         on_epoch(metrics)
 
     return note

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from asc_ray.audio.augment import AugmentConfig, check_masks
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.errors import ConfigError
+from asc_ray.models import cnn_gru
 from asc_ray.models.dcase22_baseline import FRAMES, MELS, DCASE22BaselineConfig
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.registry import ModelConfig
@@ -55,6 +56,11 @@ class Recipe(Section):
             raise ValueError(
                 f"frontend makes {mels} mels x {frames} frames of a clip, dcase22_baseline takes {MELS} x {FRAMES}; "
                 "use student.preset: dcase22_baseline, or change frontend.mels and frontend.hop"
+            )
+        if isinstance(self.model, cnn_gru.CNNGRUConfig) and mels != cnn_gru.MELS:
+            raise ValueError(
+                f"frontend makes {mels} mels of a clip, cnn_gru takes {cnn_gru.MELS}; use student.preset: cnn_gru, or "
+                "change frontend.mels"
             )
         if isinstance(self.model, PasstConfig) and (self.model.mels != mels or self.model.frames < frames):
             raise ValueError(
