@@ -130,7 +130,10 @@ def pipeline(
 @app.command("table", rich_help_panel=STUDENTS)
 def make_table(
     number: Annotated[
-        str, typer.Argument(help="2, 3, 4 or 5 of the paper, mark, or a YAML file in the form of configs/tables/.")
+        str,
+        typer.Argument(
+            help="2, 3, 4 or 5 of the paper, mark, specialize, or a YAML file in the form of configs/tables/."
+        ),
     ],
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006

@@ -29,7 +29,8 @@ FOLLOWS = {
     "logits": {"fuse", "evaluate"},
     "fuse": {"sweep", "student", "evaluate"},
     "sweep": {"student"},
-    "student": {"qat", "evaluate"},
+    "student": {"specialize", "qat", "evaluate"},
+    "specialize": {"evaluate"},
     "qat": {"evaluate"},
     "evaluate": {"report"},
     "report": set(),
@@ -63,6 +64,7 @@ FIRST = {
     "sweep": "sweep",
     "student": "sweep",
     "student.seeds": "report",
+    "student.specialize": "specialize",
     "student_resources": "",
     "limits": "sweep",
     "qat": "qat",
@@ -81,7 +83,10 @@ BASES: dict[str, list[str]] = {
     "cp_mobile": ["student.preset=cp_mobile", NO_SWEEP],
     "bsconv_cnn": ["student.preset=bsconv_cnn", NO_SWEEP],
     "dcase22_baseline": ["student.preset=dcase22_baseline", "student.augment.freq_mask=8", NO_SWEEP],
+    "tf_sepnet": ["student.preset=tf_sepnet", NO_SWEEP],
+    "cnn_gru": ["student.preset=cnn_gru", NO_SWEEP],
     "own plan": [f"student.model={json.dumps({'name': 'ds_flexinet', 'size': None, 'plan': OWN_PLAN})}", NO_SWEEP],
+    "specialized": ["student.specialize={epochs: 2}", NO_SWEEP],
     "logits from a file": [f"teachers.imported={{beats_1: {{logits: {TINY}}}}}", NO_SWEEP],
     "resources for a model": ["teachers.resources_for={passt: {cpus: 1}}"],
 }
@@ -108,6 +113,7 @@ OTHERS: dict[str, list[Any]] = {
     "cluster.address": ["auto"],
     "logits.precision": ["bf16"],
     "student.distillation.soft_target": ["average"],
+    "student.specialize": [{"epochs": 3}],
     "student.model.plan": [OWN_PLAN],
     "student.model.normalization.places": [["stages", "last"]],
     "student.augment.dir.apply_to": [["a"]],
@@ -205,9 +211,9 @@ def candidates(value: Any, annotation: Any):
 def keys(plan: Plan) -> dict[str, tuple]:
     found = {stage: tuple(a.key for a in artifacts) for stage, artifacts in plan.by_stage().items()}
     # How many seeds there are is no part of a student's key: the first is the same.
-    for stage in ("student", "qat"):
+    for stage in ("student", "specialize", "qat"):
         found[stage] = found[stage][:1]
-    scored = [plan.evaluations[next(iter(models))].key for models in (plan.students, plan.int8)]
+    scored = [plan.evaluations[next(iter(models))].key for models in plan.forms.values() if models]
     found["evaluate"] = (plan.evaluation.key, *scored)
     return found
 
@@ -277,6 +283,7 @@ def test_every_leaf_changes_the_keys_of_its_stage_and_of_what_follows(tmp_path):
             differ = {stage for stage, own in keys(another).items() if own != before[stage]}
             expected = following(first_stage(path, config))
             expected -= set() if config.sweep or altered.sweep else {"sweep"}
+            expected -= set() if config.student.specialize or altered.student.specialize else {"specialize"}
             if differ != expected:
                 wrong.append(
                     f"{name}: {path}: {value!r} -> {other!r}: changes {sorted(differ)}, not {sorted(expected)}"
@@ -296,7 +303,8 @@ def corpus(tmp_path_factory):
 
 
 def differing(storage, one: list[str], other: list[str]) -> set[str]:
-    plans = [keys(Plan(load_config(TINY, [f"storage={storage}", *more]))) for more in (one, other)]
+    base = [f"storage={storage}", "student.specialize={epochs: 2}"]
+    plans = [keys(Plan(load_config(TINY, [*base, *more]))) for more in (one, other)]
     return {stage for stage, own in plans[0].items() if own != plans[1][stage]}
 
 
