@@ -13,6 +13,7 @@ from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, s
 from asc_ray.config.asked import check_corpus
 from asc_ray.config.configuration import Config
 from asc_ray.config.yaml_text import read_yaml
+from asc_ray.data.corpus import CorpusConfig
 from asc_ray.data.demo import SCENES
 from asc_ray.data.reading import Reading, keep, kept_reading, new_reading
 from asc_ray.ensemble.fusion import FUSION_FORM
@@ -70,8 +71,7 @@ class Plan:
                 f"corpus.impulse_responses: {responses} is no folder; name a folder of *.wav files, or null"
             )
         if corpus.path is None:
-            if corpus.train_split:
-                raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
+            _refuse_without_path(corpus)
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
         elif not anew and self.source is None:
             self.source = kept_reading(config.folder, corpus)
@@ -323,6 +323,15 @@ def scores_over_seeds(plan: Plan) -> dict[str, OverSeeds]:
     """Return the scores of the students and of their forms on the test split."""
     words = {"student": "student fp32"}
     return {words.get(kind, f"student {kind}"): plan.scores(own) for kind, own in plan.forms.items() if own}
+
+
+def _refuse_without_path(corpus: CorpusConfig) -> None:
+    """Raise ConfigError for keys that say how to read a corpus, where there is none but the demo's."""
+    if corpus.train_split:
+        raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
+    for key in ("layout", "segment_seconds"):
+        if getattr(corpus, key) not in ("tau", None):
+            raise ConfigError(f"corpus.{key}: says how to read corpus.path, which is not given")
 
 
 def _of_seed(name: str, seed: int, seeds: int) -> str:

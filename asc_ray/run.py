@@ -36,12 +36,14 @@ def where_things_are(plan: Plan) -> list[str]:
     """Return lines for the end of a run: the results that exist, and how to open them."""
     lines = []
     if not plan.missing("evaluate"):
-        lines.append(
-            f"  {'fusion':<13} {100 * plan.evaluation.facts()['fusion']['accuracy']:5.1f} % of the test clips right"
-        )
+        fused = plan.evaluation.facts()["fusion"]
+        whole = fused.get("by_recording")
+        of_recordings = f", {100 * whole['accuracy']:.1f} % of the recordings" if whole else ""
+        lines.append(f"  {'fusion':<13} {100 * fused['accuracy']:5.1f} % of the test clips right{of_recordings}")
         for name, (mean, deviation) in scores_over_seeds(plan).items():
             spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""
-            lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}")
+            whole = f", {100 * mean.by_recording.accuracy:.1f} % of the recordings" if mean.by_recording else ""
+            lines.append(f"  {name:<13} {100 * mean.accuracy:5.1f} %{spread}{whole}")
     if plan.report.complete:
         page = plan.report.path / REPORT
         here = f"; here: {stored_file(plan.report.path, REPORT)}" if is_kept(page) else ""

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from memory import peak_memory
 
+from asc_ray.data.clip import Clip
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, SHARD, SHARD_CLIPS
-from asc_ray.data.corpus import Clip
 from asc_ray.data.decode import BadAudio, decode
 from asc_ray.data.pieces import note_piece, piece_file
 from asc_ray.data.shards import write_shard

@@ -25,7 +25,8 @@ from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.corpus import Clip, Corpus
+from asc_ray.data.clip import Clip
+from asc_ray.data.corpus import Corpus
 from asc_ray.data.shards import write_store
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build

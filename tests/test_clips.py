@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asc_ray.data.batches import Waves, device_shares, epoch_batches, eval_batches, step_generator, waveform
+from asc_ray.data.clip import Clip
 from asc_ray.data.clips import (
     CLIP_SAMPLES,
     SAMPLE_RATE,
     SHARD,
     ClipStore,
 )
-from asc_ray.data.corpus import Clip, Corpus
+from asc_ray.data.corpus import Corpus
 from asc_ray.data.pieces import missing_pieces, piece_file
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import ConfigError, UserError

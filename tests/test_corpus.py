@@ -12,7 +12,8 @@ from conftest import coded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.data.corpus import Clip, read_corpus
+from asc_ray.data.clip import Clip
+from asc_ray.data.corpus import CorpusConfig, read_corpus
 from asc_ray.data.division import grouped, partition
 from asc_ray.errors import ConfigError, CorpusError
 
@@ -157,7 +158,7 @@ def test_structural_faults_are_always_refused(root, case, on_bad_clip):
     damage, expected = STRUCTURAL[case]
     damage(root)
     with pytest.raises(CorpusError) as caught:
-        read_corpus(root, on_bad_clip)
+        read_corpus(root, CorpusConfig(on_bad_clip=on_bad_clip))
     assert [text for text in expected if text not in str(caught.value)] == []
 
 
@@ -169,7 +170,7 @@ def test_bad_clips_are_refused_or_skipped_and_recorded(root):
     assert "audio/p1.wav: no such file" in str(caught.value)
     assert "audio/p4.wav: empty file" in str(caught.value)
     assert "on_bad_clip=skip" in str(caught.value)
-    corpus = read_corpus(root, "skip")
+    corpus = read_corpus(root, CorpusConfig(on_bad_clip="skip"))
     assert {(clip.clip_id, clip.reason) for clip in corpus.bad} == {
         ("audio/p1.wav", "no such file"),
         ("audio/p4.wav", "empty file"),
@@ -180,7 +181,7 @@ def test_bad_clips_are_refused_or_skipped_and_recorded(root):
 def test_skipping_may_not_lose_a_class(root):
     (root / "audio/m1.wav").unlink()
     with pytest.raises(CorpusError, match="'metro'"):
-        read_corpus(root, "skip")
+        read_corpus(root, CorpusConfig(on_bad_clip="skip"))
 
 
 def test_symlinks_inside_the_corpus_are_fine_where_each_file_has_one_name(root):
@@ -475,7 +476,7 @@ def test_the_real_names_of_tau22(tau22):
 @pytest.mark.parametrize("given", ["split5.csv", "evaluation_setup/split5.csv"])
 def test_a_training_subset_by_name(tau22, given, monkeypatch):
     monkeypatch.chdir(tau22)
-    whole, subset = read_corpus(tau22), read_corpus(tau22, train_split=Path(given))
+    whole, subset = read_corpus(tau22), read_corpus(tau22, CorpusConfig(train_split=Path(given)))
     names = {clip.clip_id for clip in subset.clips if clip.split == "train"}
     assert len(names) == 6_980
     assert names < {clip.clip_id for clip in whole.clips if clip.split == "train"}
@@ -485,7 +486,7 @@ def test_a_training_subset_by_name(tau22, given, monkeypatch):
 
 def test_a_training_subset_must_exist_and_hold_no_test_clip(root):
     with pytest.raises(ConfigError, match=r"corpus.train_split: none\.csv: no such file, nor in .*evaluation_setup"):
-        read_corpus(root, train_split=Path("none.csv"))
+        read_corpus(root, CorpusConfig(train_split=Path("none.csv")))
     table(root / "evaluation_setup" / "mine.csv", "filename scene_label", [row[:2] for row in (*TRAIN, TEST[0])])
     with pytest.raises(CorpusError, match=r"audio/p3.wav is in the train split too"):
-        read_corpus(root, train_split=Path("mine.csv"))
+        read_corpus(root, CorpusConfig(train_split=Path("mine.csv")))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from asc_ray.config.composition import load_config
 from asc_ray.config.configuration import Config
 from asc_ray.data.demo import make_demo_corpus
+from asc_ray.data.layouts import TableConfig
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
@@ -133,6 +134,8 @@ WITH = {
 APART = {
     "corpus.path", "corpus.train_split", "corpus.impulse_responses", "teachers.checkpoints", "student.checkpoint",
     "teachers.recipes.*.model.pretrained", "teachers.imported",
+    "corpus.layout", "corpus.table", "corpus.test", "corpus.test_share", "corpus.test_seed", "corpus.place_pattern",
+    "corpus.segment_seconds",
 }  # fmt: skip
 
 
@@ -291,6 +294,7 @@ def test_every_leaf_changes_the_keys_of_its_stage_and_of_what_follows(tmp_path):
             if (another.key != plan.key) != bool(differ):
                 wrong.append(f"{name}: {path}: the configuration's own key does not follow")
     assert not wrong, "\n".join(wrong)
+    seen |= {(TableConfig, name) for name in TableConfig.model_fields}  # of corpora that are not the demo's
     missed = {f"{section.__name__}.{field}" for section, field in known(Config, set()) - seen}
     assert not missed, f"no configuration in BASES has {sorted(missed)}"
 
@@ -314,6 +318,18 @@ def test_a_corpus_and_its_training_split_are_part_of_the_clips(corpus, tmp_path)
     lines = (corpus / "evaluation_setup" / "fold1_train.csv").read_text().splitlines(keepends=True)
     (tmp_path / "fewer.csv").write_text("".join(lines[:-1]))
     assert differing(tmp_path, [path], [path, f"corpus.train_split={tmp_path}/fewer.csv"]) == following("ingest")
+
+
+def test_how_a_corpus_is_read_is_part_of_the_clips(corpus, tmp_path):
+    tau = [f"corpus.path={corpus}", NO_SWEEP]
+    assert differing(tmp_path, tau, [*tau, "corpus.segment_seconds=1.0"]) == following("ingest") - {"sweep"}
+    table = {"file": "meta.csv", "path": "filename", "scene": "scene_label", "place": "identifier"}
+    table = [*tau, "corpus.layout=table", f"corpus.table={json.dumps(table | {'device': 'source_label'})}"]
+    assert differing(tmp_path, tau, table) == following("ingest") - {"sweep"}
+    for key in ("test_seed=1", "test_share=0.4", "table.device=null"):
+        assert differing(tmp_path, table, [*table, f"corpus.{key}"]) == following("ingest") - {"sweep"}
+    (corpus / "again.csv").write_text((corpus / "meta.csv").read_text())
+    assert differing(tmp_path, table, [*table, "corpus.table.file=again.csv"]) == set()
 
 
 @pytest.mark.parametrize("with_corpus", [True, False], ids=["corpus", "demo"])

@@ -127,6 +127,14 @@ class Recording:
             yield block
         self.check_end(count)
 
+    def frames(self) -> int:
+        """Return the number of samples; the file is read for it where its header does not say it. Raises BadAudio."""
+        guessed = self._file.format == "MP3" and self.promised is None
+        if self._waiting or guessed or self.believed >= 1 << 36:
+            return sum(len(block) for block in self.blocks(1 << 16))
+        self.check_end(self.believed)
+        return self.believed
+
     def check_end(self, count: int) -> None:
         """Raise BadAudio where the container promises more than the `count` samples that there are."""
         if self.promised is not None and count < self.promised - CUT_SHORT * self.rate:

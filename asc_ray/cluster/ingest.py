@@ -1,5 +1,6 @@
 """Ingest as Ray tasks, one a shard of clips; a shard that is done is never done again."""
 
+import csv
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,9 @@ from asc_ray import remote
 from asc_ray.artifacts import Artifact, stored_files
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
+from asc_ray.data.clip import Clip
 from asc_ray.data.clips import SHARD, ClipStore
-from asc_ray.data.corpus import Clip, Corpus
+from asc_ray.data.corpus import Corpus
 from asc_ray.data.faults import BadClip, Faults
 from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
 from asc_ray.data.shards import write_shard
@@ -20,6 +22,8 @@ from asc_ray.errors import UserError
 from asc_ray.places import is_kept, ready
 from asc_ray.resources import Resources
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank
+
+SPLIT = "split.csv"  # a test split that was made, beside the clips
 
 
 def ingest(
@@ -57,6 +61,8 @@ def ingest(
     held = ClipStore(folder).keys()
     if not held.equals(pa.chunked_array([[name for name in ids if name not in left_out]], pa.string())):
         raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
+    if corpus.made_split:
+        _write_split(corpus, folder / SPLIT)
     save_bank(ImpulseBank.load(impulse_responses), folder / IMPULSE_RESPONSES)
     notes: Counter[str] = Counter()
     for report in reports:
@@ -76,6 +82,15 @@ def ingest(
         scratch=(f"{SHARD}-*.json",),
         checksums={report["file"]: report["sha256"] for report in reports},
     )
+
+
+def _write_split(corpus: Corpus, file: Path) -> None:
+    """Write the split that was made, as a table that `corpus.table` reads."""
+    recordings = {clip.file: clip for clip in corpus.clips}
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(("filename", "scene", "device", "place", "split"))
+        writer.writerows((name, c.scene, c.device, c.place, c.split) for name, c in sorted(recordings.items()))
 
 
 def _add_lost_scenes(faults: Faults, corpus: Corpus, bad: set[str]) -> None:

@@ -199,6 +199,7 @@ def _bounds(schema: Schema) -> str:
 # Folders of presets, and what is said above each list.
 KINDS = {
     ".": "Whole configurations, for `--config` and `base`",
+    "corpora": "Public corpora, for `--config corpora/NAME` and `base`",
     "students": "Students' networks, for `student.preset`",
     "recipes": "Recipes, for `student.recipe`",
     "teachers": "Teachers, for `teachers.systems`",

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from asc_ray.artifacts import stored_files
 from asc_ray.data.arrow import map_batch, write_batch
-from asc_ray.data.corpus import Clip
+from asc_ray.data.clip import Clip
 from asc_ray.errors import UserError
 
 SAMPLE_RATE = 32_000
@@ -23,13 +23,20 @@ SPLITS = ("train", "test")
 
 
 def write_clips(
-    file: Path, clips: Sequence[Clip], pcm: np.ndarray, labels: Sequence[str], devices: Sequence[str], fingerprint: str
+    file: Path,
+    clips: Sequence[Clip],
+    pcm: np.ndarray,
+    labels: Sequence[str],
+    devices: Sequence[str],
+    fingerprint: str,
+    cut: bool = False,
 ) -> None:
     """Write clips and their samples (N, 32000) int16 as one Arrow IPC file; the same input gives the same bytes.
 
     Columns: clip_id utf8; scene, device, location (the clip's place), split dictionary<int32, utf8>; energy float32,
-    the sum of (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Schema metadata: labels and devices (JSON, the
-    dictionaries' order), sample_rate, corpus (its fingerprint).
+    the sum of (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Clips that were `cut` from recordings also have
+    recording dictionary<int32, utf8>, its file, and second int32, from 0. Schema metadata: labels and devices (JSON,
+    the dictionaries' order), sample_rate, corpus (its fingerprint).
     """
 
     def dictionary(values: list[str], vocabulary: Sequence[str]) -> pa.Array:
@@ -39,6 +46,11 @@ def write_clips(
         )
 
     places = [clip.place for clip in clips]
+    of_cut = {}
+    if cut:
+        recordings = [clip.recording for clip in clips]
+        of_cut["recording"] = dictionary(recordings, sorted(set(recordings)))
+        of_cut["second"] = pa.array([clip.second for clip in clips], pa.int32())
     # Sums of squared integers are exact in float64, so the order of summation does not matter.
     energy = [float(np.dot(wave, wave)) / 32768**2 for wave in (row.astype(np.float64) for row in pcm)]
     batch = pa.RecordBatch.from_pydict(
@@ -48,6 +60,7 @@ def write_clips(
             "device": dictionary([clip.device for clip in clips], devices),
             "location": dictionary(places, sorted(set(places))),
             "split": dictionary([clip.split for clip in clips], SPLITS),
+            **of_cut,
             "energy": pa.array(np.array(energy, dtype=np.float32)),
             "pcm": pa.FixedSizeListArray.from_arrays(pa.array(pcm.reshape(-1)), CLIP_SAMPLES),
         },
@@ -97,7 +110,8 @@ class ClipStore:
     """The shards of a folder as one table of N clips, of which some 20 bytes a clip are in memory.
 
     scene: (N,) int64 into `labels`; device, place, split: Names; energy: (N,) float32; labels, devices: tuples; corpus:
-    the fingerprint. Ids and PCM stay on disk, mapped where they are asked for. Without `files` all shards in the folder
+    the fingerprint. recording, second: Names and (N,) int32 of clips that are seconds of longer recordings, else None.
+    Ids and PCM stay on disk, mapped where they are asked for. Without `files` all shards in the folder
     are read, and their ids compared, which those of a finished artifact were at its ingest. Pickling sends only the
     paths, and the other end opens them again.
     Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
@@ -113,6 +127,8 @@ class ClipStore:
         most = sum(file.stat().st_size for file in files if file.exists()) // (2 * CLIP_SAMPLES)
         scene, energy = np.empty(most, np.int64), np.empty(most, np.float32)
         device, place, split = (_Codes(np.empty(most, dtype)) for dtype in (np.int16, np.int32, np.int8))
+        cut = "recording" in schema.names
+        recording, second = _Codes(np.empty(most if cut else 0, np.int32)), np.empty(most if cut else 0, np.int32)
         starts = [0]
         for file in files:
             batch = map_batch(file)  # it is let go at once, for what was looked at would count as memory
@@ -124,6 +140,9 @@ class ClipStore:
                 device.fill(own, batch["device"])
                 place.fill(own, batch["location"])
                 split.fill(own, batch["split"])
+                if cut:
+                    recording.fill(own, batch["recording"])
+                    second[own] = batch["second"].to_numpy()
                 starts.append(own.stop)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UserError(f"{file}: not a shard of a clip store ({error!r})") from error
@@ -136,6 +155,8 @@ class ClipStore:
         self._starts = np.array(starts)
         self.scene, self.energy = scene[: starts[-1]], energy[: starts[-1]]
         self.device, self.place, self.split = (codes.names(starts[-1]) for codes in (device, place, split))
+        self.recording = recording.names(starts[-1]) if cut else None
+        self.second = second[: starts[-1]] if cut else None
         self._pcm: dict[int, np.ndarray] = {}  # by shard, mapped
         if not checked and (twice := len(self) - pc.count_distinct(self.keys()).as_py()):
             raise UserError(f"{self.folder}: {twice} clip(s) held twice; run ingest again")

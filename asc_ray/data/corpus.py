@@ -1,47 +1,50 @@
-"""A corpus in the TAU22 layout: its metadata, the checks on it, and splits of its training clips by place.
+"""A corpus: its configuration, what its metadata say, and the checks on them and on its files."""
 
-    meta.csv                             filename scene_label identifier source_label   (tab-separated)
-    evaluation_setup/fold1_train.csv     filename scene_label
-    evaluation_setup/fold1_evaluate.csv  filename scene_label
-    evaluation_setup/fold1_test.csv      filename                                       (used without an evaluate file)
-    audio/...
-
-Scenes, devices and the seen/unseen split are read from these files; nothing here knows TAU22's own.
-"""
-
-import csv
-import hashlib
-import io
+import json
 import os
 import re
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from asc_ray.data.clip import Clip, Split, second_id
+from asc_ray.data.decode import BadAudio, whole_seconds
 from asc_ray.data.demo import DemoConfig
 from asc_ray.data.faults import EXAMPLES, BadClip, Faults
-from asc_ray.errors import ConfigError, CorpusError
-from asc_ray.files import read_plain
-from asc_ray.runtime import fit_label
+from asc_ray.data.layouts import SPLITS, Listing, Splitting, TableConfig, read_folders, read_table, read_tau, tau_files
+from asc_ray.errors import CorpusError
 from asc_ray.section import Section
-from asc_ray.shown import printable
-
-META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
-MOST_BYTES = 1 << 32  # of a table; TAU22's have up to 20 MB, those of 17 million clips 2 GB
-DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
-Split = Literal["train", "test"]
 
 
 class CorpusConfig(Section):
     """The corpus, and how it is read. `path: null` stands for the synthetic demo corpus that `demo` describes."""
 
-    path: Path | None = Field(None, description="folder of a corpus in the layout of TAU22")
+    path: Path | None = Field(None, description="folder of a corpus")
+    layout: Literal["tau", "table", "folders"] = Field(
+        "tau", description="how the corpus lies there: as TAU22, as one table with the recordings, or a folder a scene"
+    )
+    table: TableConfig | None = Field(None, description="the table and its columns, for `layout: table`")
+    test: tuple[str, ...] | None = Field(
+        None,
+        description="what stands for the test split: values of the column `split`, as in [5], or with `layout: "
+        "folders` the folders above those of the scenes; null: the value `test`, and with folders a split by place",
+    )
+    test_share: float = Field(
+        0.25, gt=0.0, lt=1.0, description="share of each scene's recordings in a test split that is made by place"
+    )
+    test_seed: int = Field(0, ge=0, description="seed of a test split that is made by place")
+    place_pattern: str | None = Field(
+        None,
+        description="regular expression whose first group is the place in a file's name, where nothing else says the "
+        "place; null: each file is a place of its own",
+    )
+    segment_seconds: float | None = Field(
+        None, description="1.0 cuts recordings into whole seconds; null: each is a clip of about one second"
+    )
     train_split: Path | None = Field(
         None, description="a list of training clips instead of fold1_train.csv, such as DCASE24's split5.csv"
     )
@@ -54,97 +57,172 @@ class CorpusConfig(Section):
     )
     demo: DemoConfig = Field(default_factory=DemoConfig)
 
+    @field_validator("test", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Take numbers, as of folds, for the texts that a table has."""
+        plain = isinstance(value, list | tuple) and all(isinstance(own, str | int) for own in value)
+        return [str(own) for own in value] if plain else value
 
-@dataclass(frozen=True, slots=True)  # without slots a clip takes twice the memory
-class Clip:
-    clip_id: str  # the file name as meta.csv has it, relative to the corpus
-    scene: str
-    device: str
-    place: str  # meta.csv's `identifier`: clips that share it come from one place
-    split: Split
+    @field_validator("test")
+    @classmethod
+    def _some(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value == ():
+            raise ValueError("an empty list; name what stands for the test split, or give null")
+        return value
+
+    @field_validator("segment_seconds")
+    @classmethod
+    def _one_second(cls, value: float | None) -> float | None:
+        if value not in (None, 1.0):
+            raise ValueError(
+                f"{value}; allowed is 1.0, or null: networks and front ends take clips of one second (docs/corpus.md)"
+            )
+        return value
+
+    @field_validator("place_pattern")
+    @classmethod
+    def _has_a_group(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression ({error})") from None
+            if groups < 1:
+                raise ValueError(f"{value!r} has no group; put the place in parentheses, as in user([0-9]+)")
+        return value
+
+    @model_validator(mode="after")
+    def _of_the_layout(self) -> Self:
+        if (self.table is not None) != (self.layout == "table"):
+            given = "is missing" if self.table is None else f"is given, but layout is {self.layout}"
+            raise ValueError(f"table: {given}; `layout: table` and `table` go together")
+        if self.layout != "tau" and self.train_split is not None:
+            raise ValueError(f"train_split: is a list of TAU's layout; layout is {self.layout}")
+        if self.layout == "tau" and self.test is not None:
+            raise ValueError("test: with `layout: tau` evaluation_setup/ has the splits; leave test out")
+        if self.table and self.test and not self.table.split:
+            raise ValueError("test: names values of a column; give table.split, too")
+        if self.place_pattern and (self.layout == "tau" or (self.table and self.table.place)):
+            raise ValueError("place_pattern: the metadata say the places; leave it out, or table.place")
+        return self
 
 
 @dataclass(frozen=True)
 class Corpus:
     root: Path
-    clips: tuple[Clip, ...]  # training clips, then test clips, each in the order of their split file
+    clips: tuple[Clip, ...]  # training clips, then test clips, each in the order of their split file or of their names
     labels: tuple[str, ...]  # sorted
     devices: tuple[str, ...]  # sorted
-    fingerprint: str  # sha256 of the metadata files and of every listed file's name and size
-    bad: tuple[BadClip, ...]  # clips left out, with on_bad_clip="skip"
+    fingerprint: str  # sha256 of the metadata and of every listed file's name and size (and seconds, if it is cut)
+    bad: tuple[BadClip, ...]  # files left out, with on_bad_clip="skip"
     notes: tuple[str, ...] = ()  # what a user should know about a corpus that can be used
     linked: bool = False  # whether a clip's file is a symbolic link
+    folders: tuple[str, ...] = ()  # that were searched for files
+    made_split: bool = False  # whether the test split was made here
 
 
-def read_corpus(
-    root: Path, on_bad_clip: Literal["refuse", "skip"] = "refuse", train_split: Path | None = None
-) -> Corpus:
-    """Read and check the metadata of the corpus in `root`; no audio is decoded.
+_AS_TAU22 = CorpusConfig()
+
+
+def read_corpus(root: Path, config: CorpusConfig = _AS_TAU22) -> Corpus:
+    """Read and check the metadata of the corpus in `root`; no audio is decoded. `config.path` is not used.
+
+    With `segment_seconds` the headers of all recordings are read, and its clips are their seconds.
 
     `train_split` lists the training clips, by file name and scene, instead of fold1_train.csv; a relative path counts
     from the working directory or, where it leads nowhere, from the corpus' evaluation_setup.
 
-    Raises CorpusError with every offending row and file. Absent and empty audio files are bad clips: refused, or left
-    out and recorded in `Corpus.bad`. Everything else wrong with the corpus is refused in either case.
+    Raises ConfigError, and CorpusError with every offending row and file. Absent and empty audio files, and recordings
+    that cannot be cut, are bad clips: refused, or left out and recorded in `Corpus.bad`. Everything else wrong with the
+    corpus is refused in either case.
     """
-    meta_file, evaluate, test, *train = table_files(root, train_split)
-    split_files: dict[Split, Path] = {
-        "train": next((file for file in train[:-1] if file.is_file()), train[-1]),
-        "test": evaluate if evaluate.is_file() else test,
-    }
-    if train_split is not None and not split_files["train"].is_file():
-        raise ConfigError(f"corpus.train_split: {train_split}: no such file, nor in {test.parent}")
-    digest = hashlib.sha256()
     faults, stripped = Faults(), Counter[str]()
-
-    meta: dict[str, tuple[str, str, str]] = {}  # scene, place, device
-    for line, row in _read_table(meta_file, META_COLUMNS, digest, faults, stripped):
-        if row["filename"] in meta:
-            what = "is listed a second time"
-            faults.add(f"{meta_file.name} line {line}: {row['filename']} {what}", row["filename"], what)
-        # One string for each scene, place and device, and not one for each clip.
-        scene, place, device = (sys.intern(row[column]) for column in ("scene_label", "identifier", "source_label"))
-        meta[row["filename"]] = scene, place, device
-    clips, listed = _read_splits(split_files, meta, digest, faults, stripped)
-
+    listing = _listing(root, config, faults, stripped)
+    clips, digest = listing.clips, listing.digest
     sizes, linked = _file_sizes(root, [clip.clip_id for clip in clips], faults)
     for name, size in sizes.items():
         digest.update(f"{name}\0{size}\n".encode())
-    bad = tuple(
-        BadClip(name, "empty file" if size == 0 else "no such file") for name, size in sizes.items() if not size
-    )
-    if on_bad_clip == "skip":
+    bad = [BadClip(name, "empty file" if size == 0 else "no such file") for name, size in sizes.items() if not size]
+    notes = [*listing.notes]
+    if config.segment_seconds:
+        seconds = _seconds(root, [name for name, size in sizes.items() if size], bad, notes)
+        digest.update(json.dumps(seconds).encode())
+        clips = [own for clip in clips for own in _cut(clip, seconds)]
+    if config.on_bad_clip == "skip":
         left_out = {clip.clip_id for clip in bad}
         clips = [clip for clip in clips if clip.clip_id not in left_out]
-    for clip in bad if on_bad_clip == "refuse" else ():
+    for clip in bad if config.on_bad_clip == "refuse" else ():
         faults.add_clip(clip)
-    scenes = _scenes(clips, split_files, faults)
-    faults.refuse(root, listed, skippable=bool(bad) and len(faults) == len(bad))
+    scenes = _scenes(clips, listing.split_files, faults)
+    faults.refuse(root, listing.listed, skippable=bool(bad) and len(faults) == len(bad))
     return Corpus(
         root=root,
         clips=tuple(clips),
         labels=tuple(sorted(scenes)),
         devices=tuple(sorted({clip.device for clip in clips})),
         fingerprint=digest.hexdigest(),
-        bad=bad,
-        notes=tuple(_notes(clips, stripped)),
+        bad=tuple(bad),
+        notes=(*notes, *_notes(clips, stripped)),
         linked=linked,
+        folders=listing.folders,
+        made_split=listing.made_split,
     )
 
 
-def table_files(root: Path, train_split: Path | None = None) -> list[Path]:
-    """Return meta.csv, two that may list the test clips, and one or two that may list the training clips."""
-    setup = root / "evaluation_setup"
-    train = [setup / "fold1_train.csv"] if train_split is None else [train_split, setup / train_split]
-    return [root / "meta.csv", setup / "fold1_evaluate.csv", setup / "fold1_test.csv", *train]
+def table_files(root: Path, config: CorpusConfig) -> list[Path]:
+    """Return the files that may be the corpus' metadata."""
+    if config.layout == "tau":
+        return tau_files(root, config.train_split)
+    return [root / config.table.file] if config.table else []
 
 
-def _scenes(clips: Sequence[Clip], files: Mapping[Split, Path], faults: Faults) -> set[str]:
+def _listing(root: Path, config: CorpusConfig, faults: Faults, stripped: Counter[str]) -> Listing:
+    """Return what the metadata say. Rows that cannot be clips go to the faults."""
+    if config.layout == "tau":
+        return read_tau(root, config.train_split, faults, stripped)
+    splitting = Splitting(config.test, config.test_share, config.test_seed)
+    if config.table:
+        listing = read_table(root, config.table, splitting, config.place_pattern, faults, stripped)
+    else:
+        listing = read_folders(root, splitting, config.place_pattern, faults)
+    faults.refuse(root, listing.listed, skippable=False)  # there is no test split yet, which would be a fault more
+    return listing
+
+
+def _seconds(root: Path, names: Sequence[str], bad: list[BadClip], notes: list[str]) -> dict[str, int]:
+    """Return how many seconds each recording is cut into; those that cannot be cut go to `bad`."""
+    found, rest, longer = {}, 0.0, 0
+    for name in names:
+        try:
+            found[name], left = whole_seconds(root / name)
+        except BadAudio as error:
+            bad.append(BadClip(name, str(error)))
+            continue
+        rest, longer = rest + left, longer + (left > 0)
+    notes.append(
+        f"{len(found)} recordings were cut into {sum(found.values())} seconds; at the end of {longer} of them less "
+        f"than a second is left over, {rest:.1f} s together, and not used"
+    )
+    return found
+
+
+def _cut(clip: Clip, seconds: Mapping[str, int]) -> Iterator[Clip]:
+    """Yield the seconds of a recording; the recording itself where it has none, because it is bad."""
+    name = clip.clip_id
+    if name not in seconds:
+        yield clip
+        return
+    for second in range(seconds[name]):
+        yield Clip(second_id(name, second), clip.scene, clip.device, clip.place, clip.split, name, second)
+
+
+def _scenes(clips: Sequence[Clip], files: Mapping[Split, str], faults: Faults) -> set[str]:
     """Return the scenes of the training clips; a split without clips and scenes only of the test split are faults."""
-    scenes = {split: {clip.scene for clip in clips if clip.split == split} for split in files}
-    for split, file in files.items():
+    scenes = {split: {clip.scene for clip in clips if clip.split == split} for split in SPLITS}
+    for split in SPLITS:
         if not scenes[split]:
-            faults.add(f"{file.name}: no usable clip in the {split} split")
+            faults.add(f"{files[split]}: no usable clip in the {split} split")
     if scenes["train"]:
         for label in sorted(scenes["test"] - scenes["train"]):
             faults.add(f"scene {label!r} is in the test split and not in the training split")
@@ -180,111 +258,6 @@ def _notes(clips: Sequence[Clip], stripped: Mapping[str, int]) -> Iterator[str]:
         )
     if len({clip.scene for clip in clips}) == 1:
         yield f"warning: the corpus has one scene, {clips[0].scene}: whatever is trained is always right"
-
-
-def _read_splits(
-    files: dict[Split, Path], meta: dict[str, tuple[str, str, str]], digest, faults: Faults, stripped: Counter[str]
-) -> tuple[list[Clip], int]:
-    """Return the clips of the split files as meta.csv describes them, and how many names the files list.
-
-    Rows that cannot be clips go to `faults`.
-    """
-    clips: list[Clip] = []
-    split_of: dict[str, Split] = {}
-    for split, file in files.items():
-        columns = ("filename",) if file.name == "fold1_test.csv" else ("filename", "scene_label")
-        for line, row in _read_table(file, columns, digest, faults, stripped):
-            name, known = row["filename"], meta.get(row["filename"])
-            if name in split_of:
-                second = split_of[name] == split
-                reason = "is listed a second time" if second else f"is in the {split_of[name]} split too"
-            elif known is None:
-                reason = "is not in meta.csv"
-            elif (scene := row.get("scene_label", known[0])) != known[0]:
-                reason = f"is {scene!r} here and {known[0]!r} in meta.csv"
-            else:
-                clips.append(Clip(name, known[0], known[2], known[1], split))
-                reason = ""
-            if reason:
-                faults.add(f"{file.name} line {line}: {name} {reason}", name, reason)
-            split_of.setdefault(name, split)
-    return clips, len(split_of)
-
-
-def _read_table(
-    file: Path, columns: tuple[str, ...], digest, faults: Faults, stripped: Counter[str]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the (line number, row) pairs of a tab-separated file; rows with a missing value go to `faults` instead.
-
-    Blanks around a value would turn it into another scene, device or place, so they are removed and counted by column.
-    File names lose `./` and doubled slashes. Raises CorpusError for a file that is no such table.
-    """
-    try:
-        content = read_plain(file, MOST_BYTES)
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise CorpusError(
-            f"{file}: {error.strerror or error}. Expected a corpus in the TAU22 layout: "
-            "meta.csv, evaluation_setup/fold1_train.csv, evaluation_setup/fold1_evaluate.csv, audio/"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{file}: not UTF-8 text ({error})") from error
-    digest.update(f"{file.name}\0{len(content)}\n".encode() + content)
-    if lone := re.search(r"\r(?!\n)", text):
-        line = text.count("\n", 0, lone.start()) + 1
-        raise CorpusError(
-            f"{file} line {line}: a carriage return without a line feed; save the file with \\n at line ends"
-        )
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    try:
-        found = [name.strip() for name in reader.fieldnames or ()]
-        _check_columns(file, columns, found)
-        reader.fieldnames = found
-        for row in reader:
-            for column in columns:
-                value = row[column] or ""
-                if value != value.strip():
-                    stripped[column] += 1
-                    row[column] = value.strip()
-            if empty := [column for column in columns if not row[column]]:
-                faults.add(f"{file.name} line {reader.line_num}: no value for {', '.join(empty)}")
-                continue
-            if odd := [column for column in columns if not _shown(row[column], column)]:
-                shown = printable(row[odd[0]][:80])
-                faults.add(f"{file.name} line {reader.line_num}: control characters in {', '.join(odd)}: {shown}")
-                continue
-            if "//" in row["filename"] or "./" in row["filename"]:
-                row["filename"] = str(PurePosixPath(row["filename"]))
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise CorpusError(f"{file} line {reader.line_num + 1}: {error}") from None
-
-
-def _shown(value: str, column: str) -> bool:
-    """Whether a value can be shown without steering a terminal; only a file's name may have other odd characters."""
-    if column == "filename":
-        return len(value) <= 1000 and not any(unicodedata.category(c) == "Cc" for c in value)
-    return fit_label(value)
-
-
-def _check_columns(file: Path, columns: tuple[str, ...], found: Sequence[str]) -> None:
-    """Raise CorpusError where a column is missing or there twice, with the cause if it shows."""
-    if twice := [column for column in columns if found.count(column) > 1]:
-        raise CorpusError(f"{file}: the column {twice[0]} is there twice; keep one")
-    missing = [column for column in columns if column not in found]
-    if not missing:
-        return
-    cause = ""
-    bare = [name.strip("\"'") for name in found]
-    if set(columns) <= set(bare):
-        cause = ". The names are in quotes: write the tables without them"
-    for delimiter, name in DELIMITERS.items():
-        if len(found) == 1 and set(columns) <= {part.strip("\"' ") for part in found[0].split(delimiter)}:
-            cause = f". The columns are separated by {name}: write the file with tabs"
-    raise CorpusError(
-        f"{file}: missing column(s) {', '.join(missing)}; found {', '.join(map(repr, found)) or 'an empty file'}, "
-        f"expected tab-separated columns {', '.join(columns)}{cause}"
-    )
 
 
 def _file_sizes(root: Path, names: list[str], faults: Faults) -> tuple[dict[str, int | None], bool]:

@@ -3,8 +3,10 @@
 import os
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.files import open_plain
 
 LENGTH_TOLERANCE = 0.1  # a clip may be this much shorter or longer than a second; it is padded or cropped
+CUT = "corpus.segment_seconds=1.0 cuts longer recordings"
 QUIET = 10  # steps of 16 bits: a clip that is nowhere louder (-70 dB) is noted
 # Seconds that are read of a clip: the resampling filter reaches a little beyond the first one.
 _READ = 1 + 1 / 64
@@ -26,8 +29,11 @@ _OPEN_BATCHES = 8  # a corpus of many rates must not hold a batch of each
 Notes = Counter[str]  # what was done to a recording beyond reading it
 
 
-def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
+def decode(paths: Sequence[Path], out: np.ndarray, seconds: Sequence[int] | None = None) -> list[Notes | BadAudio]:
     """Read every recording as one second of mono at 32 kHz into its row of `out`, (len(paths), 32000) int16.
+
+    With `seconds` a row gets that second of its recording, from 0, as if it were a file of its own; a recording's rows
+    follow each other, their seconds ascending. Without, a recording is about one second long.
 
     Channels are averaged, other rates resampled, lengths within 10 % of a second cropped or zero-padded at the end,
     samples beyond full scale clipped and counted. A 16-bit mono file of one second at 32 kHz comes back bit for bit.
@@ -36,9 +42,11 @@ def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
     """
     results: list[Notes | BadAudio] = [BadAudio("not read")] * len(paths)
     batches: dict[int, _Batch] = {}
-    for row, path in enumerate(paths):
+    for row, found in enumerate(_waves(paths, seconds)):
         try:
-            wave, rate = _second(path)
+            if isinstance(found, BadAudio):
+                raise found
+            wave, rate = found
             if rate not in batches:
                 if len(batches) == _OPEN_BATCHES:
                     batches.pop(next(iter(batches))).convert(out, results)
@@ -55,6 +63,57 @@ def decode(paths: Sequence[Path], out: np.ndarray) -> list[Notes | BadAudio]:
     return results
 
 
+def _waves(paths: Sequence[Path], seconds: Sequence[int] | None) -> Iterator[tuple[np.ndarray, int] | BadAudio]:
+    """Yield the samples (frames, channels) of each row, and their rate in Hz."""
+    if seconds is not None:
+        for path, rows in groupby(zip(paths, seconds, strict=True), key=itemgetter(0)):
+            yield from _cut(path, [second for _, second in rows])
+        return
+    for path in paths:
+        try:
+            yield _second(path)
+        except BadAudio as error:
+            yield error
+
+
+def _cut(path: Path, seconds: Sequence[int]) -> Iterator[tuple[np.ndarray, int] | BadAudio]:
+    """Yield these seconds of a recording, ascending. It is read in order, because not every format can be entered."""
+    left = len(seconds)
+    try:
+        with Recording(path) as recording:
+            rate, at = recording.rate, 0
+            for second in seconds:
+                for _ in range(at, second):
+                    recording.read(rate)
+                wave, at = recording.read(rate), second + 1
+                if len(wave) < rate:
+                    recording.check_end(second * rate + len(wave))
+                    if second:
+                        raise BadAudio(f"cut short: its header promises a second {second} that is not there")
+                    _check_length(len(wave) / rate)
+                left -= 1
+                yield wave, rate
+    except BadAudio as error:
+        yield from [error] * left
+
+
+def whole_seconds(path: Path) -> tuple[int, float]:
+    """Return how many seconds a recording is cut into, and how much is left of it, in seconds.
+
+    One of 0.9 to 1 second is a second, as without cutting. Raises BadAudio for a shorter one, and where its length
+    cannot be found.
+    """
+    if wav := _PcmWav.of(path):
+        frames, rate = wav.frames, wav.rate
+    else:
+        with Recording(path) as recording:
+            frames, rate = recording.frames(), recording.rate
+    if frames < rate:
+        _check_length(frames / rate)
+        return 1, 0.0
+    return frames // rate, frames % rate / rate
+
+
 def _second(path: Path) -> tuple[np.ndarray, int]:
     """Return the samples (frames, channels) of a recording of about one second, and its rate in Hz. Raises BadAudio."""
     if wav := _PcmWav.of(path):
@@ -69,7 +128,7 @@ def _second(path: Path) -> tuple[np.ndarray, int]:
             return wave, recording.rate
         if longest < recording.believed < 1 << 40:
             raise BadAudio(_of_length(recording.believed / recording.rate))
-        raise BadAudio(f"more than {1 + LENGTH_TOLERANCE} s long, one second is expected")
+        raise BadAudio(f"more than {1 + LENGTH_TOLERANCE} s long, one second is expected; {CUT}")
 
 
 def _check_length(seconds: float) -> None:
@@ -78,7 +137,7 @@ def _check_length(seconds: float) -> None:
 
 
 def _of_length(seconds: float) -> str:
-    return f"{seconds:.2f} s long, one second is expected"
+    return f"{seconds:.2f} s long, one second is expected" + (f"; {CUT}" if seconds > 1 else "")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import Field
 from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.section import Section
 
+FEWER_PARTS = "Hold out fewer parts (lower fusion.folds), or use a corpus with more places in these scenes."
 FusionData = Literal["holdout", "crossfit", "train"]
 
 
@@ -66,14 +67,16 @@ def grouped(*codes: np.ndarray) -> Iterator[tuple[int, ...]]:
     yield from zip(*(own.tolist() for own in numbers), found.field("counts").to_pylist(), strict=True)
 
 
-def divide(groups: Iterable[tuple[str, int, int]], shares: Mapping[str, float], seed: int) -> dict[int, str]:
+def divide(
+    groups: Iterable[tuple[str, int, int]], shares: Mapping[str, float], seed: int, advice: str = FEWER_PARTS
+) -> dict[int, str]:
     """Return the part of every place; `groups` are (scene, place, clips), in the order in which the clips first appear.
 
     `shares` gives each held-out part's share of the clips of every scene; the rest is the part "train" (left out where
     the shares add up to 1, as for cross-fitting). Per scene the places are shuffled, and each goes to the part that
     is then filled least relative to its share. A place with clips of several scenes goes as a whole.
 
-    Raises ConfigError for impossible shares, CorpusError where a scene has too few places.
+    Raises ConfigError for impossible shares, CorpusError with `advice` where a scene has too few places.
     """
     share = _whole(shares)
     rng = np.random.default_rng(seed)
@@ -108,8 +111,7 @@ def divide(groups: Iterable[tuple[str, int, int]], shares: Mapping[str, float], 
         total = sum(counts.total() for counts in at_place.values())
         raise CorpusError(
             f"no split into {', '.join(share)} by place has every scene in every part; {total} clips."
-            f"{''.join(lacking)}\nHold out fewer parts (lower fusion.folds), or use a corpus with more places "
-            "in these scenes."
+            f"{''.join(lacking)}\n{advice}"
         )
     return part_of
 

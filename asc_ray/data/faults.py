@@ -63,8 +63,6 @@ def _cause(names: Sequence[str], what: str) -> str:
         return ". The names are in quotes: write the tables without them"
     if any("\\" in name for name in names):
         return ". The names have backslashes: write them with /"
-    if "one second is expected" in what:
-        return ". These are recordings of another length: cut them into clips of one second, as TAU22's"
     if what == "no such file":
         return ". Is this the corpus' own folder, and was all of it unpacked?"
     return ""

@@ -23,7 +23,7 @@ import pyarrow as pa
 from asc_ray.artifacts import content_key, read_record, write_record
 from asc_ray.data.corpus import Corpus, CorpusConfig, read_corpus, table_files
 from asc_ray.data.division import grouped
-from asc_ray.data.recordings import following
+from asc_ray.data.recordings import cut_following, following
 
 READINGS = "readings"  # the storage's folder
 READER = 1  # raise it when a corpus is read in another way, so that earlier readings are not used
@@ -62,7 +62,7 @@ def new_reading(config: CorpusConfig) -> Reading:
     """Read the whole corpus in `config.path`. Raises as `read_corpus` does."""
     assert config.path is not None
     began, before = time.time(), _tables(config)
-    corpus = read_corpus(config.path, config.on_bad_clip, config.train_split)
+    corpus = read_corpus(config.path, config)
     train = [clip for clip in corpus.clips if clip.split == "train"]
     places = dict.fromkeys(clip.place for clip in train)
     numbers = [{name: n for n, name in enumerate(names)} for names in (corpus.labels, places, corpus.devices)]
@@ -71,14 +71,19 @@ def new_reading(config: CorpusConfig) -> Reading:
     heard = [0] * len(places)
     for at, own, _ in grouped(place, device):
         heard[at] |= 1 << own
-    ids = pa.chunked_array([[clip.clip_id for clip in train]], pa.string())
+    if train[0].recording:
+        recordings = {name: n for n, name in enumerate({clip.recording: None for clip in train})}
+        numbered = np.array([(recordings[clip.recording], clip.second) for clip in train])
+        after = cut_following(numbered[:, 0], numbered[:, 1])
+    else:
+        after = following(pa.chunked_array([[clip.clip_id for clip in train]], pa.string()), scene, place)
     return Reading(
         fingerprint=corpus.fingerprint,
         labels=corpus.labels,
         devices=corpus.devices,
         groups=tuple(grouped(scene, place)),
         heard=tuple(heard),
-        followed=bool((following(ids, scene, place) != np.arange(len(ids))).any()),
+        followed=bool((after != np.arange(len(train))).any()),
         first=train[0].clip_id,
         stamps=_stamps(config, corpus, before, began),
         corpus=corpus,
@@ -121,9 +126,10 @@ def keep(storage: Path, config: CorpusConfig, reading: Reading | None) -> None:
 
 def _file(storage: Path, config: CorpusConfig) -> Path:
     """Return the file of this corpus' reading: another folder, list, rule or version has another."""
-    asked = {"path": _root(config), "train_split": config.train_split and config.train_split.absolute()}
+    asked: dict[str, Any] = {"path": _root(config), "train_split": config.train_split and config.train_split.absolute()}
+    asked |= config.model_dump(mode="json", exclude={*asked, "shard_clips", "impulse_responses", "demo"})
     versions = {"reader": READER, "program": version("asc-ray")}
-    return storage / READINGS / f"{content_key(on_bad_clip=config.on_bad_clip, **asked, **versions)}.json"
+    return storage / READINGS / f"{content_key(**asked, **versions)}.json"
 
 
 def _root(config: CorpusConfig) -> Path:
@@ -139,8 +145,8 @@ def _stamps(config: CorpusConfig, corpus: Corpus, tables: list[list[int]], began
     """
     if corpus.bad or corpus.linked:
         return {}
-    names = {clip.clip_id.rpartition("/")[0] for clip in corpus.clips}
-    names |= {clip.clip_id for clip in corpus.clips[:: -(-len(corpus.clips) // SOME)]}
+    names = {clip.file.rpartition("/")[0] for clip in corpus.clips} | set(corpus.folders)
+    names |= {clip.file for clip in corpus.clips[:: -(-len(corpus.clips) // SOME)]}
     audio = {name: _stamp(corpus.root / name) for name in sorted(names)}
     stamps = [*filter(None, tables), *audio.values()]
     if not all(stamps) or _tables(config) != tables:
@@ -151,7 +157,7 @@ def _stamps(config: CorpusConfig, corpus: Corpus, tables: list[list[int]], began
 
 def _tables(config: CorpusConfig) -> list[list[int]]:
     """Return the stamps of all files that may be a table of the corpus; empty for one that is not there."""
-    return [_stamp(file) for file in table_files(_root(config), config.train_split)]
+    return [_stamp(file) for file in table_files(_root(config), config)]
 
 
 def _stamp(path: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Recordings: clips are consecutive seconds of them, as their names say."""
+"""Recordings: clips are consecutive seconds of them, as their names say, or because they were cut."""
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,16 @@ def following(ids: pa.ChunkedArray, scene: np.ndarray, place: np.ndarray) -> np.
     after = np.where(found.is_null().to_numpy(), own, found.fill_null(0).to_numpy())
     same = (scene[after] == scene) & (place[after] == place)  # else it is no recording's name
     return np.where(same, after, own)
+
+
+def cut_following(recording: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return what `following` does for clips that were cut: seconds (N,) of recordings (N,), which are numbers."""
+    order = np.lexsort((second, recording))
+    before, after = order[:-1], order[1:]
+    next_to = (recording[before] == recording[after]) & (second[before] + 1 == second[after])
+    found = np.arange(len(order))
+    found[before[next_to]] = after[next_to]
+    return found
 
 
 def check_followed(key: str, followed: bool, example: str) -> None:

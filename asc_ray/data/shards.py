@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from asc_ray.data.clip import Clip
 from asc_ray.data.clips import CLIP_SAMPLES, SHARD, SHARD_CLIPS, write_clips
-from asc_ray.data.corpus import Clip, Corpus
+from asc_ray.data.corpus import Corpus
 from asc_ray.data.decode import BadAudio, decode
 from asc_ray.data.faults import BadClip
 from asc_ray.data.pieces import piece_file
@@ -28,7 +29,8 @@ def write_shard(
     Bad clips are left out and reported; the caller may refuse them.
     """
     pcm = np.empty((len(clips), CLIP_SAMPLES), dtype=np.int16)
-    results = decode([root / clip.clip_id for clip in clips], pcm)
+    cut = any(clip.recording for clip in clips)
+    results = decode([root / clip.file for clip in clips], pcm, [clip.second for clip in clips] if cut else None)
     notes: Counter[str] = Counter()
     kept: list[Clip] = []
     bad: list[BadClip] = []
@@ -39,7 +41,7 @@ def write_shard(
         pcm[len(kept)] = pcm[row]
         notes.update(result)
         kept.append(clip)
-    write_clips(file, kept, pcm[: len(kept)], labels, devices, fingerprint)
+    write_clips(file, kept, pcm[: len(kept)], labels, devices, fingerprint, cut)
     return ShardReport(dict(sorted(notes.items())), bad)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.evaluation.gains import Gain, gain
 from asc_ray.evaluation.groups import device_groups
-from asc_ray.evaluation.scores import Evaluation, evaluate
+from asc_ray.evaluation.scores import Evaluation, evaluate, of_recordings
 from asc_ray.section import Section
 
 EVALUATION = "evaluation.json"
@@ -35,11 +36,22 @@ def score_ensemble(store: ClipStore, rows: np.ndarray, systems: Mapping[str, np.
 
 
 def score(store: ClipStore, rows: np.ndarray, logits: np.ndarray) -> Evaluation:
-    """Evaluate logits (N, K) of the store's clips `rows` against their scenes, by device group."""
+    """Evaluate logits (N, K) of the store's clips `rows` against their scenes, by device group.
+
+    Where the clips are seconds of longer recordings, the recordings are scored, too, by `of_recordings`.
+    """
     groups = device_groups(store.device.among(store.split == "train"), store.device.among(rows))
-    return evaluate(
-        logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]
-    )
+
+    def of(rows: np.ndarray, logits: np.ndarray) -> Evaluation:
+        return evaluate(
+            logits, store.scene[rows], store.device[rows], store.labels, unseen=groups["unseen"], real=groups["real"]
+        )
+
+    by_second = of(rows, logits)
+    if store.recording is None:
+        return by_second
+    values, first = of_recordings(logits, store.recording.codes[rows])
+    return by_second.model_copy(update={"by_recording": of(rows[first], values)})
 
 
 def read_scores(folder: Path) -> Scores:
@@ -55,5 +67,6 @@ def read_answers(folders: Iterable[Path], ids: np.ndarray) -> np.ndarray:
     return Ensemble([read_logits([stored_file(folder, ANSWERS)]) for folder in folders], ids).read()
 
 
-def headline(e: Evaluation) -> dict[str, float]:
-    return {"accuracy": e.accuracy, "log_loss": e.log_loss, "calibration_error": e.calibration_error}
+def headline(e: Evaluation) -> dict[str, Any]:
+    own = {"accuracy": e.accuracy, "log_loss": e.log_loss, "calibration_error": e.calibration_error}
+    return own | ({"by_recording": headline(e.by_recording)} if e.by_recording else {})

@@ -34,6 +34,7 @@ class Evaluation(Section):
     per_scene: dict[str, float]  # recall, in the order of the labels
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]  # (K, K) clips; row: the scene, column: the answer
+    by_recording: "Evaluation | None" = None  # of whole recordings, where the clips are seconds of longer ones
 
     def accuracies(self) -> dict[str, float]:
         """Return the accuracy on `all` clips, on each group of devices and on each device."""
@@ -110,6 +111,21 @@ def log_posteriors(logits: np.ndarray) -> np.ndarray:
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def of_recordings(logits: np.ndarray, recording: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits (R, K) of the recordings whose seconds have `logits` (N, K), and a second (R,) of each.
+
+    `recording` (N,) are numbers. The mean of the log posteriors of a recording's seconds s = 1 ... S,
+
+        l_k = 1/S sum_s log p_k(x_s),    p(k | x_1 ... x_S) = exp(l_k) / sum_j exp(l_j),
+
+    is the normalized geometric mean of their posteriors.
+    """
+    _, first, of, seconds = np.unique(recording, return_index=True, return_inverse=True, return_counts=True)
+    total = np.zeros((len(first), logits.shape[1]))
+    np.add.at(total, of, log_posteriors(logits))
+    return total / seconds[:, None], first
 
 
 def guessed(scenes: int, clips: int) -> float:

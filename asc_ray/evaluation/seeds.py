@@ -21,6 +21,7 @@ class Deviation(Section):
     per_device: dict[str, float]  # deviation of the accuracy
     per_scene: dict[str, float]  # deviation of the recall
     groups: dict[Group, float]
+    by_recording: "Deviation | None" = None
 
     def accuracies(self) -> dict[str, float]:
         """Return the deviations under the names that `Evaluation.accuracies` gives."""
@@ -42,6 +43,8 @@ def over_seeds(runs: Sequence[Evaluation]) -> OverSeeds:
     def deviation(values: Iterable[float]) -> float:
         return float(np.std(list(values), ddof=1))
 
+    whole = [run.by_recording for run in runs if run.by_recording]
+    recordings, deviation_of_recordings = over_seeds(whole) if whole else (None, None)
     figures = ("accuracy", "macro_accuracy", "log_loss", "calibration_error")
     shared = {name: [getattr(run, name) for run in runs] for name in figures}
     devices = {
@@ -58,6 +61,7 @@ def over_seeds(runs: Sequence[Evaluation]) -> OverSeeds:
         | {
             "reliability": pooled_bins([own for run in runs for own in run.reliability]),
             "per_device": devices,
+            "by_recording": recordings,
             "groups": {group: mean(run.groups[group] for run in runs) for group in first.groups},
             "per_scene": {label: mean(run.per_scene[label] for run in runs) for label in first.per_scene},
             "confusion": tuple(map(tuple, np.sum([run.confusion for run in runs], axis=0).tolist())),
@@ -72,5 +76,6 @@ def over_seeds(runs: Sequence[Evaluation]) -> OverSeeds:
         per_device={name: deviation(run.per_device[name].accuracy for run in runs) for name in devices},
         per_scene={label: deviation(run.per_scene[label] for run in runs) for label in first.per_scene},
         groups={group: deviation(run.groups[group] for run in runs) for group in first.groups},
+        by_recording=deviation_of_recordings,
     )
     return pooled, spread

@@ -163,6 +163,7 @@ def render(data: ReportData, out: Path) -> None:
             devices=devices,
             scenes=_scenes(data.systems[-1]),
             deliverable=data.systems[-1],
+            cut=any(system.evaluation.by_recording for system in data.systems),
             finished=max((time.finished for time in data.times if time.finished), default=None),
             contents=_contents(data),
             titles={id: title for sections in CONTENTS.values() for id, title in sections.items()},

@@ -26,6 +26,8 @@ COLUMNS = {
     "seen": "float64",
     "unseen": "float64",
     "log_loss": "float64",
+    "accuracy_by_recording": "float64",
+    "log_loss_by_recording": "float64",
     "problem": "str",
 }
 
@@ -35,8 +37,9 @@ def results(storage: str | Path) -> pd.DataFrame:
 
     `finished` is when its manifest was written; `parameters` and `macs` (of one clip) are a network's, `bytes` those of
     its weights as int8. The rows of the stage `evaluation` have scores on the test split: `accuracy`, those on `seen`
-    and `unseen` devices (shares in [0, 1]), and `log_loss` (nats a clip). Their `model` is the `key` of the student or
-    int8 model that they judge; the row `ensemble` judges the fusion.
+    and `unseen` devices (shares in [0, 1]), and `log_loss` (nats a clip). Where clips are seconds of longer recordings,
+    `accuracy_by_recording` and `log_loss_by_recording` are those of the recordings. Their `model` is the `key` of the
+    student or int8 model that they judge; the row `ensemble` judges the fusion.
 
     An artifact that is damaged, or that this version cannot read, has its row, too: `problem` says what is wrong, and
     is empty otherwise. Only manifests and evaluations are read; `asc-ray verify` compares the other files.
@@ -79,4 +82,6 @@ def _scores(folder: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
         "seen": scores.groups.get("seen"),
         "unseen": scores.groups.get("unseen"),
         "log_loss": scores.log_loss,
+        "accuracy_by_recording": scores.by_recording and scores.by_recording.accuracy,
+        "log_loss_by_recording": scores.by_recording and scores.by_recording.log_loss,
     }

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from asc_ray.artifacts import stored_files
-from asc_ray.cluster.ingest import ingest
+from asc_ray.cluster.ingest import SPLIT, ingest
 from asc_ray.data.corpus import read_corpus
+from asc_ray.places import named
 from asc_ray.stages.work import Work
 
 
@@ -15,7 +16,7 @@ def make(work: Work) -> None:
     if plan.demo:
         stored_files(plan.demo.path)
     read = plan.source and plan.source.corpus
-    corpus = read or read_corpus(plan.corpus_root(), config.corpus.on_bad_clip, config.corpus.train_split)
+    corpus = read or read_corpus(plan.corpus_root(), config.corpus)
     ingest(
         plan.clips,
         corpus,
@@ -28,6 +29,8 @@ def make(work: Work) -> None:
     plan.keep_reading()
     if config.sweep:  # check the held-out devices: the demo's corpus did not exist before
         replace(work.source, held_out_devices=config.sweep.validation.devices).open()
+    if corpus.made_split:
+        work.progress.note(f"test split {named(plan.clips.path / SPLIT)}")
     facts = plan.clips.facts()
     for line in ingest_summary(facts):
         work.progress.note(line)

@@ -110,7 +110,8 @@ def figures(scores: Evaluation, part: str = "test") -> dict[str, float]:
         **{f"device/{name}": own.accuracy for name, own in scores.per_device.items()},
         **{f"scene/{name}": recall for name, recall in scores.per_scene.items()},
     }
-    return {f"{part}/{name}": value for name, value in named.items()}
+    own = {f"{part}/{name}": value for name, value in named.items()}
+    return own | (figures(scores.by_recording, f"{part}/by_recording") if scores.by_recording else {})
 
 
 def first_line(error: BaseException, uri: str) -> str:

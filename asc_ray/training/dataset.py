@@ -17,7 +17,7 @@ from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.division import FusionData, PartitionConfig, partition
 from asc_ray.data.mirror import mirrored
-from asc_ray.data.recordings import following
+from asc_ray.data.recordings import cut_following, following
 from asc_ray.errors import ConfigError, UserError
 
 IMPULSE_RESPONSES = "impulse_responses.safetensors"
@@ -102,7 +102,11 @@ class Dataset:
         """Return the waveforms of these rows; to be cropped, each with the second that follows it among the rows."""
         after = None
         if crop:
-            after = following(self.store.keys(rows), self.store.scene[rows], self.store.place.codes[rows])
+            store = self.store
+            if store.recording is None or store.second is None:
+                after = following(store.keys(rows), store.scene[rows], store.place.codes[rows])
+            else:
+                after = cut_following(store.recording.codes[rows], store.second[rows])
         return Waves(self.store, rows, device, self.delivery, self.stream, gpus, after)
 
     @property

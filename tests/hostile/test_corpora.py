@@ -11,8 +11,9 @@ from refusal import refused, replaced, sparse
 
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.audio.recording import Recording
-from asc_ray.data.corpus import META_COLUMNS, read_corpus
+from asc_ray.data.corpus import CorpusConfig, read_corpus
 from asc_ray.data.decode import decode
+from asc_ray.data.layouts import META_COLUMNS
 from asc_ray.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
@@ -116,7 +117,7 @@ def test_a_corpus_behind_links_to_themselves(tmp_path):
 def test_a_split_in_a_pipe(root):
     os.mkfifo(root / "evaluation_setup" / "mine.csv")
     with pytest.raises(UserError, match=r"no such file|named pipe"):
-        read_corpus(root, train_split=root / "evaluation_setup" / "mine.csv")
+        read_corpus(root, CorpusConfig(train_split=root / "evaluation_setup" / "mine.csv"))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
