@@ -13,7 +13,6 @@ from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, s
 from asc_ray.config.asked import check_corpus
 from asc_ray.config.configuration import Config
 from asc_ray.config.yaml_text import read_yaml
-from asc_ray.data.corpus import CorpusConfig
 from asc_ray.data.demo import SCENES
 from asc_ray.data.reading import Reading, keep, kept_reading, new_reading
 from asc_ray.ensemble.fusion import FUSION_FORM
@@ -26,6 +25,7 @@ from asc_ray.models.pretrained import published
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.targets import TargetFiles
 from asc_ray.training.dataset import bank_identity
+from asc_ray.training.folder import start_in_key
 from asc_ray.training.recipe import Recipe
 
 BEST_STUDENT = "best.yaml"
@@ -71,7 +71,7 @@ class Plan:
                 f"corpus.impulse_responses: {responses} is no folder; name a folder of *.wav files, or null"
             )
         if corpus.path is None:
-            _refuse_without_path(corpus)
+            corpus.refuse_without_path()
             self.demo = self._artifact("corpus", "demo", corpus.demo, {})
         elif not anew and self.source is None:
             self.source = kept_reading(config.folder, corpus)
@@ -136,7 +136,7 @@ class Plan:
         config = self.config
         learned = {**base, "soft_target": self.fusion.key if config.taught else "none"}
         seeds = range(config.student.seed, config.student.seed + config.student.seeds)
-        student = {"student": config.student.for_key(), "partition": self._division()}
+        student = {"student": start_in_key("student", config.student), "partition": self._division()}
         del student["student"]["seeds"]
         student["student"].pop("specialize", None)
         if file := config.student.checkpoint:
@@ -280,16 +280,14 @@ class Plan:
         return parts | ({"folds": fusion.folds} if fusion.data == "crossfit" else {})
 
     def _teacher(self, name: str, recipe: Recipe, fold: int | None, inputs: Mapping[str, str]) -> Artifact:
-        section: dict[str, Any] = {"recipe": recipe.for_key(), "partition": self._division()}
+        section: dict[str, Any] = {"partition": self._division()}
         if fold is not None:
             section["fold"] = fold
         if name in self.imported:  # only these parts of the recipe change an imported system's logits
             own = {"model": recipe.model.for_key(), "frontend": recipe.frontend.for_key()}
             section = {"recipe": own, "imported": file_sha256(self.imported[name])}
-        elif start := getattr(recipe.model, "pretrained", None):
-            if not start.is_file():
-                raise ConfigError(f"teachers.recipes.{name}.model.pretrained: {start}: no such file")
-            section["recipe"]["model"]["pretrained"] = file_sha256(start)
+        else:
+            section["recipe"] = start_in_key(f"teachers.recipes.{name}", recipe)
         return self._artifact("teachers", _of_fold(name, fold), section, inputs)
 
     def _left_out(self, systems: Mapping[str, Mapping[str, Artifact]]) -> dict[str, str]:
@@ -323,15 +321,6 @@ def scores_over_seeds(plan: Plan) -> dict[str, OverSeeds]:
     """Return the scores of the students and of their forms on the test split."""
     words = {"student": "student fp32"}
     return {words.get(kind, f"student {kind}"): plan.scores(own) for kind, own in plan.forms.items() if own}
-
-
-def _refuse_without_path(corpus: CorpusConfig) -> None:
-    """Raise ConfigError for keys that say how to read a corpus, where there is none but the demo's."""
-    if corpus.train_split:
-        raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
-    for key in ("layout", "segment_seconds"):
-        if getattr(corpus, key) not in ("tau", None):
-            raise ConfigError(f"corpus.{key}: says how to read corpus.path, which is not given")
 
 
 def _of_seed(name: str, seed: int, seeds: int) -> str:

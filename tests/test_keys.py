@@ -133,7 +133,7 @@ WITH = {
 # Leaves with a test of their own below.
 APART = {
     "corpus.path", "corpus.train_split", "corpus.impulse_responses", "teachers.checkpoints", "student.checkpoint",
-    "teachers.recipes.*.model.pretrained", "teachers.imported",
+    "teachers.recipes.*.model.pretrained", "teachers.imported", "teachers.recipes.*.init", "student.init",
     "corpus.layout", "corpus.table", "corpus.test", "corpus.test_share", "corpus.test_seed", "corpus.place_pattern",
     "corpus.segment_seconds",
 }  # fmt: skip
@@ -409,7 +409,7 @@ def test_fields_that_came_later_are_in_no_key_while_they_have_their_default():
     config = load_config(TINY)
     plan = Plan(config)
     sections = [plan.students["student"].config["student"], next(iter(plan.teachers.values())).config["recipe"]]
-    assert Recipe.later == {"precision", "deterministic", "label_smoothing"}
+    assert Recipe.later == {"precision", "deterministic", "label_smoothing", "init"}
     assert not any(Recipe.later & set(section) for section in sections)
     students = [Plan(load_config(TINY, [f"student.deterministic={value}"])).students for value in ("false", "true")]
     assert students[0]["student"].key == plan.students["student"].key != students[1]["student"].key

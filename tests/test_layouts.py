@@ -15,6 +15,7 @@ from conftest import noise
 from pydantic import ValidationError
 
 from asc_ray.config.composition import load_config
+from asc_ray.data import tables
 from asc_ray.data.clip import Clip
 from asc_ray.data.corpus import Corpus, CorpusConfig, read_corpus
 from asc_ray.data.reading import TICK, keep, kept_reading, new_reading
@@ -248,6 +249,13 @@ def test_a_bad_table_is_named_in_a_line(root, what):
     with pytest.raises((ConfigError, CorpusError)) as caught:
         read_corpus(root, config(**changes))
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_a_parquet_file_of_too_many_rows_is_not_read(root, monkeypatch):
+    pyarrow.parquet.write_table(PARQUET, root / "meta.parquet")
+    monkeypatch.setattr(tables, "MOST_ROWS", 15)
+    with pytest.raises(CorpusError, match=r"meta.parquet: 16 rows; allowed are 15"):
+        read_corpus(root, config(file="meta.parquet"))
 
 
 def test_scenes_that_differ_in_case_are_told(root):

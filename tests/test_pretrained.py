@@ -186,7 +186,7 @@ def test_audioset_weights_come_with_a_fresh_head(tmp_path):
     audioset, model = build(SMALL, 527, seed=1), build(SMALL, 10, seed=2)
     torch.save(audioset.state_dict(), tmp_path / "passt_s.pt")
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
-    assert start_from(model, tmp_path / "passt_s.pt", LABELS) == ["a fresh head"]
+    assert start_from(model, tmp_path / "passt_s.pt", LABELS, [], {}) == ["a fresh head"]
     for name, value in model.state_dict().items():
         expected = fresh if name.startswith("head") else audioset.state_dict()
         assert torch.equal(value, expected[name]), name
@@ -197,7 +197,7 @@ def test_a_head_for_other_scenes_stays_the_fresh_one(tmp_path, labels):
     trained, model = build(SMALL, 10, seed=1), build(SMALL, 10, seed=2)
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     save_file(trained.state_dict(), tmp_path / "x.safetensors", metadata({"labels": labels}))
-    changes = start_from(model, tmp_path / "x.safetensors", LABELS)
+    changes = start_from(model, tmp_path / "x.safetensors", LABELS, [], {})
     expected = trained.state_dict() if labels == LABELS else fresh
     assert changes == ([] if labels == LABELS else ["a fresh head"])
     assert all(torch.equal(v, expected[n]) for n, v in model.state_dict().items() if n.startswith("head"))
@@ -211,7 +211,7 @@ def test_positional_grids_of_another_geometry_are_interpolated(tmp_path):
         audioset.time_new_pos_embed.copy_((torch.arange(columns) + 0.5) / columns)
     torch.save(audioset.state_dict(), tmp_path / "passt_s.pt")
     model = build(SMALL.model_copy(update={"frames": 420}), 10, seed=2)
-    changes = start_from(model, tmp_path / "passt_s.pt", LABELS)
+    changes = start_from(model, tmp_path / "passt_s.pt", LABELS, [], {})
     wanted = model.time_new_pos_embed.shape[3]
     assert changes == ["a fresh head", f"time_new_pos_embed from (1, {columns}) to (1, {wanted})"]
     line = ((torch.arange(wanted) + 0.5) / wanted)[2:-2]

@@ -30,6 +30,7 @@ from asc_ray.students.cost import Limits
 from asc_ray.students.targets import TargetFiles, read_soft_targets
 from asc_ray.students.train import fit_student
 from asc_ray.training.dataset import Source
+from asc_ray.training.folder import started
 from asc_ray.training.loop import Diverged
 from asc_ray.training.validation import Metrics
 
@@ -196,6 +197,7 @@ def _train(config: dict[str, Any], work: dict[str, Any]) -> None:
     student = student.model_copy(update={"optimizer": optimizer, "seed": seed})
     data = work["source"].open()
     model = build(student.model, len(data.store.labels), student.seed)
+    started(model, student, data.store.labels)
     checkpoints = work["folder"] / checkpoints_of(number)
     remote.pull(checkpoints)
     if config["parent"] is not None and not checkpoints.is_dir():

@@ -16,7 +16,7 @@ from asc_ray.data.decode import BadAudio, whole_seconds
 from asc_ray.data.demo import DemoConfig
 from asc_ray.data.faults import EXAMPLES, BadClip, Faults
 from asc_ray.data.layouts import SPLITS, Listing, Splitting, TableConfig, read_folders, read_table, read_tau, tau_files
-from asc_ray.errors import CorpusError
+from asc_ray.errors import ConfigError, CorpusError
 from asc_ray.section import Section
 
 
@@ -56,6 +56,14 @@ class CorpusConfig(Section):
         None, description="folder of wavs for DIR; null: `dirs` in the corpus, else a built-in bank"
     )
     demo: DemoConfig = Field(default_factory=DemoConfig)
+
+    def refuse_without_path(self) -> None:
+        """Raise ConfigError for keys that say how to read a corpus, where there is none but the demo's."""
+        if self.train_split:
+            raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
+        for key in ("layout", "segment_seconds"):
+            if getattr(self, key) not in ("tau", None):
+                raise ConfigError(f"corpus.{key}: says how to read corpus.path, which is not given")
 
     @field_validator("test", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from asc_ray.runtime import fit_label
 from asc_ray.shown import printable
 
 MOST_BYTES = 1 << 32  # of a table; TAU22's have up to 20 MB, those of 17 million clips 2 GB
+MOST_ROWS = 1 << 26  # of a Parquet file, whose size says little of them
 DELIMITERS = {",": "commas", ";": "semicolons", "|": "bars", " ": "blanks"}
 TAU_LAYOUT = (
     "Expected a corpus in the TAU22 layout: "
@@ -92,7 +93,10 @@ def _cells(head: str, delimiter: str) -> list[str]:
 def _parquet_rows(file: Path, columns: Mapping[str, str]) -> Rows:
     try:
         with open_plain(file) as opened:
-            _check_named(file, columns, pyarrow.parquet.read_schema(opened).names)
+            about = pyarrow.parquet.read_metadata(opened)
+            _check_named(file, columns, about.schema.to_arrow_schema().names)
+            if about.num_rows > MOST_ROWS:
+                raise CorpusError(f"{file}: {about.num_rows:,} rows; allowed are {MOST_ROWS:,}")
             opened.seek(0)
             table = pyarrow.parquet.read_table(opened, columns=list(columns))
             table = pa.table({name: table[name].cast(pa.string()) for name in columns})

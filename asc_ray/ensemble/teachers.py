@@ -8,14 +8,13 @@ from pydantic import Field, model_validator
 
 from asc_ray.artifacts import Artifact
 from asc_ray.ensemble.imported import ImportedConfig
-from asc_ray.models.passt import PasstConfig
-from asc_ray.models.pretrained import load_published, start_from
+from asc_ray.models.pretrained import load_published
 from asc_ray.models.registry import NETWORKS, build
 from asc_ray.resources import TrainerResources
 from asc_ray.section import Section
 from asc_ray.training import parallel
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights
+from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights, started
 from asc_ray.training.loop import OnEpoch, fit
 from asc_ray.training.recipe import Recipe
 
@@ -81,9 +80,8 @@ def train_teacher(
     """Train one system of the ensemble on the part `train`, on all ranks of a torch.distributed group together."""
     folder = artifact.open_partial()
     data = source.open()
-    model, started = build(recipe.model, len(data.store.labels), recipe.seed), None
-    if isinstance(recipe.model, PasstConfig) and recipe.model.pretrained:
-        started = start_from(model, recipe.model.pretrained, data.store.labels)
+    model = build(recipe.model, len(data.store.labels), recipe.seed)
+    start = started(model, recipe, data.store.labels)
     history = fit(
         model,
         recipe,
@@ -96,7 +94,7 @@ def train_teacher(
     if parallel.rank() == 0:
         save_weights(model, folder / WEIGHTS, about(recipe, data.store.labels))
         parameters = sum(p.numel() for p in model.parameters())
-        artifact.finish({"history": history, "parameters": parameters, "started_from": started}, SCRATCH)
+        artifact.finish({"history": history, "parameters": parameters, "started_from": start}, SCRATCH)
 
 
 def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, labels: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ def _reason(name: str, own: Standing, others: float) -> str:
     learned = f"{100 * own.train:.0f} % of its augmented training clips in the last epoch"
     if own.train >= others:
         return f"it knows {learned}, so it is overfitted; augment more ({keys}.augment), or leave it out"
-    if isinstance(own.recipe.model, PasstConfig) and not own.recipe.model.pretrained:
+    if isinstance(own.recipe.model, PasstConfig) and not (own.recipe.model.pretrained or own.recipe.init):
         return (
             f"it knows only {learned}, and did not start from AudioSet weights, without which a PaSST learns little "
             f"from few clips; give {keys}.model.pretrained, or put systems of another kind into teachers.systems"

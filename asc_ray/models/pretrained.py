@@ -183,32 +183,41 @@ def load_published(model: nn.Module, file: Path, about: Mapping[str, Any]) -> bo
     missing, left over, of another shape or type, not finite, or variances that are not above 0.
     """
     tensors, found = read_tensors(file), said(file)
+    _refuse_others(file, found, about)
+    _load(model, tensors, file)
+    return all(name in found for name in about)
+
+
+def _refuse_others(file: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a file says something else of its network than `about`."""
     for name, wanted in about.items():
         if name in found and found[name] != (expected := json.loads(json.dumps(wanted))):
             raise ConfigError(
                 f"{file}: was trained with {name} {_listed(found[name])}, and here {_listed(expected)} are needed, in "
                 "this order"
             )
-    _load(model, tensors, file)
-    return all(name in found for name in about)
 
 
 def _listed(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
 
 
-def start_from(model: nn.Module, file: Path, labels: Sequence[str]) -> list[str]:
-    """Load a PaSST trained on other classes (AudioSet's 527), and return what was done to make it fit.
+def start_from(
+    model: nn.Module, file: Path, labels: Sequence[str], head: Sequence[str], about: Mapping[str, Any]
+) -> list[str]:
+    """Load a network trained on other classes, as PaSST on AudioSet's 527, and return what was done to make it fit.
 
-    The fresh head stays where the file names other labels than `labels`, or its head has another shape. Positional
-    grids of another size are interpolated. Raises ConfigError as `load_published` does.
+    The fresh head stays where the file names other labels than `labels`, or its head has another shape; `head` are its
+    tensors, of a PaSST also its normalization. A PaSST's positional grids of another size are interpolated. Raises
+    ConfigError as `load_published` does, with `about` for what the file must not say otherwise.
     """
     tensors, own, changes = read_tensors(file), model.state_dict(), []
-    heads = [name for name in own if _HEAD.match(name)]
+    _refuse_others(file, said(file), about)
+    heads = [name for name in own if _HEAD.match(name)] or head
     others = said(file).get("labels", list(labels)) != list(labels)
     if others or any(name not in tensors or tensors[name].shape != own[name].shape for name in heads):
         changes.append("a fresh head")
-        tensors = {name: value for name, value in tensors.items() if not _HEAD.match(name)}
+        tensors = {name: value for name, value in tensors.items() if name not in heads and not _HEAD.match(name)}
         tensors |= {name: own[name] for name in heads}
     for name in ("freq_new_pos_embed", "time_new_pos_embed"):
         grid, wanted = tensors.get(name), own.get(name)

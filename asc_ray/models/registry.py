@@ -49,6 +49,13 @@ def build(config: ModelConfig, scenes: int, seed: int = 0) -> nn.Module:
         return NETWORKS[config.name](config, scenes)
 
 
+def head_of(config: ModelConfig, scenes: int) -> list[str]:
+    """Return the names of the tensors whose shape goes by the number of scenes: the head's."""
+    with torch.device("meta"):
+        shapes = [{n: t.shape for n, t in build(config, count).state_dict().items()} for count in (scenes, scenes + 1)]
+    return [name for name, shape in shapes[0].items() if shape != shapes[1][name]]
+
+
 def folded(model: nn.Module) -> nn.Module:
     """Fold the batch norms into the convolutions before them, for evaluation: the results are equal up to rounding."""
     model.eval()

@@ -24,6 +24,8 @@ CHANGES_WHILE_TRAINING = (
 # Keys of the student whose values trials cannot compare, and why.
 NOT_JUDGED = {
     "checkpoint": "with it nothing is trained",
+    "init": "a trial's key has no contents of files",
+    "model.pretrained": "a trial's key has no contents of files",
     "optimizer.epochs": "trials train for sweep.epochs",
     "seed": "a good seed is luck",
     "seeds": "a trial has one",

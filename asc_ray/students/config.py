@@ -38,6 +38,8 @@ class StudentConfig(Recipe):
     def _one_checkpoint(self) -> Self:
         if self.checkpoint and self.seeds > 1:
             raise ValueError(f"seeds: {self.seeds}, but a student from a checkpoint is not trained; allowed is 1")
+        if self.checkpoint and self.init:
+            raise ValueError("init: a student from a checkpoint is not trained, so it starts from nothing; give one")
         return self
 
 

@@ -13,7 +13,7 @@ from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape
 from asc_ray.students.targets import SoftTargets, TargetFiles, read_soft_targets, student_clips
 from asc_ray.training.dataset import Dataset, Source
-from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights
+from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights, started
 from asc_ray.training.loop import OnEpoch, fit
 from asc_ray.training.validation import Metrics
 
@@ -32,11 +32,12 @@ def train_student(
     """
     folder = artifact.open_partial()
     data = source.open()
-    model, known = build(config.model, len(data.store.labels), config.seed), True
+    model, known, start = build(config.model, len(data.store.labels), config.seed), True, None
     if config.checkpoint:
         known = load_published(model, config.checkpoint, about(config, data.store.labels))
         history = []
     else:
+        start = started(model, config, data.store.labels)
         soft = read_soft_targets(data, targets)
         note = noted(folder, config.optimizer.epochs, on_epoch)
         history = fit_student(model, config, data, soft, folder / "checkpoints", gpus, note)
@@ -54,6 +55,7 @@ def train_student(
             "input": shape,
             "residual_lambda": learned,
             "on_trust": not known,
+            "started_from": start,
         },
         SCRATCH,
     )

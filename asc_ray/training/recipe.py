@@ -1,8 +1,9 @@
 """A recipe: all that defines one training, except its data."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from asc_ray.audio.augment import AugmentConfig, check_masks
 from asc_ray.audio.frontend import FrontendConfig
@@ -11,7 +12,7 @@ from asc_ray.models import cnn_gru
 from asc_ray.models.dcase22_baseline import FRAMES, MELS, DCASE22BaselineConfig
 from asc_ray.models.passt import PasstConfig
 from asc_ray.models.registry import ModelConfig
-from asc_ray.section import Section
+from asc_ray.section import Section, absolute
 from asc_ray.training.optimizer import OptimizerConfig
 
 Precision = Literal["bf16", "tf32", "fp32"]
@@ -20,8 +21,13 @@ Precision = Literal["bf16", "tf32", "fp32"]
 class Recipe(Section):
     """All that defines one training, except its data."""
 
-    later = frozenset({"precision", "deterministic", "label_smoothing"})
+    later = frozenset({"precision", "deterministic", "label_smoothing", "init"})
     model: ModelConfig = Field(discriminator="name", description="the network, and its settings")
+    init: Path | None = Field(
+        None,
+        description="folder of a finished student or teacher, or a file of weights, to start from; where its scenes "
+        "are others the head is made anew",
+    )
     frontend: FrontendConfig = FrontendConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -41,6 +47,11 @@ class Recipe(Section):
     )
     seed: int = Field(0, ge=0, description="seed of the first weights and of all that is drawn")
 
+    @field_validator("init")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value and absolute(value)  # because workers run in a folder of their own
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         try:
@@ -51,6 +62,8 @@ class Recipe(Section):
             raise ValueError(
                 "select: best, and optimizer.average_epochs > 1 averages the last ones; choose one of them"
             )
+        if self.init and isinstance(self.model, PasstConfig) and self.model.pretrained:
+            raise ValueError("init: model.pretrained is a network to start from, too; choose one of them")
         mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
         if isinstance(self.model, DCASE22BaselineConfig) and (mels, frames) != (MELS, FRAMES):
             raise ValueError(

@@ -154,7 +154,7 @@ def test_what_a_start_interpolates_is_plain_too(tmp_path):
     """A positional grid of another geometry is read before shapes are compared."""
     grid = torch.ones(1).expand(1, 1 << 20, 1 << 10, 1 << 10)
     torch.save({"freq_new_pos_embed": grid, **STATE}, tmp_path / "x.pt")
-    refused(lambda: start_from(Small(), tmp_path / "x.pt", ["a"]), "values that share memory", code=2)
+    refused(lambda: start_from(Small(), tmp_path / "x.pt", ["a"], [], {}), "values that share memory", code=2)
 
 
 def test_metadata_of_a_stranger_is_compared_and_not_believed(tmp_path):
