@@ -37,8 +37,8 @@ def where_things_are(plan: Plan) -> list[str]:
     lines = []
     if not plan.missing("evaluate"):
         fused = plan.evaluation.facts()["fusion"]
-        whole = fused.get("by_recording")
-        of_recordings = f", {100 * whole['accuracy']:.1f} % of the recordings" if whole else ""
+        whole = fused.get("accuracy_by_recording")
+        of_recordings = "" if whole is None else f", {100 * whole:.1f} % of the recordings"
         lines.append(f"  {'fusion':<13} {100 * fused['accuracy']:5.1f} % of the test clips right{of_recordings}")
         for name, (mean, deviation) in scores_over_seeds(plan).items():
             spread = f" ± {100 * deviation.accuracy:.1f} over {deviation.runs} seeds" if deviation else ""

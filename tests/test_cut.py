@@ -16,9 +16,10 @@ from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.corpus import CorpusConfig, read_corpus
 from asc_ray.data.division import PartitionConfig
 from asc_ray.data.reading import new_reading
+from asc_ray.data.recordings import cut_following
 from asc_ray.data.shards import write_store
 from asc_ray.errors import CorpusError
-from asc_ray.evaluation.artifact import score
+from asc_ray.evaluation.artifact import headline, score
 from asc_ray.evaluation.scores import evaluate, of_recordings
 from asc_ray.evaluation.seeds import over_seeds
 from asc_ray.training.dataset import Source
@@ -192,6 +193,11 @@ def test_crops_go_on_in_the_next_second_of_the_recording(store, root):
     assert new_reading(CUT.model_copy(update={"path": root})).followed
 
 
+def test_the_second_that_follows_is_the_next_one_of_the_recording():
+    recording, second = np.array([1, 0, 1, 1, 0, 2]), np.array([3, 0, 0, 1, 2, 1])
+    assert cut_following(recording, second).tolist() == [0, 1, 3, 3, 4, 5]
+
+
 def test_scores_by_recording_are_those_of_the_mean_log_posteriors(store):
     rows = np.flatnonzero(store.split == "test")
     logits = np.random.default_rng(0).standard_normal((len(rows), 2)).astype(np.float32) * 3
@@ -213,6 +219,8 @@ def test_scores_by_recording_are_those_of_the_mean_log_posteriors(store):
     assert found.by_recording.accuracy == pytest.approx(np.mean(right))
     assert found.by_recording.log_loss == pytest.approx(np.mean(loss))
     assert 0 < found.by_recording.accuracy < 1
+    assert headline(found)["accuracy_by_recording"] == found.by_recording.accuracy
+    assert all(isinstance(figure, float) for figure in headline(found).values())  # MLflow takes nothing else
     mean, deviation = over_seeds([found, score(store, rows, -logits)])
     assert mean.by_recording is not None
     assert deviation is not None

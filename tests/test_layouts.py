@@ -118,6 +118,17 @@ def test_folds_are_splits_by_the_values_that_are_named(root):
     assert read_corpus(root, config(test=[3])).fingerprint != corpus.fingerprint
 
 
+def test_splits_that_leave_the_clips_in_one_order_have_two_fingerprints(root):
+    found = set()
+    for place in ("3", "2"):
+        rows = [(*row[:4], "test" if row[1] == "park" and row[3][-1] >= place else "train") for row in sorted(ROWS)]
+        (root / "meta.csv").write_bytes(written(rows))
+        corpus = read_corpus(root, config())
+        assert [clip.clip_id for clip in corpus.clips] == [row[0] for row in rows]
+        found.add(corpus.fingerprint)
+    assert len(found) == 2
+
+
 def test_columns_that_are_not_there_are_said_once_and_mean_one_device_and_one_place_a_file(root):
     corpus = read_corpus(root, config(device=None, place=None))
     assert corpus.devices == ("a",)

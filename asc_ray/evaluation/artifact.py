@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -67,6 +66,9 @@ def read_answers(folders: Iterable[Path], ids: np.ndarray) -> np.ndarray:
     return Ensemble([read_logits([stored_file(folder, ANSWERS)]) for folder in folders], ids).read()
 
 
-def headline(e: Evaluation) -> dict[str, Any]:
+def headline(e: Evaluation | None) -> dict[str, float]:
+    """Return the figures that are told first; of cut recordings also theirs, as `accuracy_by_recording` and so on."""
+    if e is None:
+        return {}
     own = {"accuracy": e.accuracy, "log_loss": e.log_loss, "calibration_error": e.calibration_error}
-    return own | ({"by_recording": headline(e.by_recording)} if e.by_recording else {})
+    return own | {f"{name}_by_recording": figure for name, figure in headline(e.by_recording).items()}
