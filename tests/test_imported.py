@@ -12,15 +12,22 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import clip_store, command, joined
+from test_tracking import all_runs
+from typer.testing import CliRunner
 
+from asc_ray.cli import app
 from asc_ray.config.composition import load_config
+from asc_ray.config.origins import shown
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.data.logits import read_logits
 from asc_ray.ensemble.imported import ImportedConfig, aligned
+from asc_ray.ensemble.stored import StoredEnsemble
 from asc_ray.errors import ConfigError, UserError
+from asc_ray.evaluation.artifact import read_scores
 from asc_ray.plan import Plan
+from asc_ray.tracking.config import default_uri
 
 
 @pytest.fixture(scope="module")
@@ -223,31 +230,75 @@ def test_systems_may_be_files_of_logits(tmp_path):
 
 
 def test_an_imported_system_takes_part_as_any_other(finished, tmp_path):
-    """A teacher's own logits, written to a file in another order, give the same fusion, bit for bit."""
-    storage = tmp_path / "storage"
+    """A teacher's own logits, written to a file in another order, give the same fusion, bit for bit; and the whole
+    pipeline, report and MLflow take the system as any other. It alone cannot be asked about other sounds."""
+    storage, file = tmp_path / "storage", tmp_path / "own.npz"
     shutil.copytree(finished.storage, storage)
     plan = Plan(load_config(finished.arguments[1], [f"storage={storage}"]))
-    name = "cpr_128k_fms_1"
-    stored = read_logits(plan.logits[name].path)
+    replaced, name = "cpr_128k_fms_1", "elsewhere"
+    stored = read_logits(plan.logits[replaced].path)
     order = np.random.default_rng(0).permutation(len(stored))
-    np.savez(
-        tmp_path / "own.npz", filename=stored.ids[order].astype(str), logits=stored.take(order), labels=stored.labels
-    )
-    systems = [one for one in plan.config.teachers.recipes if one != name]
+    np.savez(file, filename=stored.ids[order].astype(str), logits=stored.take(order), labels=stored.labels)
+    systems = [one for one in plan.config.teachers.recipes if one != replaced]
     config = tmp_path / "own.yaml"
     config.write_text(
         f"base: {finished.arguments[1]}\n"
-        f"teachers: {{systems: [{', '.join(systems)}, {{name: {name}, logits: {tmp_path / 'own.npz'}}}]}}\n"
+        f"teachers: {{systems: [{', '.join(systems)}, {{name: {name}, logits: {file}}}]}}\n"
+        f"sweep: null\nstudent: {{distillation: {{soft_target: none}}}}\nstorage: {storage}\n"
     )
-    arguments = ("--config", config, "--set", f"storage={storage}")
-    said = ""
-    for stage in ("logits", "fuse"):
-        done = subprocess.run(command(stage, *arguments), capture_output=True, text=True, env=joined(), check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said += done.stdout
-    assert f"{name}: {len(stored)} clips from own.npz, right on" in said
-    assert "warning: the logits of 1 systems come from elsewhere" in said
-    mixed = Plan(load_config(config, [f"storage={storage}"]))
+    done = subprocess.run(
+        command("pipeline", "--config", config), capture_output=True, text=True, env=joined(), check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{name}: {len(stored)} clips from own.npz, right on" in done.stdout
+    assert "warning: the logits of 1 systems come from elsewhere" in done.stdout
+    mixed = Plan(load_config(config))
     assert mixed.fusion.key != plan.fusion.key
-    for key in ("weights", "biases", "validation"):
-        assert mixed.fusion.facts()[key] == plan.fusion.facts()[key]
+    ours, theirs = mixed.fusion.facts(), plan.fusion.facts()
+    assert ours["biases"] == theirs["biases"]
+    assert list(ours["weights"].values()) == list(theirs["weights"].values())
+    assert ours["weights"].keys() == {*systems, name}
+    assert ours["validation"]["fusion"] == theirs["validation"]["fusion"]
+
+    scores, before = (read_scores(one.evaluation.path).systems for one in (mixed, plan))
+    assert scores[name] == before[replaced]
+    page = (mixed.report.path / "report.html").read_text()
+    assert f"<li>{name}: its logits come from own.npz. It cannot be asked about other sounds" in page
+    assert "its logits come from" not in (plan.report.path / "report.html").read_text()
+    run = {one.data.tags["asc_ray.run"]: one for one in all_runs(default_uri(storage))}[
+        f"{name}-{mixed.logits[name].key}"
+    ]
+    assert run.data.tags["asc_ray.kind"] == "teacher"
+    assert run.data.metrics["test/accuracy"] == pytest.approx(scores[name].accuracy)
+
+    with pytest.raises(UserError, match=f"the logits of {name} come from a file, so the ensemble cannot be asked"):
+        StoredEnsemble(mixed.fusion.path)
+    sound = mixed.demo.path / stored.ids[0]
+    said = CliRunner().invoke(app, ["predict", "--with", "ensemble", str(mixed.fusion.path), str(sound)])
+    assert said.exit_code == 1
+    assert "come from a file, so the ensemble cannot be asked about others" in str(said.exception)
+
+
+def test_a_file_that_does_not_fit_is_told_of_before_anything_is_trained(finished, tmp_path):
+    storage, file, config = tmp_path / "storage", tmp_path / "own.csv", tmp_path / "own.yaml"
+    for stage in ("corpus", "clips"):
+        shutil.copytree(finished.storage / stage, storage / stage)
+    file.write_text("filename,airport\nother.wav,1.0\n")
+    config.write_text(
+        f"base: {finished.arguments[1]}\nstorage: {storage}\n"
+        f"teachers: {{systems: [cpr_128k_fms_1, {{name: own, logits: {file}}}]}}\n"
+    )
+    done = subprocess.run(
+        command("teachers", "--config", config), capture_output=True, text=True, env=joined(), check=False
+    )
+    assert done.returncode == 1
+    assert f"{file}: is of the scenes airport; the corpus has" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (storage / "teachers").exists()
+
+
+def test_config_show_names_the_file_of_an_imported_system(tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text(CONFIG.format(base="demo", file=tmp_path / "beats.npz"))
+    text = shown(config, [], "teachers")
+    assert f"logits: {tmp_path / 'beats.npz'}" in text

@@ -61,6 +61,8 @@ def _of_recipes(teachers: Mapping[str, Any], path: Path, found: Mapping[Keys, st
     """Return the origins of what `teachers.systems` and `teachers.override` give to the recipes."""
     given: dict[Keys, str] = {}
     for name in teachers.get("systems", ()):
+        if isinstance(name, dict):  # `found` has where it stands
+            continue
         recipe: dict[Keys, str] = {}
         model = ""
         for file, own in layers(teacher_file(name, path)):

@@ -120,6 +120,7 @@ def write_report(
                 without_half={", ".join(half["left_out"]): Gain.model_validate(half["gain"])} if half else {},
                 disagreement=fused["validation_disagreement"],
                 far_below=_far_below(systems, histories, held_out),
+                imported={a.name: a.facts()["imported"] for a in stages["logits"] if "imported" in a.facts()},
             ),
             energies=np.asarray(store.energy[train]),
             energy_threshold=data.mean_energy if threshold == "auto" else threshold,

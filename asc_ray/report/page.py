@@ -99,6 +99,7 @@ class FusionSection:
     without_half: Mapping[str, Gain]  # gain on those clips without the weakest half, by the names of that half; or none
     disagreement: Sequence[Sequence[float]]  # (S, S) share of the held-out clips that two systems answer differently
     far_below: tuple[str, ...] = ()  # a sentence for each system far below the others
+    imported: Mapping[str, str] = field(default_factory=dict)  # the file of each system whose logits come from one
 
 
 @dataclass(frozen=True, kw_only=True)

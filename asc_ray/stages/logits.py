@@ -11,13 +11,7 @@ from asc_ray.stages.work import Job, Work
 
 def make(work: Work) -> None:
     plan, config = work.plan, work.plan.config
-    imported = config.teachers.imported
-    cpus = Resources(cpus=config.logits.resources.cpus)
-    work.together(
-        {name: Job(plan.logits[name], import_logits, (name, own, work.source), cpus) for name, own in imported.items()}
-    )
-    for name in imported:
-        work.progress.note(imported_summary(name, plan.logits[name].facts()))
+    import_files(work)
     store_logits(
         {
             name: (
@@ -26,7 +20,7 @@ def make(work: Work) -> None:
                 config.teachers.recipes[name],
             )
             for name, artifact in plan.logits.items()
-            if not artifact.complete and name not in imported
+            if not artifact.complete and name not in config.teachers.imported
         },
         work.source,
         config.corpus.shard_clips,
@@ -36,6 +30,20 @@ def make(work: Work) -> None:
         config.cluster.retries,
         work.progress.event,
     )
+
+
+def import_files(work: Work) -> None:
+    """Read the systems whose logits come from files, and say what was found. Raises UserError for what does not fit."""
+    plan, config = work.plan, work.plan.config
+    cpus = Resources(cpus=config.logits.resources.cpus)
+    jobs = {
+        name: Job(plan.logits[name], import_logits, (name, own, work.source), cpus)
+        for name, own in config.teachers.imported.items()
+        if not plan.logits[name].complete
+    }
+    work.together(jobs)
+    for name in jobs:
+        work.progress.note(imported_summary(name, plan.logits[name].facts()))
 
 
 def imported_summary(name: str, facts: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from asc_ray.ensemble.teachers import import_teacher
 from asc_ray.ensemble.weak import Standing, far_below
 from asc_ray.errors import UserError
 from asc_ray.plan import FAILED, Plan
+from asc_ray.stages.logits import import_files
 from asc_ray.stages.tracked import teacher_thing
 from asc_ray.stages.work import Work
 from asc_ray.training.dataset import Dataset
@@ -20,6 +21,7 @@ from asc_ray.training.dataset import Dataset
 
 def make(work: Work) -> None:
     plan, config = work.plan, work.plan.config
+    import_files(work)  # a file that does not fit is told of before days of training
     _import_teachers(work)
     todo = {name: artifact for name, artifact in plan.teachers.items() if not artifact.complete}
     if not todo:
