@@ -350,6 +350,8 @@ def complexity(
 
     limits = _limits(limit)
     recipe = checked(Recipe, network_preset(model), model)
+    if recipe.model.name == "module":
+        raise ConfigError(f"{model}: names code of your own; this command counts the networks that asc-ray has")
     shape = input_shape(recipe)
     cost = network_cost(recipe, scenes)
     peak = peak_activations(build(recipe.model, scenes), shape)
@@ -488,6 +490,10 @@ def predict(
     per_second: Annotated[bool, typer.Option("--per-second", help="Answer for every second, too.")] = False,
     rate: Annotated[int, typer.Option(min=1, help="Sample rate of raw PCM, in Hz.")] = 32_000,
     channels: Annotated[int, typer.Option(min=1, help="Channels of raw PCM (signed, 16 bits, little endian).")] = 1,
+    code: Annotated[
+        list[str],
+        typer.Option(metavar="MODULE", help="A module of the ensemble's networks of your own code, which may run."),
+    ] = [],  # noqa: B006
 ) -> None:
     """Name the scenes of recordings; exit code 1 if one cannot be read."""
     from asc_ray import places
@@ -496,6 +502,8 @@ def predict(
     if format not in prediction.FORMATS:
         raise ConfigError(f"--format {format}: allowed are {', '.join(prediction.FORMATS)}")
     opened: prediction.Model
+    if code and by != "ensemble":
+        raise ConfigError(f"--code {code[0]}: a bundle runs no code; it goes with --with ensemble")
     if by == "bundle":
         from asc_ray.runtime import EXAMPLE, Bundle, is_bundle
 
@@ -508,7 +516,7 @@ def predict(
     elif by == "ensemble":
         from asc_ray.ensemble.stored import StoredEnsemble
 
-        opened = StoredEnsemble(places.opened(paths.pop(0)))
+        opened = StoredEnsemble(places.opened(paths.pop(0)), code)
     else:
         raise ConfigError(f"--with {by}: allowed are bundle, ensemble")
     if not paths:

@@ -110,7 +110,7 @@ def test_clips_are_found_by_their_files_names_where_no_whole_name_is_the_same(st
 
 
 def test_clips_that_the_corpus_lacks_are_counted_and_left_out(store, logits, elsewhere, tmp_path):
-    elsewhere.ids = ["audio/other.wav", *elsewhere.ids]
+    elsewhere.ids = [elsewhere.ids[0].replace("audio/", "other/"), *elsewhere.ids]  # another clip of the same name
     elsewhere.values = np.concatenate([elsewhere.values[:1], elsewhere.values])
     FORMS["own.npz"](elsewhere, tmp_path / "own.npz")
     found, unused = aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
@@ -197,6 +197,33 @@ def test_a_matrix_alone_says_what_else_is_needed(store, logits, elsewhere, tmp_p
         aligned(ImportedConfig(logits=tmp_path / "own.npz"), store)
 
 
+def test_what_a_file_says_itself_and_the_configuration_says_otherwise_is_refused(store, logits, elsewhere, tmp_path):
+    file, names = tmp_path / "own.npz", tmp_path / "meta.csv"
+    FORMS["own.npz"](elsewhere, file)
+    pyarrow.csv.write_csv(pa.table({"filename": elsewhere.ids}), names)
+    same = ImportedConfig(logits=file, ids=names, labels=tuple(elsewhere.labels))
+    assert np.array_equal(aligned(same, store)[0], logits)
+    with pytest.raises(UserError, match="`labels` has others or another order; leave `labels` out"):
+        aligned(ImportedConfig(logits=file, labels=store.labels), store)
+    pyarrow.csv.write_csv(pa.table({"filename": elsewhere.ids[::-1]}), names)
+    with pytest.raises(UserError, match="`ids` has others or another order; leave `ids` out"):
+        aligned(ImportedConfig(logits=file, ids=names), store)
+
+
+def test_counts_that_do_not_agree_are_refused(store, elsewhere, tmp_path):
+    file, names = tmp_path / "own.npz", tmp_path / "meta.csv"
+    pyarrow.csv.write_csv(pa.table({"filename": [*elsewhere.ids, "another.wav"]}), names)
+    np.savez(file, logits=elsewhere.values, labels=elsewhere.labels)
+    with pytest.raises(UserError, match=rf"logits of {len(store)} clips, and {len(store) + 1} names in .*meta.csv"):
+        aligned(ImportedConfig(logits=file, ids=names), store)
+    np.savez(file, logits=elsewhere.values[:, :9], labels=elsewhere.labels, filename=elsewhere.ids)
+    with pytest.raises(UserError, match="9 columns, and 10 labels"):
+        aligned(ImportedConfig(logits=file), store)
+    np.savez(file, logits=elsewhere.values[:, 0], labels=elsewhere.labels, filename=elsewhere.ids)
+    with pytest.raises(UserError, match=r"logits of shape \(\d+,\); expected \(clips, scenes\)"):
+        aligned(ImportedConfig(logits=file), store)
+
+
 CONFIG = """
 base: {base}
 teachers: {{systems: [cpr_128k_fms_1, {{name: beats_1, logits: {file}}}]}}
@@ -219,6 +246,8 @@ def test_systems_may_be_files_of_logits(tmp_path):
     two = Plan(load_config(config, [f"storage={tmp_path}"]))
     assert one.logits["beats_1"].key != two.logits["beats_1"].key
     assert one.logits["cpr_128k_fms_1"].key == two.logits["cpr_128k_fms_1"].key
+    labelled = Plan(load_config(config, [f"storage={tmp_path}", "teachers.imported.beats_1.labels=[a, b]"]))
+    assert labelled.logits["beats_1"].key != two.logits["beats_1"].key
     with pytest.raises(ConfigError, match="beats_1 come from files; choose holdout"):
         Plan(load_config(config, [f"storage={tmp_path}", "fusion.data=crossfit"]))
     config.write_text(CONFIG.format(base="demo", file=file).replace("beats_1", "cpr_128k_fms_1"))

@@ -14,6 +14,7 @@ from reference import FRONT_ENDS, waves
 from asc_ray.audio.augment import Augment, AugmentConfig, DirConfig, Draw
 from asc_ray.audio.frontend import MASKED, FrontendConfig, LogMel
 from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.audio.kaldi import KaldiFbank, KaldiFbankConfig
 from asc_ray.audio.resample import resample
 from asc_ray.runtime.frontend import mel_bank
 
@@ -73,6 +74,52 @@ def test_the_log_mel_is_torchaudio_s_with_kaldi_s_bank(config, leading):
     )
     expected = ((kaldi_bank(config) @ power[..., :-1, :] + 1e-5).log() + 4.5) / 5
     torch.testing.assert_close(LogMel(config)(wave), expected, rtol=0, atol=1e-4)
+
+
+# BEATs, AST and EAT, and what else Kaldi knows.
+FBANKS = {
+    "AST": {},
+    "BEATs": {"window_type": "povey", "scale": 32768.0, "mean": 15.41663, "std": 6.55582},
+    "few wide bins": {"window_type": "hamming", "mels": 23, "fmin": 50.0, "fmax": 7000.0},
+    "22.05 kHz": {"sample_rate": 22_050, "window": 551, "hop": 220, "fmax": 11_025.0},
+    "32 kHz": {"sample_rate": 32_000, "window": 1024, "hop": 320, "fmax": 16_000.0, "window_type": "rectangular"},
+}
+
+
+@pytest.mark.parametrize("leading", [(4,), (20, 1), ()], ids=str)
+@pytest.mark.parametrize("settings", FBANKS.values(), ids=FBANKS)
+def test_the_log_filter_bank_is_kaldi_s(settings, leading):
+    config = KaldiFbankConfig(kind="kaldi_fbank", **settings)
+    wave = waves(2, max(1, int(np.prod(leading))), 1)
+    at_rate = wave if config.sample_rate == 32_000 else resample(wave, 32_000, config.sample_rate)
+    expected = torch.stack(
+        [
+            torchaudio.compliance.kaldi.fbank(
+                clip[None] * config.scale,
+                sample_frequency=config.sample_rate,
+                frame_length=1000 * config.window / config.sample_rate + 1e-6,
+                frame_shift=1000 * config.hop / config.sample_rate + 1e-6,
+                window_type=config.window_type,
+                num_mel_bins=config.mels,
+                low_freq=config.fmin,
+                high_freq=config.fmax,
+                htk_compat=True,
+                dither=0.0,
+            )
+            for clip in at_rate
+        ]
+    )
+    expected = ((expected - config.mean) / (2 * config.std)).transpose(1, 2)
+    ours = KaldiFbank(config)(wave.view(*leading, 32_000))
+    assert ours.shape == (*leading, *config.shape(32_000)[1:])
+    torch.testing.assert_close(ours.reshape(expected.shape), expected, rtol=0, atol=1e-4)
+
+
+def test_silence_has_kaldi_s_least_logarithm():
+    config = KaldiFbankConfig(kind="kaldi_fbank")
+    expected = torchaudio.compliance.kaldi.fbank(torch.zeros(1, 16_000), num_mel_bins=128, window_type="hanning")
+    ours = KaldiFbank(config)(torch.zeros(1, 32_000))[0] * 2 * config.std + config.mean
+    torch.testing.assert_close(ours, expected.T, rtol=0, atol=1e-4)
 
 
 # -- masks --

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from asc_ray.audio.frontend import FMAX_STEP, MASKED, FrontendConfig
+from asc_ray.audio.frontend import FMAX_STEP
+from asc_ray.audio.frontends import AnyFrontendConfig, WaveConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.audio.resample import fft_size
 from asc_ray.errors import ConfigError
@@ -59,9 +60,16 @@ class AugmentConfig(Section):
     mixup_alpha: float = Field(0.0, ge=0, description="waveform mixup with weight Beta(alpha, alpha), 0: off")
 
 
-def check_masks(config: AugmentConfig, frontend: FrontendConfig) -> None:
-    """Raise ConfigError for a mask wider than a one-second log-mel."""
-    limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.sample_rate)}
+def check_masks(config: AugmentConfig, frontend: AnyFrontendConfig) -> None:
+    """Raise ConfigError for a mask wider than a one-second log-mel, and for one of a wave, which has no log-mel."""
+    if isinstance(frontend, WaveConfig):
+        if config.freq_mask or config.time_mask or config.freq_mixstyle.p:
+            raise ConfigError(
+                "augment.freq_mask, augment.time_mask and augment.freq_mixstyle.p change a log-mel, and frontend.kind: "
+                "wave makes none; set them to 0"
+            )
+        return
+    limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.clip_samples)}
     for name, limit in limits.items():
         if getattr(config, name) > limit:
             raise ConfigError(
@@ -119,12 +127,14 @@ class Augment:
     Raises ConfigError for a mask wider than a one-second log-mel.
     """
 
-    def __init__(self, config: AugmentConfig, frontend: FrontendConfig, bank: ImpulseBank, mean_energy: float) -> None:
+    def __init__(
+        self, config: AugmentConfig, frontend: AnyFrontendConfig, bank: ImpulseBank, mean_energy: float
+    ) -> None:
         check_masks(config, frontend)
         self.config = config
         self._bank = bank
         self._threshold = mean_energy if config.dir.threshold == "auto" else config.dir.threshold
-        self._second = frontend.sample_rate  # samples of a clip
+        self._second, self._masked = frontend.clip_samples, frontend.masked
         self._fmax_steps = int(frontend.fmax_jitter / 2 / FMAX_STEP)
         self._spectra: dict[tuple[int, torch.device], tuple[int, Tensor]] = {}
 
@@ -184,9 +194,9 @@ class Augment:
     def mel(self, mel: Tensor, draw: Draw) -> Tensor:
         """Apply the masks, then Freq-MixStyle, to log-mels (B, 1, F, T), as drawn."""
         if draw.freq_mask is not None:
-            mel = mel.masked_fill(_masked(draw.freq_mask, mel.shape[2])[:, None, :, None], MASKED)
+            mel = mel.masked_fill(_masked(draw.freq_mask, mel.shape[2])[:, None, :, None], self._masked)
         if draw.time_mask is not None:
-            mel = mel.masked_fill(_masked(draw.time_mask, mel.shape[3])[:, None, None, :], MASKED)
+            mel = mel.masked_fill(_masked(draw.time_mask, mel.shape[3])[:, None, None, :], self._masked)
         if draw.style_weight is not None and draw.style_partner is not None:
             mel = _freq_mixstyle(mel, draw.style_weight, draw.style_partner)
         return mel

@@ -6,6 +6,7 @@ workers again, and they go on with their system from its last checkpoint. System
 lanes of their own, started as soon as they fit.
 """
 
+import math
 import os
 import time
 import traceback
@@ -30,6 +31,7 @@ from asc_ray.disk import disk_error
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
+from asc_ray.models.own import ModuleConfig
 from asc_ray.models.registry import build
 from asc_ray.resources import RAYS_FOLDER, TrainerResources
 from asc_ray.students.cost import input_shape
@@ -143,11 +145,14 @@ def train_teachers(teachers: Mapping[str, Teacher], retries: int, on_event: OnEv
 
 
 def _longest_first(teachers: Mapping[str, Teacher]) -> list[str]:
-    """Sort the systems by multiply-accumulates of a clip times epochs."""
+    """Sort the systems by multiply-accumulates of a clip times epochs; those of the user's own code, which does not run
+    on the driver, come first."""
     macs: dict[Any, int] = {}
 
-    def cost(name: str) -> int:
+    def cost(name: str) -> float:
         recipe = teachers[name].recipe
+        if isinstance(recipe.model, ModuleConfig):
+            return math.inf
         key = recipe.model, recipe.frontend
         if key not in macs:
             macs[key] = complexity(build(recipe.model, scenes=10), input_shape(recipe)).macs

@@ -240,7 +240,7 @@ def presets_of(values: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any
 
 
 def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
-    """Replace `systems` (names of recipe files, and files of logits) and `override` by `recipes` and `imported`."""
+    """Replace `systems` (names of recipe files, files of logits, modules) and `override` by `recipes`, `imported`."""
     teachers = raw.get("teachers")
     if not isinstance(teachers, dict):
         return
@@ -253,17 +253,20 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
         return
     if not isinstance(systems, list) or not all(isinstance(_system(one), str) for one in systems):
         raise ConfigError(
-            f"{path}: teachers.systems: expected a list of names, or of {{name: NAME, logits: FILE}}, found {systems!r}"
+            f"{path}: teachers.systems: expected a list of names, of {{name: NAME, logits: FILE}} or of {{name: NAME, "
+            f"module: PACKAGE.MODULE:FUNCTION}}, found {systems!r}"
         )
     names = [_system(one) for one in systems]
     if len(set(names)) < len(names):
         raise ConfigError(f"{path}: teachers.systems: a name occurs twice: {', '.join(sorted(names))}")
-    files = {_system(one): {k: v for k, v in one.items() if k != "name"} for one in systems if isinstance(one, dict)}
+    given = {_system(one): {k: v for k, v in one.items() if k != "name"} for one in systems if isinstance(one, dict)}
+    own = {name: _own_recipe(values) for name, values in given.items() if "module" in values}
+    files = {name: values for name, values in given.items() if name not in own}
     teachers["imported"] = merged(files, _mapping(teachers.get("imported", {}), f"{path}: teachers.imported"))
     recipes = {}
     for name in [name for name in names if name not in files]:
-        file = teacher_file(name, path)
-        recipe = _compose(file)
+        file = path if name in own else teacher_file(name, path)
+        recipe = own[name] if name in own else _compose(file)
         model = str(_mapping(recipe.get("model", {}), f"{file}: model").get("name"))
         recipes[name] = merged(recipe, override.get(model, {}))
     if unknown := sorted(set(override) - set(NETWORKS)):
@@ -274,6 +277,12 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
 def _system(one: Any) -> Any:
     """Return the name of an entry of `teachers.systems`."""
     return one.get("name") if isinstance(one, dict) else one
+
+
+def _own_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of an entry of `teachers.systems` that names a module."""
+    recipe = {key: value for key, value in values.items() if key != "module"}
+    return recipe | {"model": {"name": "module", "function": values["module"]}}
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from asc_ray.audio.frontends import FRONT_ENDS
 from asc_ray.models.registry import NETWORKS
 from asc_ray.section import Section
 from asc_ray.shown import masked
@@ -40,7 +41,11 @@ def explain(error: ValidationError, root: type[Section]) -> str:
 
 
 def _is_union_tag(part: Any) -> bool:
-    return part in NETWORKS or bool(re.match(r"\(|constrained-|literal\[|function-|dict\[", str(part)))
+    return (
+        part in NETWORKS
+        or part in FRONT_ENDS
+        or bool(re.match(r"\(|constrained-|literal\[|function-|dict\[", str(part)))
+    )
 
 
 def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
@@ -61,8 +66,8 @@ def _allowed_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
 
 
 def _tag(section: Any) -> Any:
-    field = section.model_fields.get("name")
-    return field.default if field else None
+    field = section.model_fields.get("name") or section.model_fields.get("kind")
+    return next(iter(get_args(field.annotation)), None) if field else None
 
 
 def _sections(annotation: Any) -> list[Any]:

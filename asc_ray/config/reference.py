@@ -39,9 +39,11 @@ COMPOSING = (
     Key("base", "a preset's name, a file, or a list of them", "", "The file is laid over these, mapping by mapping."),
     Key(
         "teachers.systems",
-        "list of teachers' presets, or names of files `teachers/NAME.yaml` beside the file",
+        "list of teachers' presets, of names of files `teachers/NAME.yaml` beside the file, of files of logits, and of "
+        "networks of your own code",
         "",
-        "These recipes become `teachers.recipes`.",
+        "Recipes become `teachers.recipes`; `{name: NAME, logits: FILE}` becomes `teachers.imported.NAME`; in "
+        "`{name: NAME, module: PACKAGE.MODULE:FUNCTION}` the other keys are a recipe's.",
     ),
     Key(
         "teachers.override.MODEL",

@@ -90,15 +90,24 @@ def aligned(config: ImportedConfig, store: ClipStore) -> tuple[np.ndarray, int]:
     """
     file = config.logits
     found = _read(file)
-    ids = found.ids if config.ids is None else _names(config.ids)
+    ids = _agreed(file, "ids", found.ids, _names(config.ids) if config.ids else None)
     if ids is None:
         raise UserError(f"{file}: does not name its clips; give `ids`, a table with a column `filename` in its order")
     if len(ids) != len(found.values):
         raise UserError(f"{file}: logits of {len(found.values)} clips, and {len(ids)} names in {config.ids or file}")
-    values = found.values[:, _columns(file, found.labels or config.labels, store.labels, found.values.shape[1])]
+    values = found.values[
+        :, _columns(file, _agreed(file, "labels", found.labels, config.labels), store.labels, found.values.shape[1])
+    ]
     rows = _rows(file, ids, store)
     _refuse_no_logits(file, values[rows], store)
     return values[rows], len(ids) - len(rows)
+
+
+def _agreed(file: Path, key: str, own: Sequence[str] | None, given: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the names that the file has or the configuration gives. Raises UserError where it has others."""
+    if own is not None and given is not None and list(own) != list(given):
+        raise UserError(f"{file}: has names of its own, and `{key}` has others or another order; leave `{key}` out")
+    return given if own is None else own
 
 
 def _columns(file: Path, labels: Sequence[str] | None, wanted: Sequence[str], count: int) -> list[int]:

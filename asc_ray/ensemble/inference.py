@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from asc_ray.artifacts import read_manifest
-from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.frontends import front_end
 from asc_ray.data.logits import write_logits
 from asc_ray.data.pieces import note_piece
 from asc_ray.errors import UserError
@@ -74,7 +74,7 @@ def infer(
         for number, unseen in enumerate(source.open().folds):
             fold[np.isin(rows, unseen)] = number
     device = training_device(gpus)
-    front_end = LogMel(systems[0].recipe.frontend).to(device)
+    features = front_end(systems[0].recipe.frontend).to(device)
     models = [[folded(load_model(path, s.recipe, len(store.labels))) for path in s.teachers] for s in systems]
     for model in chain(*models):
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -85,7 +85,7 @@ def infer(
         asked = [own if number < 0 else own[number : number + 1] for own in models]
 
         def predicted(clips: np.ndarray, bf16: bool, asked: list[list[nn.Module]] = asked) -> torch.Tensor:
-            each = predict_all(list(chain(*asked)), front_end, store, rows[clips], device, batch, bf16)
+            each = predict_all(list(chain(*asked)), features, store, rows[clips], device, batch, bf16)
             return torch.stack([own.mean(dim=0) for own in each.split([len(own) for own in asked])])
 
         logits[:, here] = predicted(here, precision == "bf16")

@@ -1,5 +1,6 @@
 """A finished ensemble on any waveforms: the teachers and the fusion of a storage."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from asc_ray.artifacts import artifacts_in, input_folder, read_manifest, stored_file
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.frontends import AnyFrontendConfig, FrontEnd, front_end, laid_out
 from asc_ray.data.batches import waveform
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.errors import UserError
+from asc_ray.models.own import ModuleConfig
 from asc_ray.models.registry import folded
 from asc_ray.places import named
 from asc_ray.training.folder import load_model
@@ -28,21 +30,22 @@ class _Clip(NamedTuple):
 class StoredEnsemble:
     """The teachers of a finished fusion, each behind its own front end, and eq. 4 over their logits.
 
-    `run` is the folder of a fusion, or a storage that has one alone. Raises UserError where it is neither, and where a
-    teacher is not there or not as it was written.
+    `run` is the folder of a fusion, or a storage that has one alone. `code` names the modules whose code may run: a
+    storage says which networks are of its user's own code, and never brings that code to run. Raises UserError where
+    `run` is neither, where a teacher is not there or not as it was written, and where it needs other code.
     """
 
     frontend = _Clip(SAMPLE_RATE, CLIP_SAMPLES)
 
-    def __init__(self, run: Path) -> None:
-        folder = _fusion(run)
+    def __init__(self, run: Path, code: Collection[str] = ()) -> None:
+        folder, self._code = _fusion(run), code
         self.fusion = Fusion.load(stored_file(folder, FUSION))
         self.labels = self.fusion.labels
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._front_ends: dict[FrontendConfig, LogMel] = {}
+        self._front_ends: dict[AnyFrontendConfig, FrontEnd] = {}
         self._systems = [self._system(folder, name) for name in self.fusion.systems]
 
-    def _system(self, folder: Path, name: str) -> tuple[FrontendConfig, list[nn.Module]]:
+    def _system(self, folder: Path, name: str) -> tuple[AnyFrontendConfig, list[nn.Module]]:
         """Return a system's front end, and its network; with cross-fitting, its networks of all folds."""
         storage = folder.parents[1]
         logits = input_folder(storage, "logits", read_manifest(folder)["inputs"][name])
@@ -54,21 +57,26 @@ class StoredEnsemble:
         models = []
         for teacher in (input_folder(storage, "teachers", key) for key in keys):
             recipe = Recipe.model_validate(read_manifest(teacher)["config"]["recipe"])
+            if isinstance(recipe.model, ModuleConfig) and recipe.model.module not in self._code:
+                raise UserError(
+                    f"{named(teacher)}: {name} is a network of the code {recipe.model.function}, and code runs only "
+                    f"where you name its module: --code {recipe.model.module}"
+                )
             model = folded(load_model(teacher, recipe, len(self.labels)))
             models.append(model.to(self._device, memory_format=torch.channels_last))  # type: ignore[call-overload]
         if recipe.frontend not in self._front_ends:
-            self._front_ends[recipe.frontend] = LogMel(recipe.frontend).to(self._device)
+            self._front_ends[recipe.frontend] = front_end(recipe.frontend).to(self._device)
         return recipe.frontend, models
 
     @torch.no_grad()
     def logits(self, waves: np.ndarray) -> np.ndarray:
         """Map (N, 32000) int16 to the fused logits (N, K) float32. Raises UserError where one is not finite."""
         wave = waveform(torch.from_numpy(waves).to(self._device))[:, None]
-        mels: dict[FrontendConfig, Tensor] = {}
+        mels: dict[AnyFrontendConfig, Tensor] = {}
         each = []
         for frontend, models in self._systems:
             if frontend not in mels:
-                mels[frontend] = self._front_ends[frontend](wave).contiguous(memory_format=torch.channels_last)
+                mels[frontend] = laid_out(self._front_ends[frontend](wave))
             each.append(torch.stack([model(mels[frontend]).float() for model in models]).mean(dim=0))
         fused = self.fusion.apply(torch.stack(each).cpu().numpy())
         if broken := int((~np.isfinite(fused).all(axis=1)).sum()):

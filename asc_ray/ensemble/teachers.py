@@ -7,7 +7,9 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from asc_ray.artifacts import Artifact
+from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.ensemble.imported import ImportedConfig
+from asc_ray.models.own import OwnNetwork, try_out
 from asc_ray.models.pretrained import load_published
 from asc_ray.models.registry import NETWORKS, build
 from asc_ray.resources import TrainerResources
@@ -45,8 +47,8 @@ class TeachersConfig(Section):
             raise ValueError("recipes, imported: no system; give one at least, by teachers.systems")
         if both := sorted(self.recipes.keys() & self.imported.keys()):
             raise ValueError(f"imported.{both[0]}: a recipe has this name, too; names must differ")
-        if strange := [name for name in self.imported if not NAME.fullmatch(name)]:
-            raise ValueError(f"imported: {strange[0]!r}: allowed are letters, digits, '.', '_' and '-'")
+        if strange := [name for name in self.systems if not NAME.fullmatch(name)]:
+            raise ValueError(f"system {strange[0]!r}: allowed are letters, digits, '.', '_' and '-'")
         if self.recipes and self.allow_missing >= len(self.recipes):
             raise ValueError(
                 f"allow_missing: {self.allow_missing} of {len(self.recipes)} systems; one at least must be left"
@@ -81,6 +83,8 @@ def train_teacher(
     folder = artifact.open_partial()
     data = source.open()
     model = build(recipe.model, len(data.store.labels), recipe.seed)
+    if isinstance(model, OwnNetwork):
+        try_out(model, recipe.frontend.shape(CLIP_SAMPLES))
     start = started(model, recipe, data.store.labels)
     history = fit(
         model,

@@ -14,6 +14,7 @@ from asc_ray.models.cp_mobile import CPMobile, CPMobileConfig
 from asc_ray.models.cp_resnet import CPResNet, CPResNetConfig
 from asc_ray.models.dcase22_baseline import DCASE22Baseline, DCASE22BaselineConfig
 from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig
+from asc_ray.models.own import ModuleConfig, OwnNetwork, own_network
 from asc_ray.models.passt import Passt, PasstConfig
 from asc_ray.models.tf_sepnet import TFSepNet, TFSepNetConfig
 
@@ -28,6 +29,7 @@ ModelConfig = Annotated[
     | CNNGRUConfig,
     Field(discriminator="name"),
 ]
+AnyModelConfig = Annotated[ModelConfig | ModuleConfig, Field(discriminator="name")]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "passt": Passt,
@@ -38,10 +40,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "bsconv_cnn": BSConvCNN,
     "tf_sepnet": TFSepNet,
     "cnn_gru": CNNGRU,
+    "module": own_network,
 }
 
 
-def build(config: ModelConfig, scenes: int, seed: int = 0) -> nn.Module:
+def build(config: AnyModelConfig, scenes: int, seed: int = 0) -> nn.Module:
     """Build the network on the CPU: (B, 1, F, T) to logits (B, scenes). The same seed gives the same weights, and the
     process's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -57,6 +60,11 @@ def head_of(config: ModelConfig, scenes: int) -> list[str]:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Fold the batch norms into the convolutions before them, for evaluation: the results are equal up to rounding."""
+    """Fold the batch norms into the convolutions before them, for evaluation: the results are equal up to rounding.
+
+    Foreign code is left as it is, because folding follows one call and keeps what that has drawn or chosen.
+    """
     model.eval()
+    if isinstance(model, OwnNetwork):
+        return model
     return fuse(model) if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) else model

@@ -6,8 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.config.overrides import apply_overrides
 from asc_ray.section import Section
+from asc_ray.models.registry import ModelConfig
 from asc_ray.training.objective import DistillationConfig
 from asc_ray.training.recipe import Recipe
 
@@ -27,6 +29,9 @@ class StudentConfig(Recipe):
     """A recipe and its soft targets."""
 
     later = Recipe.later | {"specialize"}
+    # What a bundle can be made of: no code of the user's own, and the front end that devices have.
+    model: ModelConfig = Field(description="the network, and its settings")
+    frontend: FrontendConfig = FrontendConfig()
     checkpoint: Path | None = Field(None, description="published checkpoint that is taken instead of a training")
     seeds: int = Field(1, ge=1, le=100, description="number of students; they have `seed` and the seeds after it")
     distillation: DistillationConfig = DistillationConfig()

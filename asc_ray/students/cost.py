@@ -63,6 +63,6 @@ def student_cost(student: Recipe, limits: Limits, scenes: int) -> Complexity:
     return cost
 
 
-def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, int, int, int]:
-    """Return the shape (batch, 1, mels, frames) of the input of the recipe's network."""
-    return (batch, 1, recipe.frontend.mels, recipe.frontend.frames(CLIP_SAMPLES))
+def input_shape(recipe: Recipe, batch: int = 1) -> tuple[int, ...]:
+    """Return the shape of the input of the recipe's network: (batch, 1, mels, frames), of a wave (batch, samples)."""
+    return (batch, *recipe.frontend.shape(CLIP_SAMPLES))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from asc_ray.audio.augment import Augment
-from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.frontends import FrontEnd, front_end
 from asc_ray.data.batches import device_shares, epoch_batches, step_generator
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
@@ -80,7 +80,7 @@ def fit(
     trainer = Trainer(
         model=model,
         optimizer=optimizer,
-        front_end=LogMel(recipe.frontend).to(device),
+        front_end=front_end(recipe.frontend).to(device),
         augment=Augment(recipe.augment, recipe.frontend, data.bank, data.mean_energy),
         store=data.store,
         soft=soft_targets,
@@ -196,7 +196,7 @@ def _finite(
     return sums
 
 
-def _validated(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device, epoch: int) -> Metrics:
+def _validated(model: nn.Module, front_end: FrontEnd, data: Dataset, device: torch.device, epoch: int) -> Metrics:
     try:
         return validate(model, front_end, data, device)
     except NotFinite as error:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from asc_ray.errors import UserError
 
 
 def rank() -> int:
@@ -51,7 +54,10 @@ def agreed(value: Any) -> Any:
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """Return the model in DistributedDataParallel, its batch norms over the whole batch; for one rank, the model."""
+    """Return the model in DistributedDataParallel, its batch norms over the whole batch; for one rank, the model.
+
+    Raises UserError for batch norms that several workers cannot share on CPUs.
+    """
     if world() == 1:
         return model
     if next(model.parameters()).device.type == "cuda":
@@ -60,6 +66,11 @@ def distributed(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = GlobalBatchNorm2d  # this keeps weights, statistics and names
+            elif isinstance(module, _BatchNorm) and not isinstance(module, GlobalBatchNorm2d):
+                raise UserError(
+                    f"the network has a {type(module).__name__}, whose statistics workers on CPUs do not share; "
+                    "use teachers.resources.workers: 1, GPUs, or BatchNorm2d"
+                )
     return nn.parallel.DistributedDataParallel(model)
 
 

@@ -7,11 +7,13 @@ from pydantic import Field, field_validator, model_validator
 
 from asc_ray.audio.augment import AugmentConfig, check_masks
 from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.frontends import AnyFrontendConfig, WaveConfig
 from asc_ray.errors import ConfigError
 from asc_ray.models import cnn_gru
 from asc_ray.models.dcase22_baseline import FRAMES, MELS, DCASE22BaselineConfig
+from asc_ray.models.own import ModuleConfig
 from asc_ray.models.passt import PasstConfig
-from asc_ray.models.registry import ModelConfig
+from asc_ray.models.registry import AnyModelConfig
 from asc_ray.section import Section, absolute
 from asc_ray.training.optimizer import OptimizerConfig
 
@@ -22,13 +24,13 @@ class Recipe(Section):
     """All that defines one training, except its data."""
 
     later = frozenset({"precision", "deterministic", "label_smoothing", "init"})
-    model: ModelConfig = Field(discriminator="name", description="the network, and its settings")
+    model: AnyModelConfig = Field(discriminator="name", description="the network, and its settings")
     init: Path | None = Field(
         None,
         description="folder of a finished student or teacher, or a file of weights, to start from; where its scenes "
         "are others the head is made anew",
     )
-    frontend: FrontendConfig = FrontendConfig()
+    frontend: AnyFrontendConfig = Field(FrontendConfig(), description="what the network is given of a clip")
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     balance: float = Field(
@@ -64,7 +66,13 @@ class Recipe(Section):
             )
         if self.init and isinstance(self.model, PasstConfig) and self.model.pretrained:
             raise ValueError("init: model.pretrained is a network to start from, too; choose one of them")
-        mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.sample_rate)
+        if isinstance(self.frontend, WaveConfig):
+            if not isinstance(self.model, ModuleConfig):
+                raise ValueError(
+                    f"frontend.kind: wave, and {self.model.name} takes a log-mel; choose logmel, or your own module"
+                )
+            return self
+        mels, frames = self.frontend.mels, self.frontend.frames(self.frontend.clip_samples)
         if isinstance(self.model, DCASE22BaselineConfig) and (mels, frames) != (MELS, FRAMES):
             raise ValueError(
                 f"frontend makes {mels} mels x {frames} frames of a clip, dcase22_baseline takes {MELS} x {FRAMES}; "

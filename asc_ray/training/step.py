@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from asc_ray.audio.augment import Augment, Draw
-from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.frontends import FrontEnd, laid_out
 from asc_ray.data.batches import moved, waveform
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
+from asc_ray.models.own import OwnNetwork, drawn_from
 from asc_ray.training import parallel
 from asc_ray.training.gpu import Replayed
 from asc_ray.training.objective import Objective
@@ -36,7 +37,7 @@ class Trainer:
         *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        front_end: LogMel,
+        front_end: FrontEnd,
         augment: Augment,
         store: ClipStore,
         soft: Rows | None,
@@ -82,15 +83,17 @@ class Trainer:
 
         `progress` is 0 in the first epoch and 1 in the last. `changes`: the network now computes something else.
         """
+        self.progress = progress
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
+        if isinstance(self.model, OwnNetwork):  # what foreign code draws or chooses on the host would be replayed, too
+            return
         stale = self._replayed is None or changes or self.objective.scheduled
         if self._device.type == "cuda" and self.world == 1 and stale:
             self._replayed = Replayed()
-        self.progress = progress
 
     @torch.no_grad()
     def notes(self) -> Metrics:
@@ -118,6 +121,9 @@ class Trainer:
             choices = [values for _ in range(self._parts(len(clips))) for values in self._choices(generator)]
             plan = torch.cat(columns, dim=1)
             inputs = [moved(value, pcm.device) for value in (plan, *choices)]
+        if isinstance(self.model, OwnNetwork):
+            with drawn_from(int(torch.randint(2**62, (1,), generator=generator)) + self.rank):
+                return self._compute(pcm, *inputs)
         return self._replayed(self._compute, pcm, *inputs) if self._replayed else self._compute(pcm, *inputs)
 
     def _compute(self, pcm: Tensor, plan: Tensor, *choices: Tensor) -> Tensor:
@@ -176,5 +182,5 @@ class Trainer:
 
     def _logits(self, forward: Callable[..., Tensor], mel: Tensor, choices: Sequence[Tensor]) -> Tensor:
         with torch.autocast(mel.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = forward(mel.contiguous(memory_format=torch.channels_last), *choices)
+            logits = forward(laid_out(mel), *choices)
         return logits.float()

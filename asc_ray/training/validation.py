@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.frontends import FrontEnd, laid_out
 from asc_ray.data.batches import Waves, eval_batches, waveform
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
@@ -21,7 +21,7 @@ class NotFinite(UserError):
     """A network answers with values that are infinite or not a number."""
 
 
-def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.device) -> Metrics:
+def validate(model: nn.Module, front_end: FrontEnd, data: Dataset, device: torch.device) -> Metrics:
     """Return accuracy, macro accuracy (mean over scenes) and log loss on the validation part.
 
     With held-out devices, also the macro accuracy on their clips (`validation_unseen`) and on the others
@@ -47,7 +47,12 @@ def validate(model: nn.Module, front_end: LogMel, data: Dataset, device: torch.d
 
 
 def predict(
-    model: nn.Module, front_end: LogMel, store: ClipStore, clips: np.ndarray, device: torch.device, batch_size: int = 64
+    model: nn.Module,
+    front_end: FrontEnd,
+    store: ClipStore,
+    clips: np.ndarray,
+    device: torch.device,
+    batch_size: int = 64,
 ) -> Tensor:
     """Return logits (N, K) float32 on the host for the store's `clips`, not augmented.
 
@@ -69,7 +74,7 @@ def refuse_not_finite(logits: Tensor, store: ClipStore, clips: np.ndarray) -> No
 @torch.no_grad()
 def predict_all(
     models: Sequence[nn.Module],
-    front_end: LogMel,
+    front_end: FrontEnd,
     store: ClipStore,
     clips: np.ndarray,
     device: torch.device,
@@ -83,7 +88,7 @@ def predict_all(
     outputs = []
     with on_gpu(device):
         for pcm in Waves(store, clips, device).batches(eval_batches(len(clips), batch_size)):
-            mel = front_end(waveform(pcm)[:, None]).contiguous(memory_format=torch.channels_last)
+            mel = laid_out(front_end(waveform(pcm)[:, None]))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 outputs.append(torch.stack([model(mel).float() for model in models]))
         return torch.cat(outputs, dim=1).cpu()
