@@ -1,6 +1,6 @@
 """Teachers of your own code for `asc-ray pipeline`: functions from the number of scenes to a torch.nn.Module.
 
-PYTHONPATH=examples asc-ray pipeline --config examples/own_networks.yaml
+PYTHONPATH=$PWD/examples asc-ray pipeline --config examples/own_networks.yaml
 """
 
 import torch

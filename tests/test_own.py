@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, clip_store, command, joined, new_storage
 from safetensors.torch import load_file
+from test_tracking import all_runs
 from typer.testing import CliRunner
 
 from asc_ray.artifacts import Artifact, read_manifest, write_record
@@ -32,6 +33,7 @@ from asc_ray.models.own import try_out
 from asc_ray.models.registry import build, folded
 from asc_ray.plan import Plan
 from asc_ray.students.config import StudentConfig
+from asc_ray.tracking.config import default_uri
 from asc_ray.training import parallel
 from asc_ray.training.dataset import Source
 from asc_ray.training.recipe import Recipe
@@ -243,6 +245,22 @@ def test_modules_that_cannot_be_imported_are_one_line(module, tmp_path):
             build(recipe(function).model, 10)
 
 
+def test_what_a_module_sets_for_the_whole_process_is_undone(module):
+    setting = """
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+
+        def build(scenes):
+            torch.set_num_threads(3)
+            return nn.Linear(16000, scenes, dtype=torch.float32)
+    """
+    threads = torch.get_num_threads()
+    tried(module(setting))
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == threads
+
+
 def test_the_source_is_in_the_key_and_another_source_is_refused(module, tmp_path, monkeypatch):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("raise SystemExit('a configuration is read without any import')")
@@ -340,6 +358,8 @@ def test_the_examples_networks_answer(name, monkeypatch):
 CONFIG = f"""
 base: [{ROOT / "examples" / "own_networks.yaml"}, {TINY}]
 storage: STORAGE
+sweep: null
+student: {{distillation: {{soft_target: none}}}}
 teachers:
   systems:
     - {{name: transformer, module: "own_networks:Transformer", frontend: {{kind: kaldi_fbank}}}}
@@ -355,7 +375,7 @@ def test_a_killed_training_of_own_networks_goes_on_and_the_ensemble_is_asked(tmp
     storages = [new_storage(tmp_path / name) for name in ("cut", "whole")]
     for storage in storages:
         storage.with_suffix(".yaml").write_text(CONFIG.replace("STORAGE", str(storage)))
-    words = command("fuse", "--config", tmp_path / "cut.yaml")
+    words = command("pipeline", "--config", tmp_path / "cut.yaml")
     where = {"env": joined(), "cwd": ROOT / "examples"}
     driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **where)
     while not list(storages[0].glob("teachers/*.partial/checkpoints/epoch-*")):
@@ -366,17 +386,22 @@ def test_a_killed_training_of_own_networks_goes_on_and_the_ensemble_is_asked(tmp
     for stage in ("corpus", "clips"):
         shutil.copytree(storages[0] / stage, storages[1] / stage)
     plans = []
-    for name in ("cut", "whole"):
-        words = command("fuse", "--config", tmp_path / f"{name}.yaml")
+    for name, stage in {"cut": "pipeline", "whole": "teachers"}.items():
+        words = command(stage, "--config", tmp_path / f"{name}.yaml")
         done = subprocess.run(words, capture_output=True, text=True, **where, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         plans.append(Plan(load_config(tmp_path / f"{name}.yaml")))
-    cut, whole = plans
+    cut = plans[0]
     for name in ("transformer", "waves"):
         ours, theirs = (load_file(plan.teachers[name].path / "model.safetensors") for plan in plans)
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
         assert cut.teachers[name].facts()["history"][-1]["epoch"] == 3
-    assert cut.fusion.facts()["weights"] == whole.fusion.facts()["weights"]
+    assert {*cut.fusion.facts()["weights"]} == {"transformer", "waves"}
+    run = {one.data.tags["asc_ray.run"]: one for one in all_runs(default_uri(storages[0]))}[
+        f"waves-{cut.teachers['waves'].key}"
+    ]
+    assert run.data.params["model.function"] == "own_networks:WaveNetwork"
+    assert run.data.params["model.source"] == cut.config.teachers.recipes["waves"].model.source
 
     store = ClipStore(cut.clips.path)
     some = np.flatnonzero(store.split == "test")[::10]

@@ -126,7 +126,7 @@ def own_network(config: ModuleConfig, scenes: int) -> OwnNetwork:
         raise UserError(
             f"{config.function}: {config.module} has changed since this process has imported it; start anew"
         )
-    with drawn_from(torch.initial_seed()):
+    with drawn_from(torch.initial_seed()), _settings_kept():
         try:
             function = getattr(importlib.import_module(config.module), config.function.partition(":")[2], None)
         except Exception as error:  # whatever the user's code raises
@@ -196,6 +196,18 @@ def drawn_from(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Undo what foreign code sets for a whole process, in which other systems are trained after it."""
+    threads, kind, gradients = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(kind)
+        torch.set_grad_enabled(gradients)
 
 
 def _told(error: Exception) -> str:
