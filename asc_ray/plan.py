@@ -283,11 +283,6 @@ class Plan:
         section: dict[str, Any] = {"partition": self._division()}
         if fold is not None:
             section["fold"] = fold
-        if name in self.imported and recipe.model.name == "module":
-            raise ConfigError(
-                f"teachers.checkpoints: {self.imported[name]}: {name} is a network of your own code; let its function "
-                "load the weights"
-            )
         if name in self.imported:  # only these parts of the recipe change an imported system's logits
             own = {"model": recipe.model.for_key(), "frontend": recipe.frontend.for_key()}
             section = {"recipe": own, "imported": file_sha256(self.imported[name])}

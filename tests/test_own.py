@@ -26,7 +26,7 @@ from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.data.division import PartitionConfig
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.ensemble.stored import StoredEnsemble
-from asc_ray.ensemble.teachers import train_teacher
+from asc_ray.ensemble.teachers import import_teacher, train_teacher
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models import own
 from asc_ray.models.own import try_out
@@ -317,10 +317,6 @@ def test_entries_of_systems_are_checked(module, tmp_path):
         Recipe.model_validate({"model": {"name": "cp_resnet"}, "frontend": WAVE})
     with pytest.raises(ConfigError, match=r"imported.mine.logits: is required"):
         plan("{name: mine}")
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "mine.pt").write_bytes(b"")
-    with pytest.raises(ConfigError, match="a network of your own code; let its function load the weights"):
-        plan(mine + "}", also=f"  checkpoints: {tmp_path / 'weights'}\n")
     changed = plan(mine + ", seed: 3}", also="  override: {module: {optimizer: {epochs: 7}}}\n")
     assert changed.config.teachers.recipes["mine"].optimizer.epochs == 7
     assert changed.config.teachers.recipes["mine"].seed == 3
@@ -432,6 +428,12 @@ def forge(teacher: Artifact, folder) -> None:
     manifest = read_manifest(teacher.path)
     manifest["config"]["recipe"]["model"] = {"name": "module", "function": "canary:build"}
     write_record(teacher.path / "manifest.json", manifest)
+
+
+def test_a_published_checkpoint_is_of_no_network_of_one_s_own(module, tmp_path):
+    settings = recipe(module(NET.format(body="return self.head(wave)", made="return Net(scenes)")))
+    with pytest.raises(UserError, match=r"teachers.checkpoints: .*mine.pt is of your own code, mine:build"):
+        import_teacher(artifact(tmp_path, "mine"), tmp_path / "mine.pt", settings, ["a", "b"])
 
 
 def test_foreign_networks_are_not_folded(module):

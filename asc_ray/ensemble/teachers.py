@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from asc_ray.artifacts import Artifact
 from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.ensemble.imported import ImportedConfig
+from asc_ray.errors import UserError
 from asc_ray.models.own import OwnNetwork, try_out
 from asc_ray.models.pretrained import load_published
 from asc_ray.models.registry import NETWORKS, build
@@ -104,6 +105,10 @@ def train_teacher(
 def import_teacher(artifact: Artifact, file: Path, recipe: Recipe, labels: Sequence[str]) -> None:
     """Make a system from a published checkpoint instead of a training. Raises UserError where it does not fit."""
     model = build(recipe.model, len(labels), recipe.seed)
+    if isinstance(model, OwnNetwork):
+        raise UserError(
+            f"teachers.checkpoints: {file} is of your own code, {model.function}; let that load the weights"
+        )
     known = load_published(model, file, about(recipe, labels))
     save_weights(model, artifact.open_partial() / WEIGHTS, about(recipe, labels))
     parameters = sum(p.numel() for p in model.parameters())

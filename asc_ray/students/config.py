@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.config.overrides import apply_overrides
-from asc_ray.section import Section
 from asc_ray.models.registry import ModelConfig
+from asc_ray.section import Section
 from asc_ray.training.objective import DistillationConfig
 from asc_ray.training.recipe import Recipe
 
