@@ -52,7 +52,7 @@ def build(config: AnyModelConfig, scenes: int, seed: int = 0) -> nn.Module:
         return NETWORKS[config.name](config, scenes)
 
 
-def head_of(config: ModelConfig, scenes: int) -> list[str]:
+def head_of(config: AnyModelConfig, scenes: int) -> list[str]:
     """Return the names of the tensors whose shape goes by the number of scenes: the head's."""
     with torch.device("meta"):
         shapes = [{n: t.shape for n, t in build(config, count).state_dict().items()} for count in (scenes, scenes + 1)]
