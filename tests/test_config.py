@@ -136,7 +136,7 @@ def test_keys_follow_what_an_artifact_is_made_of_and_nothing_else(tmp_path):
     assert teacher["ingest"] == base["ingest"]
     assert teacher["fuse"] != base["fuse"]
     corpus = keys("corpus.demo.seed=1")
-    assert all(corpus[stage] != base[stage] for stage in base)
+    assert all(corpus[stage] != base[stage] for stage in base if base[stage])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import product
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -74,6 +75,7 @@ FIRST = {
 }
 NO_SWEEP = "sweep=null"
 OWN_PLAN = {"stem": [8, 16], "stages": [{"channels": 16, "blocks": 1}]}
+OWN_NETWORK = {"name": "module", "function": "json:loads"}
 # Configurations that have every kind of section somewhere.
 BASES: dict[str, list[str]] = {
     "tiny": [],
@@ -89,6 +91,11 @@ BASES: dict[str, list[str]] = {
     "own plan": [f"student.model={json.dumps({'name': 'ds_flexinet', 'size': None, 'plan': OWN_PLAN})}", NO_SWEEP],
     "specialized": ["student.specialize={epochs: 2}", NO_SWEEP],
     "logits from a file": [f"teachers.imported={{beats_1: {{logits: {TINY}}}}}", NO_SWEEP],
+    "own networks": [
+        f"teachers.recipes.{name}={json.dumps({'model': OWN_NETWORK, 'frontend': {'kind': kind}})}"
+        for name, kind in {"fbanks": "kaldi_fbank", "waves": "wave"}.items()
+    ]
+    + [NO_SWEEP],
     "resources for a model": ["teachers.resources_for={passt: {cpus: 1}}"],
 }
 # Where neighbors of the present value are not allowed, or there is none.
@@ -120,6 +127,8 @@ OTHERS: dict[str, list[Any]] = {
     "student.augment.dir.apply_to": [["a"]],
     "teachers.recipes.*.augment.dir.apply_to": ["all"],
     "teachers.recipes.*.model.mels": [120],
+    "teachers.recipes.*.model.function": ["json:dumps"],
+    "teachers.recipes.*.model.source": ["0" * 64],
     "teachers.recipes.*.frontend.mels": [120],
     "student.model.plan.stages": [[{"channels": 24, "blocks": 1}]],
     "sweep": [{"space": {"optimizer.learning_rate": {"uniform": [0.001, 0.002]}}}],
@@ -245,11 +254,11 @@ def changed(base: list[str], path: str, value: Any, annotation: Any) -> tuple[Co
     """The configuration with another allowed value of the leaf, and that value."""
     kind = general(path)
     more = [WITH[kind].format(path.split(".")[2])] if kind in WITH else []
-    for other in [*OTHERS.get(kind, ()), *candidates(value, annotation)]:
+    for other, also in product([*OTHERS.get(kind, ()), *candidates(value, annotation)], [more, []]):
         if other == value:
             continue
         try:
-            config = load_config(TINY, [*base, *more, f"{path}={json.dumps(other)}"])
+            config = load_config(TINY, [*base, *also, f"{path}={json.dumps(other)}"])
         except (UserError, TypeError):
             continue
         found = config
