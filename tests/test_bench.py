@@ -13,6 +13,7 @@ import soundfile as sf
 from conftest import ROOT, Run
 
 from asc_ray.data.corpus import read_corpus
+from asc_ray.embedded.program import COMPILER, EMULATOR, HOST_TOOLS, missing
 
 BENCH = ROOT / "bench"
 SHARED = ROOT.parent / "shared" / "data"
@@ -53,6 +54,12 @@ def test_ingest_of_a_shard_takes_less_than_a_gigabyte(finished):
 def test_logits(clips):
     output = run("logits", clips, "--clips", 16, "--systems", 2, "--runs", 1)
     assert float(re.search(r"ratio [\d.]+, .* difference ([\d.e-]+)", output)[1]) < 1e-4
+
+
+@pytest.mark.skipif(bool(missing(*HOST_TOOLS, COMPILER, EMULATOR)), reason="no compilers or no emulator here")
+def test_microcontroller(clips):
+    output = run("microcontroller", clips, "--models", "sm1", "--epochs", 1, "--emulated", 2)
+    assert re.search(r"^\| sm1 \| 12,\d{3} \| .* \| [01] of 90 \| \d+ \| 0 of 2 \|$", output, re.MULTILINE)
 
 
 def test_training(clips):

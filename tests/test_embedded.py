@@ -154,10 +154,19 @@ int main(void)
 
 @compiles
 @pytest.mark.parametrize(
-    "given", [{}, {"n_fft": 1024, "window": 800, "hop": 250}, {"n_fft": 2048, "window": 1281, "fmin": 40.0}]
+    "given",
+    [
+        {},
+        {"n_fft": 64, "window": 50, "mels": 16},
+        {"n_fft": 1024, "window": 800, "hop": 250},
+        {"n_fft": 2048, "window": 1281, "fmin": 40.0},
+        {"n_fft": 512, "window": 512, "hop": 512},  # an odd number of frames
+        {"n_fft": 32768, "window": 28_000, "hop": 1600},
+    ],
 )
 def test_rounded_log_mels_are_numpys(bundles, tmp_path, given):
-    """All but some in a hundred thousand, which lie between two steps, and those by one step."""
+    """All but some in a hundred thousand, which lie between two steps, and those by one step. Each number of points
+    that the transform takes first, and each number of passes."""
     folder = bundles("no normalization")
     network = read_network(read_model((folder / "model.onnx").read_bytes()))
     bundle, grid = Bundle(folder), network.input
@@ -165,7 +174,7 @@ def test_rounded_log_mels_are_numpys(bundles, tmp_path, given):
     source = generate(folder)
     files = source.files | {"asc_frontend.h": frontend_header(frontend, network), "main.c": FRONT_END_ALONE}
     files["asc_model.c"] = (
-        '#include "asc_frontend.h"\nstatic uint8_t mels[ASC_MELS * ASC_FRAMES];\nstatic float work[ASC_N_FFT];\n'
+        '#include "asc_frontend.h"\nstatic uint8_t mels[ASC_MELS * ASC_FRAMES];\nstatic asc_complex work[ASC_N_FFT];\n'
         "uint8_t *asc_mels(void) { return mels; }\n"
         "void asc_listen(const int16_t samples[ASC_SAMPLES]) { asc_log_mel(samples, mels, work); }\n"
     )
@@ -220,6 +229,27 @@ def test_the_commands_of_the_page(tmp_path):
     assert "exists; choose another folder" in again.stderr
 
 
+@compiles
+def test_other_flags_and_paths_with_spaces_change_no_bit(bundles, tmp_path):
+    """`make CFLAGS=...` keeps what the code needs; flags that it cannot have are refused by the compiler."""
+    folder = tmp_path / "a folder's \"name\""
+    folder.mkdir()
+    pcm = tones(Bundle(bundles("residual normalization")), 3)
+    for name, text in generate(bundles("residual normalization")).files.items():
+        (folder / name).write_text(text)
+    (folder / "samples.raw").write_bytes(pcm.tobytes())
+    said = set()
+    for flags in ("-O0", "-O3 -march=native"):
+        subprocess.run(["make", "-s", "-B", f"CFLAGS={flags}"], cwd=folder, check=True)
+        said.add(subprocess.run(["./asc"], cwd=folder, capture_output=True, check=True).stdout)
+    assert len(said) == 1
+    done = subprocess.run(
+        ["make", "-s", "-B", "CFLAGS=-O2 -ffast-math"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "compile without -ffast-math" in done.stderr
+
+
 @emulates
 @pytest.mark.parametrize("bundle", ["example", "response normalization"])
 def test_on_a_cortex_m4(bundles, bundle):
@@ -245,6 +275,7 @@ def test_sizes_of_the_goal(tmp_path, size, ram, flash):
     _, figures = emulated(generate(folder).files, tones(bundle, 1), len(bundle.labels))
     assert figures.ram + figures.stack + 2 * bundle.frontend.samples <= ram
     assert figures.flash <= flash
+    assert 3 * figures.front_end <= figures.front_end + figures.network
 
 
 def test_a_changed_file_is_named(bundles, tmp_path):

@@ -98,6 +98,8 @@ def test_the_card_has_sizes_devices_operators_and_lineage(exported, storage):
     assert f"int8, bytes | {facts['peak_activations']:,} |" in card
     assert facts["peak_activations"] == peak_activations(build(DSFlexiNetConfig(size="sm1"), 10), cost["input"])["int8"]
     assert "Not stated." in card
+    assert re.search(r"\| torch \| [\d,]+ \(weights and scales\) \|.* [01] of 90, by at most ", card)
+    assert "| C |" not in card
     for line in ("| train | 120 clips, 60 places |", "| test | 90 clips, 10 places |", "alone | s4, s5, s6 |"):
         assert line in card
     assert "&" not in card, "Markdown and not HTML"
@@ -111,7 +113,11 @@ def test_a_bundle_gets_its_c_form_with_figures_in_the_card(exported, storage, tm
     done = run("export", int8, out, "--target", "c")
     assert done.returncode == 0, done.stderr
     assert re.search(r"the C form names [01] of them differently", done.stdout)
-    assert "| clips compared with onnxruntime | 90 |" in (out / "card.md").read_text()
+    card = (out / "card.md").read_text()
+    assert "| clips compared with onnxruntime | 90 |" in card
+    forms = {row.split(" | ")[0]: row for row in card.partition("## Forms")[2].partition("##")[0].splitlines() if row}
+    assert f" {(out / 'model.onnx').stat().st_size:,} (file) " in forms["| ONNX"]
+    assert re.search(r" [01] of 90, by at most 0\.\d+ \|$", forms["| C"])
     before = (out / "SHA256SUMS").read_text()
     done = run("export", int8, out, "--target", "c")
     assert done.returncode == 0, "an equal one stays"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from asc_ray.artifacts import Artifact, write_record
+from asc_ray.embedded.generate import generate
 from asc_ray.ensemble.fuse import disagreement
 from asc_ray.ensemble.fusion import fit
 from asc_ray.evaluation.artifact import Scores
@@ -16,7 +17,9 @@ from asc_ray.evaluation.gains import gain
 from asc_ray.evaluation.scores import Evaluation, evaluate
 from asc_ray.report import figures, search_figures
 from asc_ray.report.collect import stage_time
+from asc_ray.report.forms import report_rows
 from asc_ray.report.page import ComplexityRow, CorpusSummary, FusionSection, ReportData, StageTime, SystemResult, render
+from asc_ray.runtime import EXAMPLE, Bundle
 from asc_ray.search.trials import TrialResult, tried
 
 LABELS = (
@@ -425,3 +428,20 @@ def test_extreme_data_can_be_drawn():
         assert "<path" in search_figures.pareto_front(trials, [], "bytes")
     assert "<path" in figures.training_curves({"student": {"s": [{"epoch": 1, "loss": 2.0}]}})
     assert "<path" in figures.fusion_weights({"only": 1.0}, [0.9], {"x": 0.5, "y": -0.5})
+
+
+def test_forms_of_a_student_in_the_report(data, tmp_path):
+    """As far as they are known before an export; what has no form in C is said, with the reason."""
+    model, frontend = (EXAMPLE / "model.onnx").read_bytes(), Bundle(EXAMPLE).frontend
+    fp32, onnx, c = report_rows(60_000, 50_000, model, frontend)
+    assert (fp32.bytes, fp32.ram) == ("60,000 (parameters)", "200,000 (activations)")
+    assert onnx.bytes == f"{len(model):,} (file)"
+    source = generate(EXAMPLE)
+    assert c.bytes == f"{source.weights:,} (weights)"
+    assert c.ram == f"{source.arena + 2 * frontend.samples:,} (with a clip's samples)"
+    *_, none = report_rows(60_000, None, model, replace(frontend, n_fft=3072))
+    assert none.bytes.startswith("none: model.onnx: n_fft is 3072")
+    render(replace(data, forms=[fp32, onnx, none]), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>60,000 (parameters)</td><td>200,000 (activations)</td>" in page
+    assert "none: model.onnx: n_fft is 3072" in page

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from asc_ray.embedded.layers import Convolution, Layer, Network, ResidualNorm, ResponseNorm, Sum, made, taken
 
 WORK = "work"  # name of what the front end computes in
-_ALIGNED = 4  # bytes
+_ALIGNED = 8  # bytes
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,13 @@ def model_source(network: Network, plan: Plan) -> str:
 
 /* Every value has its place in here, planned by lifetimes. */
 static union {{
-    float aligned;
+    double aligned;
     uint8_t bytes[{plan.bytes}];
 }} asc_arena;
 
 #define AT(place) (asc_arena.bytes + (place))
 #define FLOATS_AT(place) ((float *)(void *)AT(place))
+#define COMPLEX_AT(place) ((asc_complex *)(void *)AT(place))
 
 {chr(10).join(tables)}
 uint8_t *asc_mels(void)
@@ -88,7 +89,7 @@ uint8_t *asc_mels(void)
 
 void asc_listen(const int16_t samples[ASC_SAMPLES])
 {{
-    asc_log_mel(samples, asc_mels(), FLOATS_AT({plan.at[WORK]}));
+    asc_log_mel(samples, asc_mels(), COMPLEX_AT({plan.at[WORK]}));
 }}
 
 void asc_name(float logits[ASC_LABELS])
@@ -106,13 +107,21 @@ void asc_scores(const int16_t samples[ASC_SAMPLES], float logits[ASC_LABELS])
 
 def frontend_header(frontend: Frontend, network: Network) -> str:
     """Return the settings and the tables of `asc_frontend.c`."""
-    f = frontend
+    f, step, zero = frontend, np.float64(network.input.step), network.input.zero
     at, edges = mel_places(f.sample_rate, f.n_fft, f.mels, f.fmin, f.fmax)
-    starts = np.searchsorted(at, edges)
+    starts = np.maximum(1, np.searchsorted(at, edges))  # bin 0 can only lie on the first edge, where its weight is 0
     side = np.searchsorted(edges, at[starts[0] : starts[-1]], side="right") - 1
     rise = (at[starts[0] : starts[-1]] - edges[side]) / (edges[side + 1] - edges[side])
-    window = np.append(hann_window(f.window), [0] * (f.window % 2))
-    sine = np.sin(2 * np.pi * np.arange(f.n_fft // 4 + 1) / f.n_fft)
+    # Samples are hundredths of 16-bit steps, and two frames in one transform give twice the spectrum.
+    rows = _rows(f)
+    filled = read_samples(f) * rows // f.n_fft
+    window = np.pad(hann_window(f.window) / (200.0 * 2**15), (0, read_samples(f) - f.window))
+    turns = np.arange(f.n_fft // 8) / f.n_fft
+    twiddles = np.exp(-2j * np.pi * np.stack([2 * turns, turns, turns + 1 / 8], axis=1))
+    # The rounded log-mel is n + 1 or more where log(x) is at least 5 (n + 1/2 - zero) step - 4.5, with x below e^88.
+    growth = np.exp(np.minimum(88, 5 * step * (np.arange(255) + 0.5 - zero) - 4.5)).astype(np.float32)
+    slope = np.log(2) / (5 * step)
+    shift = 4.5 / (5 * step) + zero + 0.5 - 127 * slope
     return f"""/* Settings and tables of the front end. Written by asc-ray; do not edit. */
 #ifndef ASC_FRONTEND_H
 #define ASC_FRONTEND_H
@@ -122,25 +131,35 @@ def frontend_header(frontend: Frontend, network: Network) -> str:
 #include "asc_model.h"
 
 #define ASC_N_FFT {f.n_fft}
-#define ASC_WINDOW {f.window}
+#define ASC_ROWS {rows} /* points that are transformed first */
+#define ASC_FILLED {filled} /* of these under the window */
 #define ASC_HOP {f.hop}
 #define ASC_LEFT {f.n_fft // 2 - (f.n_fft - f.window) // 2} /* samples of the first frame before the clip */
 #define ASC_FRAMES {f.frames}
 #define ASC_MELS {f.mels}
-#define ASC_MEL_STEP {_float(network.input.step)}
-#define ASC_MEL_ZERO {network.input.zero}
+/* From the bits of a float to the rounded log-mel, at most 0.02 too few beside what a straight line lacks. */
+#define ASC_LOG_SLOPE {_float(slope / 2**23)}
+#define ASC_LOG_SHIFT {_float(shift - 0.02)}
 
-/* Write the rounded log-mels, by bin and frame. work: ASC_N_FFT floats. */
-void asc_log_mel(const int16_t *samples, uint8_t *mel, float *work);
+/* `both`: to load two floats at once. */
+typedef union {{
+    float part[2];
+    double both;
+}} asc_complex;
+
+/* Write the rounded log-mels, by bin and frame. work: ASC_N_FFT numbers. */
+void asc_log_mel(const int16_t *samples, uint8_t *mel, asc_complex *work);
 
 #ifdef ASC_FRONTEND_TABLES
-/* An odd window has a zero behind it. */
-{_table("float", "asc_window", window)}
-/* A quarter of a turn in steps of the transform. */
-{_table("float", "asc_sine", sine)}
+/* By column and row. */
+{_table("float", "asc_window", window.reshape(filled, -1).T)}
+/* exp(-2 pi i n / ASC_N_FFT) with n = 2 j, j and j + ASC_N_FFT / 8, by j. */
+{_table("asc_complex", "asc_twiddles", twiddles)}
 /* Where the sides of the mel bins begin, in bins of the transform, and how far up each of these bins lies. */
 {_table("uint16_t", "asc_edges", starts)}
 {_table("float", "asc_rise", rise)}
+/* The energies at which the rounded log-mel grows by one, as the bits of a float, and one that none reaches. */
+{_table("int32_t", "asc_growth", np.append(growth.view(np.int32), 2**31 - 1))}
 #endif
 
 #endif
@@ -149,7 +168,18 @@ void asc_log_mel(const int16_t *samples, uint8_t *mel, float *work);
 
 def work_bytes(frontend: Frontend) -> int:
     """Return the bytes that the front end computes in."""
-    return 4 * frontend.n_fft
+    return 8 * frontend.n_fft
+
+
+def read_samples(frontend: Frontend) -> int:
+    """Return how many samples the front end reads for a frame: rows of the transform, in which the window lies."""
+    columns = frontend.n_fft // _rows(frontend)
+    return -(-frontend.window // columns) * columns
+
+
+def _rows(frontend: Frontend) -> int:
+    """Return how many points the transform takes first, 2, 4 or 8; then it goes on in eights."""
+    return int(2 ** (1 + (frontend.n_fft.bit_length() - 2) % 3))
 
 
 def _call(n: int, layer: Layer, plan: Plan, tables: list[str]) -> str:
@@ -269,7 +299,7 @@ def _told(layer: Layer) -> str:
 
 def _table(kind: str, name: str, values: np.ndarray) -> str:
     flat = np.ravel(values)
-    written = [_float(value) if kind == "float" else str(int(value)) for value in flat]
+    written = [_WRITTEN[kind](value) for value in flat]
     lines, line = [], ""
     for value in written:
         if len(line) + len(value) > _WIDTH:
@@ -289,6 +319,13 @@ def _float(value: Any) -> str:
     """Return a float32 as a C constant that reads back equal."""
     written = f"{np.float32(value):.9g}"
     return f"{written}f" if {".", "e"} & set(written) else f"{written}.0f"
+
+
+_WRITTEN: Mapping[str, Callable[[Any], str]] = {
+    "float": _float,
+    "asc_complex": lambda value: f"{{{{{_float(value.real)}, {_float(value.imag)}}}}}",
+    **{kind: lambda value: str(int(value)) for kind in ("int8_t", "uint16_t", "int32_t")},
+}
 
 
 def _text(label: str) -> str:

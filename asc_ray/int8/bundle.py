@@ -27,8 +27,7 @@ _BATCH = 64
 
 def write_bundle(folder: Path, int8: Path, labels: Sequence[str], config: FrontendConfig) -> None:
     """Write model, front end and labels of the finished int8 training in `int8`, and checksums, to an empty folder."""
-    settings = config.model_dump(exclude={"fmax_jitter"})  # which only training uses
-    about = {FRONTEND: asdict(Frontend(samples=CLIP_SAMPLES, **settings)), LABELS: list(labels)}
+    about = {FRONTEND: asdict(frontend_of(config)), LABELS: list(labels)}
     for file, value in about.items():
         write_atomically(folder / file, json.dumps(value, indent=1) + "\n")
     model = onnx.load(stored_file(int8, ONNX_MODEL))
@@ -37,6 +36,11 @@ def write_bundle(folder: Path, int8: Path, labels: Sequence[str], config: Fronte
     )
     write_atomically(folder / MODEL, model.SerializeToString())
     seal(folder)
+
+
+def frontend_of(config: FrontendConfig) -> Frontend:
+    """Return the front end of a bundle: without what only training uses."""
+    return Frontend(samples=CLIP_SAMPLES, **config.model_dump(exclude={"fmax_jitter"}))
 
 
 def seal(folder: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from asc_ray.embedded.figures import CForm, figure_rows
 from asc_ray.evaluation.scores import Evaluation
+from asc_ray.report.forms import FormRow, card_rows
 from asc_ray.report.page import environment
 
 
@@ -42,6 +43,10 @@ class Card:
     lineage: Mapping[str, str]
     operators: Sequence[tuple[str, str, int]]
     c_form: CForm | None = None
+
+    @property
+    def forms(self) -> list[FormRow]:
+        return card_rows(self.bytes, self.peak_activations, self.file_bytes, self.agreement, self.c_form)
 
     @property
     def c_rows(self) -> list[tuple[str, str]]:

@@ -18,7 +18,10 @@ from asc_ray.ensemble.weak import Standing, far_below
 from asc_ray.evaluation.artifact import Scores, read_scores
 from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.seeds import OverSeeds
+from asc_ray.int8.bundle import frontend_of
+from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.report.forms import report_rows
 from asc_ray.report.page import (
     ComplexityRow,
     CorpusSummary,
@@ -108,6 +111,12 @@ def write_report(
                     peak_activations=cost.get("peak_activations"),
                 )
             ],
+            forms=report_rows(
+                trained["bytes"]["float32"],
+                cost.get("peak_activations"),
+                stored_file(next(iter(int8.values())).path, ONNX_MODEL).read_bytes(),
+                frontend_of(student_config.frontend),
+            ),
             residual_lambda={name: artifact.facts()["residual_lambda"] for name, artifact in students.items()},
             lambda_start=model.normalization.lambda_start if isinstance(model, DSFlexiNetConfig) else 0.0,
             fusion=FusionSection(

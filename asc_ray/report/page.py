@@ -17,6 +17,7 @@ from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.evaluation.seeds import Deviation
 from asc_ray.report import figures, search_figures
+from asc_ray.report.forms import FormRow
 from asc_ray.search.trials import TrialResult, Tried, pareto, tried, with_value
 from asc_ray.section import Section
 from asc_ray.shown import in_markdown
@@ -110,6 +111,7 @@ class ReportData:
     corpus: CorpusSummary
     systems: Sequence[SystemResult]  # on the test split, in the order of the tables; the last is the deliverable
     complexity: Sequence[ComplexityRow] = ()  # the student's first
+    forms: Sequence[FormRow] = ()  # of the student
     residual_lambda: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # student -> layer -> learned
     lambda_start: float = 0.5
     fusion: FusionSection | None = None

@@ -16,6 +16,10 @@
 #error "float expressions must be evaluated in float: compile for a core with float registers, or with software floats"
 #endif
 
+#if defined(__FAST_MATH__)
+#error "compile without -ffast-math: floats must round as in onnxruntime"
+#endif
+
 /* A convolution, full or depthwise. `low`: the least output, which is the zero point behind a ReLU. */
 typedef struct {
     int height, width, channels;

@@ -1,6 +1,6 @@
-/* Starts a Cortex-M4 of QEMU's machine mps2-an386, and counts instructions and stack there.
+/* Starts a Cortex-M4 of QEMU's machine mps2-an386, or a Cortex-M3 of mps2-an385, and counts instructions and stack there.
  *
- * With `-icount shift=0` an instruction takes 1 ns of the machine's time, and SysTick counts at 25 MHz.
+ * With `-icount shift=0` an instruction takes 1 ns of the machine's time, and its timer counts at 25 MHz.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 #include "mps2_measure.h"
 
 #define NS_A_TICK 40
-#define SYSTICK ((volatile uint32_t *)0xE000E010) /* control, reload, value */
+#define TIMER ((volatile uint32_t *)0x40000000) /* control, value, reload; it counts downwards */
 #define CPACR (*(volatile uint32_t *)0xE000ED88)
 #define PAINTED 8192 /* bytes of stack that are watched */
 #define PAINT 0xA5A5A5A5u
@@ -19,7 +19,7 @@ extern int main(int argc, char **argv);
 
 static uint32_t asc_instructions(void)
 {
-    return (0xFFFFFF - SYSTICK[2]) * NS_A_TICK;
+    return (0xFFFFFFFF - TIMER[1]) * NS_A_TICK;
 }
 
 /* Paint the stack below `top`, the caller's own frame. */
@@ -44,9 +44,9 @@ asc_cost asc_measured(const int16_t *samples, float *logits)
     volatile uint32_t *top;
     __asm volatile("mov %0, sp" : "=r"(top));
     asc_paint(top);
-    SYSTICK[1] = 0xFFFFFF;
-    SYSTICK[2] = 0;
-    SYSTICK[0] = 5;
+    TIMER[2] = 0xFFFFFFFF;
+    TIMER[1] = 0xFFFFFFFF;
+    TIMER[0] = 1;
     asc_listen(samples);
     cost.front_end = asc_instructions();
     asc_name(logits);
