@@ -73,6 +73,7 @@ class Target(StrEnum):
 
     onnx = "onnx"
     c = "c"
+    tflite = "tflite"
 
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")]
@@ -450,8 +451,12 @@ def export(
     name: Annotated[str, typer.Option(help="Name of the registered model in MLflow.")] = "asc-ray",
     license: Annotated[str, typer.Option(help="License of the model, for its card, such as CC-BY-4.0.")] = "",
     target: Annotated[
-        Target, typer.Option(help="c: also a folder of C for microcontrollers; RUN may then be a bundle, too.")
-    ] = Target.onnx,
+        list[Target],
+        typer.Option(
+            help="c: also a folder of C for microcontrollers; RUN may then be a bundle, too. tflite: also the float32 "
+            "student for TensorFlow Lite. May be repeated."
+        ),
+    ] = [Target.onnx],  # noqa: B006
     config: ConfigOption = DEFAULT_CONFIG,
     set: SetOption = [],  # noqa: B006
 ) -> None:
@@ -461,12 +466,13 @@ def export(
     from asc_ray.runtime import is_bundle
     from asc_ray.stages.export import export_bundle, export_c
 
-    if target is Target.c and is_bundle(Path(run)) and not (Path(run) / "manifest.json").exists():
+    if target == [Target.c] and is_bundle(Path(run)) and not (Path(run) / "manifest.json").exists():
         export_c(Path(run), out, Progress())
         typer.echo(f"C  {out}   ({out}/README.md says how to compile it)")
         return
     settings = load_config(config, set)
-    export_bundle(run, out, name, license, settings.tracking.uri, settings.folder, Progress(), target is Target.c)
+    forms = {"in_c": Target.c in target, "in_tflite": Target.tflite in target}
+    export_bundle(run, out, name, license, settings.tracking.uri, settings.folder, Progress(), **forms)
     typer.echo(f"bundle  {out}   (asc-ray predict {out} FILES, asc-ray verify {out})")
 
 

@@ -232,7 +232,7 @@ def test_the_commands_of_the_page(tmp_path):
 @compiles
 def test_other_flags_and_paths_with_spaces_change_no_bit(bundles, tmp_path):
     """`make CFLAGS=...` keeps what the code needs; flags that it cannot have are refused by the compiler."""
-    folder = tmp_path / "a folder's \"name\""
+    folder = tmp_path / 'a folder\'s "name"'
     folder.mkdir()
     pcm = tones(Bundle(bundles("residual normalization")), 3)
     for name, text in generate(bundles("residual normalization")).files.items():

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
@@ -125,6 +126,32 @@ def test_a_bundle_gets_its_c_form_with_figures_in_the_card(exported, storage, tm
     done = run("verify", out)
     assert done.returncode == 0, done.stderr
     assert "of 20 clips of noise get another scene than onnxruntime's" in done.stdout
+
+
+TFLITE_IS_HERE = find_spec("litert_torch") is not None and find_spec("ai_edge_litert") is not None
+
+
+@pytest.mark.skipif(TFLITE_IS_HERE, reason="the extra tflite is here")
+def test_without_its_extra_tflite_is_refused_before_anything_is_written(exported, storage, tmp_path):
+    (int8,) = (storage / "int8").iterdir()
+    done = run("export", int8, tmp_path / "bundle", "--target", "tflite")
+    assert done.returncode == 1
+    assert "--target tflite needs litert-torch" in done.stderr
+    assert "pip install 'asc-ray[tflite]'" in " ".join(done.stderr.split())
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not TFLITE_IS_HERE, reason="the extra tflite is not here")
+def test_a_bundle_gets_its_tflite_form(exported, storage, tmp_path):
+    out = tmp_path / "bundle"
+    shutil.copytree(exported[0], out)
+    (int8,) = (storage / "int8").iterdir()
+    done = run("export", int8, out, "--target", "tflite")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"TensorFlow Lite names [01] of them differently", done.stdout)
+    assert run("verify", out).returncode == 0
+    assert "model.tflite" in (out / "SHA256SUMS").read_text()
+    assert re.search(r"\| TFLite, float32 \| .* [01] of 90 than from float32 in torch", (out / "card.md").read_text())
 
 
 def test_mlflow_serves_the_champion(exported, storage, tmp_path):

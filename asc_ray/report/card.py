@@ -7,6 +7,7 @@ from asc_ray.embedded.figures import CForm, figure_rows
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.report.forms import FormRow, card_rows
 from asc_ray.report.page import environment
+from asc_ray.students.tflite import TFLiteForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,13 @@ class Card:
     lineage: Mapping[str, str]
     operators: Sequence[tuple[str, str, int]]
     c_form: CForm | None = None
+    tflite_form: TFLiteForm | None = None
 
     @property
     def forms(self) -> list[FormRow]:
-        return card_rows(self.bytes, self.peak_activations, self.file_bytes, self.agreement, self.c_form)
+        return card_rows(
+            self.bytes, self.peak_activations, self.file_bytes, self.agreement, self.c_form, self.tflite_form
+        )
 
     @property
     def c_rows(self) -> list[tuple[str, str]]:

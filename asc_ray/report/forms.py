@@ -7,6 +7,7 @@ from asc_ray.embedded.figures import CLOCKS, CORE, CForm
 from asc_ray.embedded.generate import planned, weight_bytes
 from asc_ray.errors import UserError
 from asc_ray.runtime.frontend import Frontend
+from asc_ray.students.tflite import TFLiteForm
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ def report_rows(fp32: int, peak: int | None, model: bytes, frontend: Frontend) -
 
 
 def card_rows(
-    weights: Mapping[str, int], peak: int | None, file_bytes: int, agreement: Mapping[str, float], form: CForm | None
+    weights: Mapping[str, int],
+    peak: int | None,
+    file_bytes: int,
+    agreement: Mapping[str, float],
+    form: CForm | None,
+    lite: TFLiteForm | None,
 ) -> list[FormRow]:
-    """Return the forms as `asc-ray export` has measured them. weights: bytes by dtype; form: None without a C form."""
+    """Return the forms as `asc-ray export` has measured them. weights: bytes by dtype."""
     clips = f"of {agreement['clips']:,.0f}"
     rows = [
         FormRow(
@@ -61,6 +67,10 @@ def card_rows(
             time = f"{milliseconds} ms on a {CORE} of {', '.join(map(str, CLOCKS))} MHz"
         differ = f"{form.differ} {clips}, by at most {form.largest_difference:.4f}"
         rows.append(FormRow("C", stored, f"{ram + 2 * form.samples:,} (with a clip's samples)", time, differ))
+    if lite:
+        differ = f"{lite.differ} of {lite.clips:,} than from float32 in torch, by at most {lite.largest_difference:.1e}"
+        activations = _activations(4 * peak if peak else None)
+        rows.append(FormRow("TFLite, float32", f"{lite.bytes:,} (file)", activations, "", differ))
     return rows
 
 

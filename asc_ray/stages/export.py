@@ -38,11 +38,13 @@ from asc_ray.report.card import Card, render_card
 from asc_ray.runtime import C_FORM, CHECKSUMS, MODEL, Bundle
 from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
+from asc_ray.students.tflite import TFLITE, TFLiteForm, check_tflite, write_tflite
 from asc_ray.tracking.config import database_of, default_uri
 from asc_ray.tracking.lookup import artifacts_of, runs_of
 from asc_ray.tracking.registry import check_name, register
 from asc_ray.tracking.store import prepare
 from asc_ray.tracking.things import first_line
+from asc_ray.training.folder import load_model
 
 _BATCH = 256  # clips
 
@@ -148,15 +150,20 @@ def export_bundle(
     default_storage: Path,
     progress: Progress,
     in_c: bool = False,
+    in_tflite: bool = False,
 ) -> None:
     """Write the bundle of `run` to `out`, and register it in MLflow as `name`. An equal bundle in `out` stays.
 
-    `license`: that of the model, for its card; empty where it has none yet. `in_c`: with the folder of C. An equal
-    bundle in `out` without that gets it, and its figures in the card.
+    `license`: that of the model, for its card; empty where it has none yet. `in_c`, `in_tflite`: with the folder of C,
+    with the float32 student for TensorFlow Lite. An equal bundle in `out` without that gets it, and its figures in the
+    card.
 
-    Raises UserError where `find`, `compare`, `write_c` and `register` do, and if `out` holds something else.
+    Raises UserError where `find`, `compare`, `write_c`, `write_tflite` and `register` do, and if `out` holds something
+    else.
     """
     check_name(name)
+    if in_tflite:
+        check_tflite()
     out = out.absolute()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CHECKSUMS).is_file())):
         raise _taken(out)
@@ -180,9 +187,14 @@ def export_bundle(
         if in_c:
             batches = (store.pcm(test[start : start + _BATCH]) for start in range(0, len(test), _BATCH))
             form = write_c(building, building / C_FORM, batches, logits)
+        lite = None
+        if in_tflite:
+            network = load_model(origin.student, config, len(store.labels))
+            shape = read_manifest(origin.student)["facts"]["input"]
+            lite = write_tflite(network, config, shape, store, test, building / TFLITE)
         counts = operator_counts(int8)
         size = (building / MODEL).stat().st_size
-        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license, form)
+        card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license, form, lite)
         write_atomically(building / CARD, render_card(card))
         seal(building)
         _put(building, out)
@@ -205,18 +217,21 @@ def _taken(out: Path) -> UserError:
 
 
 def _put(building: Path, out: Path) -> None:
-    """Rename the folder `building` to `out`. An equal bundle stays; one that only lacks the C form makes room."""
+    """Rename the folder `building` to `out`. An equal bundle stays; one that only lacks a form makes room."""
     if (out / CHECKSUMS).is_file() and _sums(out) == _sums(building):
         shutil.rmtree(building)
         return
     if (out / CHECKSUMS).is_file():
-        gets_c = (building / C_FORM).exists() and not (out / C_FORM).exists()
-        if not gets_c or _sums(out, CARD) != _sums(building, CARD):
+        if not _forms(out) < _forms(building) or not set(_sums(out, CARD)) <= set(_sums(building, CARD)):
             raise _taken(out)
         shutil.rmtree(out)
     elif out.exists():
         out.rmdir()
     building.rename(out)
+
+
+def _forms(bundle: Path) -> set[str]:
+    return {name for name in (C_FORM, TFLITE) if (bundle / name).exists()}
 
 
 def _tell(progress: Progress, card: Card) -> None:
@@ -230,6 +245,11 @@ def _tell(progress: Progress, card: Card) -> None:
         progress.note(
             f"the C form names {form.differ} of them differently from onnxruntime; {form.equal} have equal logits, to "
             "the bit"
+        )
+    if lite := card.tflite_form:
+        progress.note(
+            f"TensorFlow Lite names {lite.differ} of them differently from the float32 student in torch; the largest "
+            f"difference of a logit is {lite.largest_difference:.1e}"
         )
 
 
@@ -251,6 +271,7 @@ def _card(
     file_bytes: int,
     license: str,
     form: CForm | None,
+    lite: TFLiteForm | None,
 ) -> Card:
     int8, student, clips = (read_manifest(folder) for folder in (origin.int8, origin.student, origin.clips))
     model = config.model
@@ -287,4 +308,5 @@ def _card(
         lineage=lineage,
         operators=operators,
         c_form=form,
+        tflite_form=lite,
     )
