@@ -30,7 +30,7 @@ def report_rows(fp32: int, peak: int | None, model: bytes, frontend: Frontend) -
         network, plan = planned("model.onnx", model, frontend)
         c = (
             f"{weight_bytes(network):,} (weights)",
-            f"{plan.bytes + 2 * frontend.samples:,} (arena and a clip's samples)",
+            f"{plan.bytes + 2 * frontend.samples:,} (with a clip's samples)",
         )
     except UserError as error:
         c = f"none: {error}", ""
