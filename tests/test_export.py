@@ -136,8 +136,9 @@ def test_without_its_extra_tflite_is_refused_before_anything_is_written(exported
     (int8,) = (storage / "int8").iterdir()
     done = run("export", int8, tmp_path / "bundle", "--target", "tflite")
     assert done.returncode == 1
-    assert "--target tflite needs litert-torch" in done.stderr
-    assert "pip install 'asc-ray[tflite]'" in " ".join(done.stderr.split())
+    said = " ".join(done.stderr.split())
+    assert "--target tflite needs litert-torch" in said
+    assert "pip install 'asc-ray[tflite]'" in said
     assert not os.listdir(tmp_path)
 
 
