@@ -191,7 +191,7 @@ def export_bundle(
         if in_tflite:
             network = load_model(origin.student, config, len(store.labels))
             shape = read_manifest(origin.student)["facts"]["input"]
-            lite = write_tflite(network, config, shape, store, test, building / TFLITE)
+            lite = write_tflite(network, config.frontend, shape, store, test, building / TFLITE)
         counts = operator_counts(int8)
         size = (building / MODEL).stat().st_size
         card = _card(origin, config, store, test, logits, agreement, runs, counts, size, license, form, lite)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
 from asc_ray.models.registry import folded
-from asc_ray.training.recipe import Recipe
 
 TFLITE = "model.tflite"
 LEAST_AGREEMENT = 0.995  # share of the clips for which the interpreter and torch name the same scene
@@ -41,7 +40,7 @@ def check_tflite() -> None:
 
 
 def write_tflite(
-    model: nn.Module, recipe: Recipe, shape: Sequence[int], store: ClipStore, rows: np.ndarray, out: Path
+    model: nn.Module, frontend: FrontendConfig, shape: Sequence[int], store: ClipStore, rows: np.ndarray, out: Path
 ) -> TFLiteForm:
     """Write the network as the file `out`, and compare it with torch on the store's clips `rows`.
 
@@ -56,7 +55,7 @@ def write_tflite(
     interpreter = Interpreter(str(out))
     interpreter.allocate_tensors()
     (input,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
-    log_mel = LogMel(recipe.frontend)
+    log_mel = LogMel(frontend)
     own, other = [], []
     with torch.inference_mode():
         for start in range(0, len(rows), _BATCH):
