@@ -26,10 +26,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asc_ray import remote
-from asc_ray.disk import DiskError
 from asc_ray.errors import UserError
-from asc_ray.files import locked, own_folder, read_plain
-from asc_ray.places import PARTIAL, named
+from asc_ray.files import locked, own_folder, read_plain, write_atomically
+from asc_ray.places import PARTIAL, is_kept, named
 from asc_ray.provenance import machine, program
 
 MANIFEST = "manifest.json"
@@ -52,21 +51,6 @@ def content_key(**parts: Any) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
@@ -142,13 +126,17 @@ class Artifact:
         return self.partial if self.partial.is_dir() else None
 
     def finish(
-        self, facts: Mapping[str, Any], scratch: tuple[str, ...] = (), checksums: Mapping[str, str] | None = None
+        self,
+        facts: Mapping[str, Any],
+        scratch: tuple[str, ...] = (),
+        known: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Drop what only the building needed (`scratch`: glob patterns), write the manifest, rename into place.
 
-        `checksums`: SHA-256 of files whose writers know it; all other files are read to compute it.
+        `known`: `bytes` and `sha256` of files whose writers know them, by name; all other files are read. Of an object
+        storage they may be there alone. Raises DiskError where one of them is not there.
         """
-        known = checksums or {}
+        known = known or {}
         made = self._made()
         for pattern in (*scratch, STARTED, MANIFEST, ".*.tmp"):  # a run may have died between manifest and rename
             for path in self.partial.glob(pattern):
@@ -158,7 +146,10 @@ class Artifact:
             name = str(path.relative_to(self.partial))
             _flush(path)
             if path.is_file():
-                files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+                sha256 = known[name]["sha256"] if name in known else file_sha256(path)
+                files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
+        for name in known.keys() - files.keys():
+            files[name] = {key: known[name][key] for key in ("bytes", "sha256")}
         manifest = {
             "stage": self.stage,
             "name": self.name,
@@ -167,7 +158,7 @@ class Artifact:
             "config": dict(self.config),
             "facts": dict(facts),
             "made": made,
-            "files": files,
+            "files": dict(sorted(files.items())),
         }
         remote.publish(self.partial, files, sent=known)
         write_record(self.partial / MANIFEST, manifest)
@@ -206,7 +197,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         status = path.stat()
     except OSError:
         raise UserError(f"{named(folder)}: no {MANIFEST}, so this is not a finished artifact") from None
-    manifest = _manifest(path, status.st_mtime_ns, status.st_size)
+    manifest = _record(path, status.st_mtime_ns, status.st_size)
     if manifest is None or not _is_manifest(manifest):
         raise UserError(
             f"{named(path)}: is not as it was written; delete the folder {named(folder)} and run its stage again: it "
@@ -234,8 +225,8 @@ def _is_manifest(manifest: Mapping[str, Any]) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _manifest(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
-    """Read a manifest; cached while the file's time and size stay, because it is asked for often."""
+def _record(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
+    """Read a record; cached while the file's time and size stay, because it is asked for often."""
     return read_record(path)
 
 
@@ -292,13 +283,15 @@ def _compared(folder: Path, entries: Mapping[str, Any]) -> list[str]:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Read all files of a finished artifact; return what is missing or differs from the manifest's checksums."""
-    if remote.dropped(folder):  # to compare what the storage has, and not what this node has kept of it
-        try:
-            remote.bring(folder, _entries(folder, "*"))
-        except DiskError as error:
-            return [str(error)]
-    return _damage(folder, _entries(folder, "*"))
+    """Read all files of a finished artifact; return what is missing or differs from the manifest's checksums.
+
+    Of an object storage's it is what lies there, and not what this node has kept of it.
+    """
+    entries = _entries(folder, "*")
+    if not is_kept(folder):
+        return _damage(folder, entries)
+    found = {name: remote.difference(folder / name, entry) for name, entry in entries.items()}
+    return [f"{name}: {difference}" for name, difference in found.items() if difference]
 
 
 def _entries(folder: Path, pattern: str) -> dict[str, Any]:
@@ -340,10 +333,14 @@ def _node_memory(folder: Path) -> Iterator[dict[str, Any]]:
     except OSError:
         yield {}
         return
+    file = memory / f"{name}.json"
     with locked(memory / f"{name}.lock"):
-        before = read_record(memory / f"{name}.json") or {}
+        before: dict[str, Any] = {}
+        with suppress(OSError):
+            status = file.stat()
+            before = _record(file, status.st_mtime_ns, status.st_size) or {}
         known = dict(before)
         yield known
         if known != before:
             with suppress(OSError):
-                write_record(memory / f"{name}.json", known)
+                write_record(file, known)

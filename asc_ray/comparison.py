@@ -13,13 +13,14 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from asc_ray import remote
-from asc_ray.artifacts import Artifact, content_key, write_atomically
+from asc_ray.artifacts import Artifact, content_key
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
 from asc_ray.config.fitting import check_limits
 from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_answers, read_evaluation
 from asc_ray.evaluation.gains import Gain, gain
+from asc_ray.files import write_atomically
 from asc_ray.int8.config import check_int8
 from asc_ray.plan import STAGES, Plan, dump
 from asc_ray.preview import Step, preview

@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +43,21 @@ def read_plain(path: Path, most: int, follow: bool = True) -> bytes:
     if size > most or len(content) > most:
         raise OSError(errno.EFBIG, f"{size:,} bytes; allowed are {most:,}", str(path))
     return content
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def own_folder() -> Path:

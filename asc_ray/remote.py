@@ -9,78 +9,26 @@ last, makes it one. An object is there whole or not at all.
 import errno
 import hashlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from asc_ray.disk import GOES_ON, DiskError
-from asc_ray.errors import ConfigError
+from asc_ray.disk import DiskError
 from asc_ray.files import locked
+from asc_ray.objects import open_storage, told
 from asc_ray.places import named, place_of
 
 if TYPE_CHECKING:
+    from pyarrow import NativeFile
     from pyarrow.fs import FileSystem
 
 _AT_ONCE = 8  # requests
 _CHUNK = 8 << 20  # bytes
-# What a user does about each error, by a word of the store's own message.
-_REMEDIES = {
-    "there is no such bucket; make it, or correct `storage`": (
-        "NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist",
-    ),
-    "access is denied; give this process and every node credentials that may list, read, write and delete there": (
-        "ACCESS_DENIED", "AccessDenied", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN",
-        "InvalidAccessKeyId", "INVALID_CLIENT_TOKEN_ID", "PERMISSION_DENIED", "UNAUTHENTICATED", "HTTP status 403",
-        "HTTP status 401", "UNRECOGNIZED_CLIENT", "MISSING_AUTHENTICATION_TOKEN", "no credentials",
-    ),
-    "it cannot be reached; see whether it runs, and whether AWS_ENDPOINT_URL and the network are right": (
-        "NETWORK_CONNECTION", "UNAVAILABLE", "Could not resolve", "Could not connect", "timed out", "TIMEOUT",
-        "SERVICE_UNAVAILABLE", "SLOW_DOWN", "INTERNAL_FAILURE",
-    ),
-}  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _open(uri: str) -> tuple["FileSystem", str]:
-    """Return the file system of a storage, and the storage's path in it, which begins with the bucket."""
-    import pyarrow as pa
-    import pyarrow.fs
-
-    # One request for a small file in place of three.
-    fast = "&allow_delayed_open=true" if "?" in uri else "?allow_delayed_open=true"
-    with _told(uri):
-        try:
-            files, base = pyarrow.fs.FileSystem.from_uri(uri + (fast if uri.startswith("s3://") else ""))
-        except pa.ArrowInvalid as error:
-            raise ConfigError(f"storage: {uri}: {error}") from None
-        bucket = base.partition("/")[0]  # others than S3 ask for rights of its own to look at a bucket
-        if uri.startswith("s3://") and files.get_file_info(bucket).type == pyarrow.fs.FileType.NotFound:
-            raise OSError("NO_SUCH_BUCKET")
-    return files, base.rstrip("/")
-
-
-@contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Raise DiskError, in one line with what to do, for an error of the store."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno is not None:  # of this node's disk
-            raise
-        text = str(error)
-        known = next((line for line, words in _REMEDIES.items() if any(word in text for word in words)), None)
-        kind = re.search(r"AWS Error [A-Z_]+ during \w+", text)
-        reason = known or f"{text.splitlines()[0][:300]}; mend it"
-        detail = f" ({kind[0]})" if kind else ""
-        raise DiskError(f"storage {uri}: {reason}{detail}, {GOES_ON}") from None
 
 
 def filesystem(path: Path) -> tuple["FileSystem | None", str]:
@@ -88,20 +36,20 @@ def filesystem(path: Path) -> tuple["FileSystem | None", str]:
     place = place_of(path)
     if place is None:
         return None, str(path)
-    files, base = _open(place[0])
+    files, base = open_storage(place[0])
     return files, f"{base}/{place[1]}".rstrip("/")
 
 
 def push(*paths: Path) -> None:
     """Send files to their storage, whole or not at all; what is temporary stays. Raises DiskError."""
     work = [path for path in paths if place_of(path) and not any(part.endswith(".tmp") for part in path.parts[-2:])]
-    _together(_send, work)
+    together(_send, work)
 
 
 def _send(path: Path) -> None:
     files, inner = filesystem(path)
     assert files is not None
-    with _told(_uri(path)), open(path, "rb") as source, files.open_output_stream(inner) as sink:
+    with told(_uri(path)), open(path, "rb") as source, files.open_output_stream(inner) as sink:
         while chunk := source.read(_CHUNK):
             sink.write(chunk)
 
@@ -120,7 +68,7 @@ def pull(folder: Path, pattern: str = "*") -> None:
         if here is None or here.st_size != info.size or newer:
             _fetch(target, info.mtime_ns)
 
-    _together(bring, found)
+    together(bring, found)
 
 
 def listed(folder: Path) -> dict[str, Any]:
@@ -129,7 +77,7 @@ def listed(folder: Path) -> dict[str, Any]:
 
     files, inner = filesystem(folder)
     assert files is not None
-    with _told(_uri(folder)):
+    with told(_uri(folder)):
         infos = files.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=True))
     found = {info.path.removeprefix(f"{inner}/"): info for info in infos if info.is_file}
     # Names that anybody has given who may write there: none leads out of the folder.
@@ -143,7 +91,7 @@ def refreshed(file: Path) -> Path:
     """Return the file, after it was made what the storage has: brought, or removed where that has none."""
     files, inner = filesystem(file)
     if files is not None:
-        with _told(_uri(file)):
+        with told(_uri(file)):
             info = files.get_file_info(inner)
         here = file.stat() if file.is_file() else None
         if not info.is_file:
@@ -181,7 +129,42 @@ def bring(folder: Path, entries: Mapping[str, Any]) -> None:
         return
     with locked(folder.with_name(f".{folder.name}.lock")):
         lacking = _lacking(folder, entries)
-        _together(lambda name: _fetch(folder / name, sha256=entries[name]["sha256"]), lacking)
+        together(lambda name: _fetch(folder / name, sha256=entries[name]["sha256"]), lacking)
+
+
+@lru_cache(maxsize=8192)
+def _reader(path: Path) -> "NativeFile":
+    files, inner = filesystem(path)
+    assert files is not None
+    return files.open_input_file(inner)  # which asks for its size
+
+
+def part(path: Path, first: int, size: int) -> bytes:
+    """Return `size` bytes of a file from byte `first` on, fewer where it ends earlier; an object stays where it is.
+
+    Raises DiskError.
+    """
+    try:
+        if place_of(path) is None:
+            with open(path, "rb") as file:
+                return os.pread(file.fileno(), size, first)
+        with told(_uri(path)):
+            reader = _reader(path)
+            return reader.read_at(size, first) if first + size <= reader.size() else b""
+    except FileNotFoundError:
+        raise _missing(path) from None
+
+
+def difference(path: Path, entry: Mapping[str, Any]) -> str:
+    """Return how an object differs from its `entry` in a manifest, empty for not at all. Keeps nothing of it here."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for chunk in _chunks(path):
+            digest.update(chunk)
+            size += len(chunk)
+    except FileNotFoundError:
+        return "missing"
+    return "" if (size, digest.hexdigest()) == (entry["bytes"], entry["sha256"]) else "checksum differs"
 
 
 def dropped(folder: Path) -> bool:
@@ -201,12 +184,18 @@ def _lacking(folder: Path, entries: Mapping[str, Any]) -> list[str]:
 
 
 def publish(folder: Path, files: Mapping[str, Any], sent: Iterable[str]) -> None:
-    """Send all `files` of an artifact that is ready, by name; those in `sent` only if they are not there."""
-    if place_of(folder) is None:
-        return
-    there = listed(folder)
+    """Send all `files` of an artifact that is ready, by name; those in `sent` only if they are not there.
+
+    Raises DiskError where a file is neither here nor there.
+    """
+    kept = place_of(folder) is not None
+    there = listed(folder) if kept else {}
     skipped = {name for name in sent if name in there and there[name].size == files[name]["bytes"]}
-    _together(_send, [folder / name for name in files if name not in skipped])
+    work = [folder / name for name in files if name not in skipped]
+    if lost := next((path for path in work if not path.is_file()), None):
+        raise _missing(lost)
+    if kept:
+        together(_send, work)
 
 
 def rename(partial: Path, folder: Path) -> None:
@@ -228,7 +217,7 @@ def tidy(folder: Path, kept: Iterable[str]) -> None:
     names = {*kept}
     folders = {name.partition("/")[0] for name in names}
     left = {name if (top := name.partition("/")[0]) in folders else top for name in listed(folder) if name not in names}
-    _together(forget, [folder / name for name in sorted(left)])
+    together(forget, [folder / name for name in sorted(left)])
 
 
 def forget(path: Path) -> None:
@@ -236,7 +225,8 @@ def forget(path: Path) -> None:
     files, inner = filesystem(path)
     if files is None:
         return
-    with _told(_uri(path)):
+    # Google's folders are no objects of their own: Arrow says, after it has emptied one, that there is none.
+    with told(_uri(path)), suppress(FileNotFoundError):
         info = files.get_file_info(inner)
         if info.is_file:
             files.delete_file(inner)
@@ -251,9 +241,10 @@ def children(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.glob("*"))
     import pyarrow.fs
 
-    with _told(_uri(folder)):
-        infos = files.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
-    return sorted({info.base_name for info in infos})
+    everything = files.type_name == "gcs"  # of which Arrow sees no folder that is not an object, too
+    with told(_uri(folder)):
+        infos = files.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=everything))
+    return sorted({info.path.removeprefix(f"{inner}/").partition("/")[0] for info in infos})
 
 
 def _uri(path: Path) -> str:
@@ -264,15 +255,12 @@ def _uri(path: Path) -> str:
 
 def _fetch(target: Path, mtime_ns: int | None = None, sha256: str | None = None) -> None:
     """Write an object to its path here, under a temporary name first. Raises DiskError if its checksum is another."""
-    files, inner = filesystem(target)
-    assert files is not None
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     digest = hashlib.sha256()
     try:
-        with open(temporary, "wb") as sink, _told(_uri(target)):
-            source = files.open_input_stream(inner)
-            while chunk := source.read(_CHUNK):
+        with open(temporary, "wb") as sink:
+            for chunk in _chunks(target):
                 digest.update(chunk)
                 sink.write(chunk)
         if sha256 is not None and digest.hexdigest() != sha256:
@@ -285,12 +273,25 @@ def _fetch(target: Path, mtime_ns: int | None = None, sha256: str | None = None)
             os.utime(temporary, ns=(mtime_ns, mtime_ns))
         os.replace(temporary, target)
     except FileNotFoundError:
-        raise DiskError(f"{named(target)}: is missing; was it deleted? Run its stage again") from None
+        raise _missing(target) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _together(do: Callable[[Any], None], work: Iterable[Any]) -> None:
+def _chunks(path: Path) -> Iterator[bytes]:
+    files, inner = filesystem(path)
+    assert files is not None
+    with told(_uri(path)):
+        source = files.open_input_stream(inner)
+        while chunk := source.read(_CHUNK):
+            yield chunk
+
+
+def _missing(path: Path) -> DiskError:
+    return DiskError(f"{named(path)}: is missing; was it deleted? Run its stage again")
+
+
+def together(do: Callable[[Any], None], work: Iterable[Any]) -> None:
     """Do all of it, several at once. Raises the first error."""
     items = list(work)
     if len(items) < 2:

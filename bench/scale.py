@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, SHARD, SHARD_CLIPS, SP
 from asc_ray.data.division import PartitionConfig, grouped
 from asc_ray.data.logits import write_logits
 from asc_ray.data.pieces import finished_pieces, note_piece, piece_file
+from asc_ray.data.samples import write_index
 from asc_ray.models.registry import build
 from asc_ray.resources import Resources
 from asc_ray.search.config import SweepConfig
@@ -101,6 +103,7 @@ def write_shard(file: Path, first: int, end: int, clips: int, samples: int = CLI
     )
     with Sparse(file, "w") as sparse, pa.PythonFile(sparse, "w") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
+    write_index(file, np.full(end - first, zlib.crc32(bytes(2 * samples)), np.uint32))
 
 
 def make_store(storage: Path, clips: int) -> ClipStore:
@@ -109,8 +112,8 @@ def make_store(storage: Path, clips: int) -> ClipStore:
     save_bank(ImpulseBank.load(None), artifact.open_partial() / IMPULSE_RESPONSES)
     for first in range(0, clips, SHARD_CLIPS):
         write_shard(piece_file(artifact.partial, SHARD, first), first, min(first + SHARD_CLIPS, clips), clips)
-    files = sorted(artifact.partial.glob(f"{SHARD}-*"))
-    artifact.finish({}, checksums={file.name: "0" * 64 for file in files})
+    files = sorted(artifact.partial.glob(f"{SHARD}-*.arrow"))
+    artifact.finish({}, known={file.name: {"sha256": "0" * 64} for file in files})
     with _node_memory(artifact.path) as known:
         known |= {file.name: _stamp(artifact.path / file.name, {"sha256": "0" * 64}) for file in files}
     return open_clips(artifact.path)
@@ -184,7 +187,7 @@ def stream(storage: Path, clips: int, steps: int) -> str:
 
     from asc_ray.cluster.stream import stream as streamed
 
-    store = open_clips(next((storage / "clips").iterdir()))
+    store = open_clips(next((storage / "clips").iterdir()), whole=False)
     rng = np.random.default_rng(0)
     ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     start = time.perf_counter()

@@ -26,7 +26,9 @@ from asc_ray.audio.frontend import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clip import Clip
+from asc_ray.data.clips import map_pcm
 from asc_ray.data.corpus import Corpus
+from asc_ray.data.samples import checksums, write_index
 from asc_ray.data.shards import write_store
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
 from asc_ray.models.registry import build
@@ -215,6 +217,7 @@ def relabel_test_clips(storage):
         scene = np.where(test, 0, batch["scene"].indices.to_numpy()).astype(np.int32)
         scenes = pa.DictionaryArray.from_arrays(pa.array(scene), batch["scene"].dictionary)
         write_batch(batch.set_column(1, "scene", scenes).replace_schema_metadata(batch.schema.metadata), file)
+        write_index(file, checksums(map_pcm(file)))
     for folder in storage.glob("clips/*"):
         reseal(folder)
 

@@ -92,7 +92,10 @@ def test_base_files_merge_mapping_by_mapping_and_overrides_come_last(tmp_path):
         ("teachers.recipes.passt_fms_1.frontend.mels=64", r"passt_fms_1: frontend makes 64 mels x 100 frames"),
         ("data.mode=ram", r"data\.mode: found 'ram': .*'auto'.*mapped"),
         ("data.resident_share=2", r"data\.resident_share: found 2: .*less than or equal to 1"),
-        ("data={mode: stream, cache: /tmp}", r"data: cache: a stream reads from the storage"),
+        (
+            "data={mode: stream, cache: /tmp}",
+            r"data\.cache: a stream copies no clip store of a folder; leave cache null",
+        ),
         ("student.seed", r"expected KEY\.PATH=VALUE"),
         ("student.seed=[", "not valid YAML"),
     ],

@@ -1,6 +1,8 @@
 """How clips reach the device: mapped, resident and streamed alike, from a store of its own on each node."""
 
 import os
+import pickle
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +14,11 @@ import soundfile as sf
 import torch
 from conftest import clip_store
 
-from asc_ray import artifacts
+from asc_ray import artifacts, remote
 from asc_ray.artifacts import Artifact
 from asc_ray.data.batches import DataConfig, Waves, delivery, epoch_batches, waveform
 from asc_ray.data.clip import Clip
-from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, ClipStore
+from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, ClipStore, open_clips
 from asc_ray.data.corpus import Corpus
 from asc_ray.data.mirror import mirrored
 from asc_ray.errors import ConfigError, UserError
@@ -52,21 +54,26 @@ def cluster():
 
 
 @ray.remote(num_cpus=1)
-def streamed(folder: Path, rows: np.ndarray, given: list[np.ndarray]) -> list[np.ndarray]:
+def streamed(store: ClipStore, rows: np.ndarray, given: list[np.ndarray]) -> list[np.ndarray]:
     from asc_ray.cluster.stream import stream
 
-    waves = Waves(ClipStore(folder), rows, CPU, DataConfig(mode="stream"), stream)
+    waves = Waves(store, rows, CPU, DataConfig(mode="stream"), stream)
     return [waveform(pcm).numpy() for pcm in waves.batches(given)]
 
 
-@pytest.mark.parametrize("epoch", [0, 5])
-def test_mapped_resident_and_streamed_batches_are_the_same(folder, cluster, epoch):
-    store, rows = ClipStore(folder), np.arange(5, 80)
+def opened(folder: Path, how: str) -> ClipStore:
+    """The store as `mapped` opens it, as a stream does, and as a stream does one of an earlier version."""
+    return ClipStore(folder) if how == "shards" else open_clips(folder, whole=how == "whole")
+
+
+@pytest.mark.parametrize(("epoch", "how"), [(0, "parts"), (5, "parts"), (5, "shards")])
+def test_mapped_resident_and_streamed_batches_are_the_same(folder, cluster, epoch, how):
+    store, rows = opened(folder, how), np.arange(5, 80)
     given = batches(epoch, clips=len(rows))
-    expected = [store.pcm(rows[batch]).astype(np.float32) / 32768 for batch in given]
+    expected = [ClipStore(folder).pcm(rows[batch]).astype(np.float32) / 32768 for batch in given]
     mapped = Waves(store, rows, CPU, DataConfig(mode="mapped")).batches(given)
     resident = Waves(store, rows, CPU, DataConfig(mode="resident")).batches(given)
-    there = ray.get(streamed.remote(folder, rows, given))
+    there = ray.get(streamed.remote(store, rows, given))
     for wanted, a, b, c in zip(expected, mapped, resident, there, strict=True):
         assert (waveform(a).numpy() == wanted).all()
         assert (waveform(b).numpy() == wanted).all()
@@ -74,19 +81,74 @@ def test_mapped_resident_and_streamed_batches_are_the_same(folder, cluster, epoc
 
 
 def test_a_stream_gives_two_workers_every_clip_once_an_epoch(folder, cluster):
-    store, rows = ClipStore(folder), np.arange(CLIPS)
+    store, rows = open_clips(folder, whole=False), np.arange(CLIPS)
     for epoch in range(2):
-        pieces = [streamed.remote(folder, rows, batches(epoch, rank, world=2)) for rank in range(2)]
+        pieces = [streamed.remote(store, rows, batches(epoch, rank, world=2)) for rank in range(2)]
         numbers = [round(clip[0] * 32768) for worker in ray.get(pieces) for batch in worker for clip in batch]
         assert sorted(store.ids[:]) == [f"{number:02d}.wav" for number in sorted(numbers)]
 
 
 def test_a_stream_starts_where_a_broken_epoch_ended(folder, cluster):
-    rows, given = np.arange(CLIPS), batches(1)
-    whole = ray.get(streamed.remote(folder, rows, given))
-    rest = ray.get(streamed.remote(folder, rows, given[3:]))
+    store, rows, given = open_clips(folder, whole=False), np.arange(CLIPS), batches(1)
+    whole = ray.get(streamed.remote(store, rows, given))
+    rest = ray.get(streamed.remote(store, rows, given[3:]))
     assert all((a == b).all() for a, b in zip(whole[3:], rest, strict=True))
-    assert ray.get(streamed.remote(folder, rows, [])) == []
+    assert ray.get(streamed.remote(store, rows, [])) == []
+
+
+# --- single clips, from where the shards lie --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["whole", "parts", "shards"])
+def test_a_store_is_the_same_however_it_is_opened(folder, how):
+    store, rows = opened(folder, how), np.array([16, 17, 18, 3, 89, 89, 0, 33, 34])
+    expected = ClipStore(folder)
+    for one in (store, pickle.loads(pickle.dumps(store))):
+        assert one.ids[:].tolist() == expected.ids[:].tolist()
+        assert (one.scene == expected.scene).all()
+        assert (one.energy == expected.energy).all()
+        assert (one.place[:] == expected.place[:]).all()
+        assert (one.labels, one.devices, one.corpus) == (expected.labels, expected.devices, expected.corpus)
+        assert (one.pcm(rows) == expected.pcm(rows)).all()
+        assert one.pcm(rows[:0]).shape == (0, CLIP_SAMPLES)
+
+
+def test_clips_that_follow_each_other_are_read_at_once(folder, monkeypatch):
+    store, asked, part = open_clips(folder, whole=False), [], remote.part
+    monkeypatch.setattr(remote, "part", lambda *where: asked.append(where[2] // (2 * CLIP_SAMPLES)) or part(*where))
+    store.pcm(np.arange(10, 40))
+    assert sorted(asked) == [6, 7, 17]  # of three shards of 17
+    asked.clear()
+    store.pcm(np.array([5, 4, 6, 7, 9, 9]))
+    assert sorted(asked) == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_clip_that_is_not_as_it_was_written_is_named_and_others_are_read(folder, tmp_path, damage):
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    shard, clip = copy / "shard-000000017.arrow", 20
+    store, place = (
+        open_clips(copy, whole=False),
+        shard.read_bytes().find(ClipStore(copy).pcm(np.array([clip])).tobytes()),
+    )
+    with shard.open("r+b") as file:
+        file.seek(place + 30_001)
+        byte = file.read(1)[0]
+        file.seek(place + 30_001)
+        file.write(bytes([byte ^ 1]))
+        if damage == "cut":
+            file.truncate(place + 100)
+    if damage == "gone":
+        shard.unlink()
+    told = r"shard-000000017\.arrow: is missing" if damage == "gone" else (
+        r"shard-000000017\.arrow: the samples of 20\.wav are not as they were written; delete the folder "
+    )  # fmt: skip
+    with pytest.raises(UserError, match=told):
+        store.pcm(np.array([0, 19, 20, 40]) if damage == "flipped" else np.array([clip]))
+    assert (store.pcm(np.array([0, 40])) == ClipStore(folder).pcm(np.array([0, 40]))).all()
+    with pytest.raises(UserError, match=r"shard-000000017\.arrow: (checksum differs|missing)"):
+        open_clips(copy).pcm(np.array([0]))
 
 
 def test_what_auto_comes_to():

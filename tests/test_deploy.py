@@ -30,6 +30,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
+from store import SECRET
 
 from asc_ray.config.composition import load_config
 from asc_ray.tracking.config import default_uri
@@ -367,24 +368,6 @@ def postgres() -> Iterator[Postgres]:
         node.stop()
 
 
-@pytest.fixture
-def bucket(monkeypatch) -> Iterator[Any]:
-    """A bucket of a real S3 server on this machine."""
-    server = pytest.importorskip("moto.server")
-    import boto3
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "made-up")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "made-up, too")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-    node = server.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port())
-    node.start()
-    host, port = node.get_host_and_port()
-    yield boto3.resource("s3", endpoint_url=f"http://{host}:{port}").create_bucket(
-        Bucket="runs", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
-    )
-    node.stop()
-
-
 @contextmanager
 def mlflow_server(variables: dict[str, str], postgres: Postgres) -> Iterator[str]:
     """Run the service `mlflow` of the compose file as it stands there, but for addresses, and yield its URI."""
@@ -435,9 +418,8 @@ def test_runs_are_in_postgresql_and_files_on_s3_also_after_both_started_again(fi
     variables = {
         "POSTGRES_PASSWORD": "letters1and2digits",
         "ARTIFACTS": f"s3://{bucket.name}/mlflow",
-        "MLFLOW_S3_ENDPOINT_URL": bucket.meta.client.meta.endpoint_url,
-        "AWS_ACCESS_KEY_ID": "made-up",
-        "AWS_SECRET_ACCESS_KEY": "made-up, too",
+        "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{bucket.port}",
+        **SECRET,
     }
     with mlflow_server(variables, postgres) as uri:
         settings = [f"storage={storage}", f"tracking.uri={uri}", "tracking.required=true"]
@@ -465,9 +447,7 @@ def test_runs_are_in_postgresql_and_files_on_s3_also_after_both_started_again(fi
             for run in client.search_runs([each.experiment_id], "tags.`asc_ray.kind` = 'pipeline'")
         ]
         file = download_artifacts(run_id=parent.info.run_id, artifact_path="config.yaml", tracking_uri=uri)
-        kept = next(
-            each for each in bucket.objects.all() if each.key.endswith(f"{parent.info.run_id}/artifacts/config.yaml")
-        )
-        assert kept.key.startswith("mlflow/")
-        assert kept.get()["Body"].read() == Path(file).read_bytes()
+        there = bucket.files("mlflow")
+        kept = next(name for name in there if name.endswith(f"{parent.info.run_id}/artifacts/config.yaml"))
+        assert there[kept] == Path(file).read_bytes()
         assert yaml.safe_load(Path(file).read_text())["name"] == "tiny"

@@ -10,11 +10,11 @@ import pytest
 from conftest import TINY, command, joined
 from safetensors.numpy import save_file
 
-from asc_ray.artifacts import write_atomically
 from asc_ray.cluster.sweep import _trial
 from asc_ray.config.composition import load_config
 from asc_ray.data.arrow import write_batch
 from asc_ray.disk import disk_error
+from asc_ray.files import write_atomically
 from asc_ray.resources import Resources
 from asc_ray.search.proposals import propose
 

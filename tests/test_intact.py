@@ -72,6 +72,7 @@ def ids_of_test(plan):
 
 # What reads each file of a finished run, below the storage.
 READERS = {
+    "clips/*.arrow": lambda plan: source_of(plan).store().pcm(np.arange(1)),
     "clips/*": lambda plan: source_of(plan).open(),
     "teachers/*": load_teachers,
     "logits/*/train-*": lambda plan: fuse_systems(

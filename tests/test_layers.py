@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asc_ray"
 # itself lies in another layer than its package.
 LAYERS = (
     {"errors"},
-    {"files", "shown", "provenance", "disk", "places", "remote"},
+    {"files", "shown", "provenance", "disk", "places", "objects", "remote"},
     {"runtime"},
     {"embedded"},
     {"section", "artifacts", "lock", "claims", "resources", "config.yaml_text", "config.overrides"},

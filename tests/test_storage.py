@@ -27,10 +27,13 @@ from asc_ray.artifacts import (
     write_record,
 )
 from asc_ray.config.composition import load_config
-from asc_ray.data.pieces import finished_pieces, note_piece, piece_file
+from asc_ray.data.clip import Clip
+from asc_ray.data.clips import CLIP_SAMPLES, open_clips, write_clips
+from asc_ray.data.pieces import finished_pieces, known_files, note_piece, piece_file
 from asc_ray.disk import DiskError
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.lock import exclusive, is_locked
+from asc_ray.objects import told
 from asc_ray.places import named, node_folder, opened, place_of
 from asc_ray.plan import FAILED, failure
 from asc_ray.search.course import TRIALS, ended_trials, result_of
@@ -192,16 +195,58 @@ def test_pieces_that_one_node_made_are_not_made_again(place):
     assert state_of(other, "ingest").progress == {"shards": 2}
     found = finished_pieces(other.open_partial(), "shard", ids)
     assert [record["first"] for record in found] == [0, 5]
-    assert [file.name for file in sorted(other.partial.glob("*.arrow"))] == [
-        "shard-000000000.arrow",
-        "shard-000000005.arrow",
-    ]
-    other.finish({}, scratch=("*.json",), checksums={record["file"]: record["sha256"] for record in found})
+    # They stay where they are: where there is no common folder, in the storage.
+    here = [] if place.bucket else ["shard-000000000.arrow", "shard-000000005.arrow"]
+    assert [file.name for file in sorted(other.partial.glob("*.arrow"))] == here
+    other.finish({}, scratch=("*.json",), known=known_files(found))
     assert [file.read_bytes()[0] for file in stored_files(artifact(place, "one").path, "shard-*")] == [0, 5]
     if place.bucket:  # and of what the building needed nothing is left
         assert place.bucket.files(f"{place.disks.parent.name}/clips/{other.path.name}").keys() == {
             "manifest.json", "shard-000000000.arrow", "shard-000000005.arrow",
         }  # fmt: skip
+
+
+def test_what_the_storage_lacks_is_no_part_of_an_artifact(place):
+    """Deleted while the artifact was made: there is no manifest that promises it."""
+    own = artifact(place, "one")
+    file = piece_file(own.open_partial(), "shard", 0)
+    file.write_bytes(BIG)
+    record = note_piece(file, ["a"], {})
+    file.unlink()
+    remote.forget(file)
+    with pytest.raises(DiskError, match=r"shard-000000000\.arrow\S*: is missing; was it deleted\? Run its stage again"):
+        own.finish({}, scratch=("*.json",), known=known_files([record]))
+    assert not artifact(place, "other").complete
+
+
+def test_a_node_that_streams_brings_indexes_and_parts_of_shards(store):
+    clips = [Clip(f"{number}.wav", "park", "a", "rome-1", "train") for number in range(5)]
+    pcm = np.random.default_rng(0).integers(-999, 999, (5, CLIP_SAMPLES)).astype(np.int16)
+    own = artifact(store, "one")
+    for first in (0, 3):
+        some = slice(first, first + 3)
+        write_clips(piece_file(own.open_partial(), "shard", first), clips[some], pcm[some], ["park"], ["a"], "f00d")
+    own.finish({})
+    there = artifact(store, "other").path
+    streaming = open_clips(there, whole=False)
+    assert (streaming.pcm(np.array([4, 1, 2, 0])) == pcm[[4, 1, 2, 0]]).all()
+    assert sorted(path.suffix for path in there.iterdir()) == [".index", ".index", ".json"]
+    mapped = open_clips(there)
+    assert mapped.scene.tolist() == [0] * 5
+    assert not list(there.glob("*.arrow"))
+    assert (mapped.pcm(np.arange(5)) == pcm).all()
+    assert len(list(there.glob("*.arrow"))) == 2
+    assert store.bucket is not None
+    name = f"{store.disks.parent.name}/clips/{own.path.name}/shard-000000003.arrow"
+    remote._reader.cache_clear()
+    store.bucket.write(name, store.bucket.files(name.rpartition("/")[0])["shard-000000003.arrow"][:-70_000])
+    with pytest.raises(UserError, match=r"clips/tau22-\w+/shard-000000003\.arrow\S*: the samples of 4\.wav are not as"):
+        streaming.pcm(np.array([4]))
+    assert (streaming.pcm(np.array([1])) == pcm[1]).all()
+    store.bucket.delete(name)
+    remote._reader.cache_clear()
+    with pytest.raises(DiskError, match=r"clips/tau22-\w+/shard-000000003\.arrow\S*: is missing"):
+        streaming.pcm(np.array([3]))
 
 
 def test_a_training_goes_on_on_another_node(place):
@@ -485,7 +530,7 @@ def test_a_denied_request_is_one_line(tmp_path):
 def test_an_error_of_the_store_comes_through_other_libraries_words(store):
     from asc_ray.disk import disk_error
 
-    with pytest.raises(DiskError) as raised, remote._told(store.uri):
+    with pytest.raises(DiskError) as raised, told(store.uri):
         raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode 7")
     text = f"RayTaskError(ValueError): Traceback\n  File x\nasc_ray.disk.DiskError: {raised.value}\nand more"
     for error in (raised.value, text, RuntimeError(text)):

@@ -29,6 +29,7 @@ from chaos import content
 
 # What the driver has said when it is killed: a shard is being made, a teacher has a checkpoint, a trial has one.
 KILLED_AT = (r"shards: 0/", r"cpr_128k_fms_1: 1/3", r"trial-000: 1/2", None)
+STREAMS = "data.mode=stream"  # on an object storage, every second time
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def resumed(request, tmp_path_factory) -> Resumed:
     run = Resumed(place, f"sqlite:///{folder}/mlflow.db", "")
     output = ""
     for number, pattern in enumerate(KILLED_AT):
-        words = command("pipeline", *run.arguments(f"node-{number}"))
+        streams = ["--set", STREAMS] if place.bucket and number % 2 else []
+        words = command("pipeline", *run.arguments(f"node-{number}"), *streams)
         driver = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=joined(), cwd=folder
         )  # MLflow's files of a database without a server go to the working directory
@@ -104,6 +106,14 @@ def test_nothing_of_the_building_stays_in_the_storage(resumed):
     else:
         storage = resumed.place.node("")
         assert not [path for pattern in ("**/*.tmp", "*/*.partial", ".ray") for path in storage.glob(pattern)]
+
+
+def test_a_node_that_streams_has_no_shard(resumed):
+    if not resumed.place.bucket:
+        pytest.skip("a folder is common to all nodes")
+    assert list(resumed.place.node("node-3").glob("clips/*/*.index"))
+    assert not list(resumed.place.node("node-3").glob("clips/*/*.arrow"))
+    assert list(resumed.place.node("node-2").glob("clips/*/*.arrow"))
 
 
 def test_no_credential_is_written_anywhere(resumed):

@@ -11,7 +11,7 @@ from asc_ray.artifacts import Artifact
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SPLITS
 from asc_ray.data.logits import read_logits
-from asc_ray.data.pieces import finished_pieces, missing_pieces, piece_file
+from asc_ray.data.pieces import finished_pieces, known_files, missing_pieces, piece_file
 from asc_ray.ensemble.inference import Inference, LogitsPrecision, infer
 from asc_ray.errors import UserError
 from asc_ray.resources import Resources
@@ -74,5 +74,4 @@ def store_logits(
         facts: dict[str, Any] = {"clips": len(store), "parts": len(reports[name])}
         if found := [report["bf16_difference"] for report in reports[name] if "bf16_difference" in report]:
             facts["bf16_difference"] = max(found)
-        checksums = {report["file"]: report["sha256"] for report in reports[name]}
-        artifact.finish(facts, scratch=("*.json",), checksums=checksums)
+        artifact.finish(facts, scratch=("*.json",), known=known_files(reports[name]))

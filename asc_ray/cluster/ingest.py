@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pyarrow as pa
 
 from asc_ray import remote
-from asc_ray.artifacts import Artifact, stored_files
+from asc_ray.artifacts import Artifact, file_sha256, stored_files
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clip import Clip
 from asc_ray.data.clips import SHARD, ClipStore
 from asc_ray.data.corpus import Corpus
 from asc_ray.data.faults import BadClip, Faults
-from asc_ray.data.pieces import finished_pieces, missing_pieces, note_piece, piece_file
+from asc_ray.data.pieces import finished_pieces, known_files, missing_pieces, note_piece, piece_file
+from asc_ray.data.samples import INDEX
 from asc_ray.data.shards import write_shard
 from asc_ray.errors import UserError
 from asc_ray.places import is_kept, ready
@@ -39,7 +41,13 @@ def ingest(
     """Decode the corpus into the clip store. Raises CorpusError that lists every bad clip."""
     folder = artifact.open_partial()
     ids = [clip.clip_id for clip in corpus.clips]
-    reports = finished_pieces(folder, SHARD, ids, accept=lambda report: skip_bad or not report["bad"])
+    remote.pull(folder, f"{SHARD}-*{INDEX}")
+
+    def accepted(report: Mapping[str, Any]) -> bool:
+        index = (folder / report["file"]).with_suffix(INDEX)
+        return (skip_bad or not report["bad"]) and index.is_file() and report["index"] == file_sha256(index)
+
+    reports = finished_pieces(folder, SHARD, ids, accepted)
     tasks = []
     for some in missing_pieces(len(ids), reports, shard_clips):
         arguments = (corpus.root, corpus.clips[some], corpus.labels, corpus.devices, corpus.fingerprint)
@@ -57,8 +65,8 @@ def ingest(
     _add_lost_scenes(faults, corpus, {clip.clip_id for clip in bad})
     faults.refuse(corpus.root, len(ids), skippable=False)
     left_out = {clip.clip_id for clip in bad}
-    remote.pull(folder, f"{SHARD}-*")  # from the nodes that made them
-    held = ClipStore(folder).keys()
+    remote.pull(folder, f"{SHARD}-*{INDEX}")  # from the nodes that made them; the shards stay where they are
+    held = ClipStore(folder, sorted(folder.glob(f"{SHARD}-*{INDEX}"))).keys()
     if not held.equals(pa.chunked_array([[name for name in ids if name not in left_out]], pa.string())):
         raise UserError(f"{folder}: holds {len(held)} of {len(ids)} clips; delete the folder and ingest again")
     if corpus.made_split:
@@ -80,7 +88,7 @@ def ingest(
             "skipped": [asdict(clip) for clip in (*corpus.bad, *bad)],
         },
         scratch=(f"{SHARD}-*.json",),
-        checksums={report["file"]: report["sha256"] for report in reports},
+        known=known_files(reports),
     )
 
 
@@ -115,4 +123,9 @@ def _ingest_shard(
         stored_files(root)
     ready(file.parent)
     report = write_shard(root, clips, labels, devices, file, fingerprint=fingerprint)
-    return note_piece(file, [clip.clip_id for clip in clips], asdict(report))
+    index = file.with_suffix(INDEX)
+    remote.push(index)
+    record = note_piece(file, [clip.clip_id for clip in clips], {**asdict(report), "index": file_sha256(index)})
+    if is_kept(file):
+        file.unlink()  # who reads it may be another node
+    return record

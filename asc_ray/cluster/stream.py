@@ -11,6 +11,7 @@ import ray.data
 
 from asc_ray.artifacts import stored_file
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore, map_pcm
+from asc_ray.data.samples import INDEX, read_samples
 
 READERS = 4
 AHEAD = 4  # batches
@@ -21,9 +22,9 @@ SPAN = 1024
 def stream(store: ClipStore, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the clips of each batch of the store's rows, (B, 32000) int16, in order.
 
-    Every node can reach the store's folder, and a task opens the shards that it reads. The rows are chosen beforehand,
-    so a streamed epoch has the same batches as a mapped one of the same seed, epoch and rank. Ray runs a task again if
-    it dies.
+    Every node can reach the store's storage, and a task reads the clips that it is asked for, and no shard as a whole.
+    The rows are chosen beforehand, so a streamed epoch has the same batches as a mapped one of the same seed, epoch and
+    rank. Ray runs a task again if it dies.
     """
     batches = iter(batches)
     while some := list(islice(batches, SPAN)):
@@ -35,7 +36,8 @@ def _streamed(store: ClipStore, batches: Sequence[np.ndarray]) -> Iterator[np.nd
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    places = [dict(zip(("files", "file", "row"), store.located(rows), strict=True)) for rows in batches]
+    located = (store.located(rows) for rows in batches)
+    places = [{"files": [*map(str, files)], "file": of, "row": rows} for files, of, rows in located]
     plan = ray.data.from_items(places, override_num_blocks=len(batches))
     # Readers ask for no CPU, because trainings hold them all and a reader mostly waits for its disk.
     readers = ray.data.TaskPoolStrategy(size=READERS)
@@ -56,10 +58,14 @@ _checked = cache(stored_file)  # a worker reads many batches
 
 
 def _read(batch: Any) -> dict[str, np.ndarray]:
-    files, of, rows = (batch[name][0] for name in ("files", "file", "row"))
+    names, of, rows = (batch[name][0] for name in ("files", "file", "row"))
+    files = [_checked(file.parent, file.name) for file in map(Path, names)]
     pcm = np.empty((len(rows), CLIP_SAMPLES), dtype=np.int16)
-    for number, file in enumerate(map(Path, files)):
-        shard = map_pcm(_checked(file.parent, file.name))  # anew each time: what stays mapped counts as memory
+    if files[0].suffix == INDEX:
+        read_samples(files, of, rows, pcm)
+        return {"pcm": pcm}
+    for number, file in enumerate(files):  # of a store without indexes
+        shard = map_pcm(file)  # anew each time: what stays mapped counts as memory
         for position in np.flatnonzero(of == number):
             pcm[position] = shard[rows[position]]
     return {"pcm": pcm}

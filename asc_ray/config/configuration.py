@@ -62,6 +62,10 @@ class Config(Section):
                 "tracking.uri: must be given where storage is a URI, because MLflow's own database needs a folder; "
                 "allowed is the URI of a server, as in tracking.uri=http://HOST:5000"
             )
+        if self.data.mode == "stream" and self.data.cache and not isinstance(self.storage, str):
+            raise ValueError(
+                "data.cache: a stream copies no clip store of a folder; leave cache null, or choose another data.mode"
+            )
         if self.sweep:
             check_space(self.sweep, self.student)
         allowed = ("none", "average", "fused", *self.teachers.systems)

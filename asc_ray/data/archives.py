@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from asc_ray.artifacts import write_atomically
 from asc_ray.errors import UserError
-from asc_ray.files import open_plain, read_plain
+from asc_ray.files import open_plain, read_plain, write_atomically
 from asc_ray.shown import printable
 
 CHUNK = 1 << 18  # bytes

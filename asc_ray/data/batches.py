@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
@@ -39,12 +39,6 @@ class DataConfig(Section):
         description="a folder on every node's own disk, where one copy of the clip store is kept and mapped; of an "
         "object storage all that a node builds and reads, for which null is below its temporary folder",
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "DataConfig":
-        if self.mode == "stream" and self.cache:
-            raise ValueError("cache: a stream reads from the storage; leave cache null, or choose another mode")
-        return self
 
 
 # The first word of every spawn key, so that the two random streams never meet, whatever the other words are.

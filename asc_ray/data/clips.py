@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from asc_ray.artifacts import stored_files
+from asc_ray.artifacts import read_manifest, stored_files
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clip import Clip
+from asc_ray.data.samples import INDEX, checksums, read_samples, write_index
 from asc_ray.errors import UserError
 
 SAMPLE_RATE = 32_000
@@ -20,6 +21,7 @@ CLIP_SAMPLES = 32_000
 SHARD = "shard"  # the files' prefix
 SHARD_CLIPS = 4_096
 SPLITS = ("train", "test")
+_INDEX_BYTES = 28  # at least, a clip: its columns have a word of 32 bits each
 
 
 def write_clips(
@@ -31,7 +33,9 @@ def write_clips(
     fingerprint: str,
     cut: bool = False,
 ) -> None:
-    """Write clips and their samples (N, 32000) int16 as one Arrow IPC file; the same input gives the same bytes.
+    """Write clips and their samples (N, 32000) int16 as one Arrow IPC file, a shard, and its index beside it.
+
+    The same input gives the same bytes.
 
     Columns: clip_id utf8; scene, device, location (the clip's place), split dictionary<int32, utf8>; energy float32,
     the sum of (pcm / 32768)^2; pcm fixed_size_list<int16>[32000]. Clips that were `cut` from recordings also have
@@ -72,11 +76,18 @@ def write_clips(
         },
     )
     write_batch(batch, file)
+    write_index(file, checksums(pcm))
 
 
-def open_clips(folder: Path) -> "ClipStore":
-    """Open the clip store of a finished artifact. Raises UserError where one of its files is not as it was written."""
-    return ClipStore(folder, stored_files(folder, f"{SHARD}-*.arrow"))
+def open_clips(folder: Path, whole: bool = True) -> "ClipStore":
+    """Open the clip store of a finished artifact, of which this node needs the shards' indexes alone.
+
+    The shards are brought and compared when samples are asked for first. Unless `whole`, they stay where they lie, and
+    single clips are read there. Stores made before version 0.3.0 have no indexes: their shards are brought at once.
+    Raises UserError where a file is not as it was written.
+    """
+    indexed = any(name.endswith(INDEX) for name in read_manifest(folder)["files"])
+    return ClipStore(folder, stored_files(folder, f"{SHARD}-*{INDEX if indexed else '.arrow'}"), whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,20 +122,24 @@ class ClipStore:
 
     scene: (N,) int64 into `labels`; device, place, split: Names; energy: (N,) float32; labels, devices: tuples; corpus:
     the fingerprint. recording, second: Names and (N,) int32 of clips that are seconds of longer recordings, else None.
-    Ids and PCM stay on disk, mapped where they are asked for. Without `files` all shards in the folder
-    are read, and their ids compared, which those of a finished artifact were at its ingest. Pickling sends only the
-    paths, and the other end opens them again.
+    Ids and PCM stay on disk, mapped where they are asked for. `files` are shards, or the indexes of a finished
+    artifact's, which `whole` says how to read samples of (`open_clips`). Without `files` all shards in the folder are
+    read, and their ids compared, which those of a finished artifact were at its ingest. Pickling sends only the paths,
+    and the other end opens them again.
     Raises UserError for a folder without shards, a damaged shard, shards of different corpora, a clip held twice.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None, whole: bool = True):
         self.folder, checked = Path(folder), files is not None
         self._files = files = sorted(self.folder.glob(f"{SHARD}-*.arrow")) if files is None else list(files)
         if not files:
             raise UserError(f"{self.folder}: no {SHARD}-*.arrow files; run the ingest stage first")
         schema = map_batch(files[0]).schema
+        indexed, self._whole = files[0].suffix == INDEX, whole
+        self._shards = None if indexed else files
         # As many clips as the files can hold; what is not filled takes no memory.
-        most = sum(file.stat().st_size for file in files if file.exists()) // (2 * CLIP_SAMPLES)
+        least = _INDEX_BYTES if indexed else 2 * CLIP_SAMPLES
+        most = sum(file.stat().st_size for file in files if file.exists()) // least
         scene, energy = np.empty(most, np.int64), np.empty(most, np.float32)
         device, place, split = (_Codes(np.empty(most, dtype)) for dtype in (np.int16, np.int32, np.int8))
         cut = "recording" in schema.names
@@ -165,7 +180,7 @@ class ClipStore:
         return int(self._starts[-1])
 
     def __reduce__(self):
-        return ClipStore, (self.folder, self._files)
+        return ClipStore, (self.folder, self._files, self._whole)
 
     @property
     def unseen_devices(self) -> tuple[str, ...]:
@@ -210,10 +225,10 @@ class ClipStore:
             raise UserError(f"{self.folder}: holds no clip {', '.join(missing)} ({found.null_count} missing)")
         return found.to_numpy().astype(np.int64)
 
-    def located(self, rows: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Return the shards' files that hold these rows, and each row's file and place in it, (n,) int64."""
+    def located(self, rows: np.ndarray) -> tuple[list[Path], np.ndarray, np.ndarray]:
+        """Return the files, shards or indexes, of these rows, and each row's file and place in it, (n,) int64."""
         shards, of = np.unique(self._shard(rows), return_inverse=True)
-        return [str(self._files[shard]) for shard in shards], of, rows - self._starts[shards[of]]
+        return [self._files[shard] for shard in shards], of, rows - self._starts[shards[of]]
 
     def pcm(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return (B, 32000) int16 of the given rows in the given order, in `out` where given."""
@@ -222,10 +237,15 @@ class ClipStore:
             raise IndexError(f"rows {indices.min()}..{indices.max()} of a store of {len(self)} clips")
         if out is None:
             out = np.empty((len(indices), CLIP_SAMPLES), dtype=np.int16)
+        if self._shards is None and not self._whole:
+            read_samples(*self.located(indices), out)
+            return out
+        if self._shards is None:
+            self._shards = stored_files(self.folder, f"{SHARD}-*.arrow")
         shard = self._shard(indices)
         for position, (s, row) in enumerate(zip(shard.tolist(), indices.tolist(), strict=True)):
             if s not in self._pcm:
-                self._pcm[s] = map_pcm(self._files[s])
+                self._pcm[s] = map_pcm(self._shards[s])
             out[position] = self._pcm[s][row - self._starts[s]]
         return out
 

@@ -298,7 +298,7 @@ def _file_sizes(root: Path, names: list[str], faults: Faults) -> tuple[dict[str,
             if parent not in folders:
                 folders[parent] = listed(parent)
             folder = folders[parent]
-            entry = folder.get(base) if folder else None
+            entry = folder.pop(base, None) if folder else None  # with what it keeps of its file, which is more than it
             link = entry is not None and entry.is_symlink()
             any_link |= link
             outside = folder is None or base == ".." or (link and not inside(root / name))

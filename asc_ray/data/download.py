@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asc_ray.artifacts import write_atomically
 from asc_ray.data.archives import CHUNK, SHA256, UNPACKED, Archive, checksum, unpack
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.files import open_plain
+from asc_ray.files import open_plain, write_atomically
 from asc_ray.lock import exclusive
 
 if TYPE_CHECKING:

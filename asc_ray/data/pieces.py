@@ -14,6 +14,7 @@ import numpy as np
 
 from asc_ray import remote
 from asc_ray.artifacts import file_sha256, read_record, write_record
+from asc_ray.places import is_kept
 
 Record = Mapping[str, Any]
 Ids = Sequence[str] | np.ndarray
@@ -31,7 +32,7 @@ def note_piece(file: Path, ids: Ids, facts: Record) -> dict[str, Any]:
     """
     first = int(file.stem.rpartition("-")[2])
     record = {**facts, "file": file.name, "first": first, "clips": len(ids), "ids": _digest(ids)}
-    record["sha256"] = file_sha256(file)
+    record |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     remote.push(file)
     write_record(file.with_suffix(".json"), record)
     return record
@@ -43,23 +44,28 @@ def finished_pieces(
     """Return the records of the whole pieces in `folder` that cover the clips of `ids` that they say, in order.
 
     All other files of the prefix are removed: those of other clips, those that are cut or changed, have no record,
-    overlap the one before, or that `accept` refuses.
+    overlap the one before, or that `accept` refuses. Of an object storage, which has a file whole or not at all, only
+    the records are brought.
     """
-    remote.pull(folder, f"{prefix}-*")
+    remote.pull(folder, f"{prefix}-*.json")
+    sizes = {name: info.size for name, info in remote.listed(folder).items()} if is_kept(folder) else None
     found: list[dict[str, Any]] = []
     end = 0
-    for file in sorted(folder.glob(f"{prefix}-*.arrow")):
+    for name in sorted({path.stem for path in folder.glob(f"{prefix}-*")}):
+        file = folder / f"{name}.arrow"
         record = read_record(file.with_suffix(".json"))
-        if record is None or not _covers(record, file, ids) or record["first"] < end or not accept(record):
-            file.unlink()
-            file.with_suffix(".json").unlink(missing_ok=True)
-        else:
+        if record and _covers(record, file, ids, sizes) and record["first"] >= end and accept(record):
             end = record["first"] + record["clips"]
             found.append(record)
-    for note in folder.glob(f"{prefix}-*.json"):
-        if not note.with_suffix(".arrow").is_file():
-            note.unlink()
+        else:
+            for path in folder.glob(f"{name}.*"):
+                path.unlink()
     return found
+
+
+def known_files(records: Sequence[Record]) -> dict[str, Record]:
+    """Return what `Artifact.finish` asks to know of the pieces' files."""
+    return {record["file"]: record for record in records}
 
 
 def missing_pieces(count: int, finished: Sequence[Record], size: int) -> list[slice]:
@@ -71,16 +77,21 @@ def missing_pieces(count: int, finished: Sequence[Record], size: int) -> list[sl
     return gaps
 
 
-def _covers(record: Record, file: Path, ids: Ids) -> bool:
+def _covers(record: Record, file: Path, ids: Ids, sizes: Mapping[str, int] | None) -> bool:
     first, clips = record.get("first"), record.get("clips")
     if not isinstance(first, int) or not isinstance(clips, int) or record.get("file") != file.name:
         return False
     own = ids[first : first + clips]
+    if sizes is None:
+        same = file.is_file() and record.get("sha256") == file_sha256(file)
+    else:
+        same = record.get("bytes") == sizes.get(file.name, -1)
     return (
         piece_file(file.parent, file.stem.rpartition("-")[0], first) == file
         and len(own) == clips > 0
         and record.get("ids") == _digest(own)
-        and record.get("sha256") == file_sha256(file)
+        and "bytes" in record
+        and same
     )
 
 

@@ -10,10 +10,11 @@ import onnx
 import torch
 from torch import nn
 
-from asc_ray.artifacts import file_sha256, stored_file, write_atomically
+from asc_ray.artifacts import file_sha256, stored_file
 from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 from asc_ray.errors import UserError
+from asc_ray.files import write_atomically
 from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.int8.conversion import operators
 from asc_ray.runtime import CHECKSUMS, FRONTEND, LABELS, MODEL, PRODUCER, Bundle

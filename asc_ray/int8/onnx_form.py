@@ -28,7 +28,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
-from asc_ray.artifacts import write_atomically
+from asc_ray.files import write_atomically
 from asc_ray.int8.preparation import FREE_BATCH, example_of, quiet
 
 PLANE = [2, 3]  # frequency and time of (B, C, F, T)

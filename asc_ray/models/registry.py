@@ -6,7 +6,6 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from asc_ray.models.bsconv import BSConvCNN, BSConvConfig
 from asc_ray.models.cnn_gru import CNNGRU, CNNGRUConfig
@@ -64,6 +63,8 @@ def folded(model: nn.Module) -> nn.Module:
 
     Foreign code is left as it is, because folding follows one call and keeps what that has drawn or chosen.
     """
+    from torch.fx.experimental.optimization import fuse  # takes longer to import than torch
+
     model.eval()
     if isinstance(model, OwnNetwork):
         return model

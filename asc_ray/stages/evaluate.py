@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from asc_ray.artifacts import Artifact, read_manifest, stored_file, stored_files, write_atomically
+from asc_ray.artifacts import Artifact, read_manifest, stored_file, stored_files
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, read_logits, write_logits
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.evaluation.artifact import ANSWERS, EVALUATION, headline, score, score_ensemble
+from asc_ray.files import write_atomically
 from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.int8.train import load_fake_quantized
 from asc_ray.plan import Plan

@@ -30,7 +30,7 @@ from asc_ray.evaluation.scores import guessed
 from asc_ray.int8.bundle import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.int8.train import load_int8
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
-from asc_ray.places import is_uri, named, opened
+from asc_ray.places import is_kept, is_uri, named, opened
 from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress
 from asc_ray.remote import children
@@ -170,7 +170,7 @@ def export_bundle(
     origin, uri = find(run, uri, default_storage)
     if uri == default_uri(origin.storage):
         _prepare(origin.storage, uri)
-    store, config = open_clips(origin.clips), origin.config()
+    store, config = open_clips(origin.clips, whole=not is_kept(origin.clips)), origin.config()
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:

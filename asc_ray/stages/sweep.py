@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from asc_ray.artifacts import write_atomically
 from asc_ray.cluster.sweep import SCRATCH, concurrent, run_sweep
 from asc_ray.cluster.tasks import slots
+from asc_ray.files import write_atomically
 from asc_ray.plan import BEST_STUDENT, TRIALS_TABLE, dump
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.course import ended_trials

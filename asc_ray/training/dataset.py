@@ -41,7 +41,7 @@ class Source:
     held_out_devices: tuple[str, ...] = ()
 
     def store(self) -> ClipStore:
-        return open_clips(self._local())
+        return open_clips(self._local(), whole=self.delivery.mode != "stream")
 
     def open(self, test: bool = False) -> "Dataset":
         """Open the clip store and divide it into parts; only what reports on the part `test` asks for it."""
