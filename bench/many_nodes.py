@@ -53,7 +53,7 @@ class Nodes:
         self.short = tempfile.mkdtemp()  # for Ray's sockets, whose paths must be short
         self.address = f"{get_node_ip_address()}:{find_free_port()}"
         head = ("--head", "--include-dashboard=false", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0")
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[subprocess.Popen[str] | None] = []
         try:
             self._add(*head)
             for _ in range(count):
@@ -71,25 +71,27 @@ class Nodes:
         )  # fmt: skip
 
     def _add(self, *words: str) -> None:
-        number = len(self.processes)
-        first = FIRST_PORT + number * PORTS_A_NODE
-        ports = [f"--{name}={find_free_port()}" for name in PORTS]
-        ports += [f"--min-worker-port={first}", f"--max-worker-port={first + PORTS_A_NODE - 1}"]
-        process = self.start(
-            Path(sys.executable).with_name("ray"), "start", "--block", *ports, *words, out=subprocess.PIPE
-        )
-        self.processes.append(process)
-        assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "Ray runtime started" in line:
-                return
-        raise SystemExit(f"node {number} has not started:\n{said}")
+        first, said = FIRST_PORT + len(self.processes) * PORTS_A_NODE, ""
+        ports = [f"--min-worker-port={first}", f"--max-worker-port={first + PORTS_A_NODE - 1}"]
+        self.processes.append(None)
+        for _ in range(3):  # a busy machine may take longer than the half minute that Ray gives a node
+            own = [f"--{name}={find_free_port()}" for name in PORTS]
+            ray = Path(sys.executable).with_name("ray")
+            process = self.start(ray, "start", "--block", *ports, *own, *words, out=subprocess.PIPE)
+            self.processes[-1] = process
+            assert process.stdout is not None
+            for line in process.stdout:
+                said += line
+                if "Ray runtime started" in line:
+                    return
+            self.kill(len(self.processes) - 1)
+        raise SystemExit(f"node {len(self.processes) - 1} has not started:\n{said}")
 
     def kill(self, number: int) -> None:
         """Kill a raylet with all that it has started."""
         process = self.processes[number]
+        if process is None:
+            return
         for pid in (*descendants(process.pid), process.pid):
             kill(pid, signal.SIGKILL)
         process.wait()

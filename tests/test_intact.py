@@ -197,6 +197,20 @@ def test_a_large_file_is_read_once_a_node_and_again_when_it_changes(tmp_path, mo
         stored_file(folder, "large")
 
 
+def test_what_a_node_remembers_is_parsed_once_and_not_for_each_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = artifact(tmp_path, **{f"large-{number}": bytes(artifacts.SMALL_BYTES + 1) for number in range(4)}).path
+    stored_files(folder)
+    read, read_record = [], artifacts.read_record
+    monkeypatch.setattr(artifacts, "read_record", lambda path: read.append(path) or read_record(path))
+    for number in range(4):
+        stored_file(folder, f"large-{number}")
+    assert len(read) == 1
+    flip(folder / "large-2")
+    with pytest.raises(UserError, match="large-2: checksum differs"):
+        stored_file(folder, "large-2")
+
+
 def test_a_memory_that_is_damaged_or_others_can_write_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = artifact(tmp_path, large=bytes(artifacts.SMALL_BYTES + 1)).path

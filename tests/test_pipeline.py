@@ -85,7 +85,7 @@ def test_verify_reads_every_file_again(plan, tmp_path):
     folders = [artifact.path for artifact in artifacts(plan)]
     sound = subprocess.run(command("verify", *folders), capture_output=True, text=True, check=False)
     assert sound.returncode == 0, sound.stderr
-    assert f"{plan.clips.path}: 4 of 4 files as written" in sound.stdout
+    assert f"{plan.clips.path}: 7 of 7 files as written" in sound.stdout
     copy = tmp_path / "clips"
     shutil.copytree(plan.clips.path, copy)
     shard = copy / "shard-000000100.arrow"
