@@ -412,7 +412,8 @@ def test_an_ingest_taken_up_with_another_shard_size_holds_every_clip(finished, t
         if first == 200:
             file.unlink(missing_ok=True)
         else:
-            note_piece(file, ids[first : first + 100], {"notes": {}, "bad": []})
+            index = file_sha256(file.with_suffix(".index"))
+            note_piece(file, ids[first : first + 100], {"notes": {}, "bad": [], "index": index})
     kept = {path: path.stat().st_mtime_ns for path in partial.glob("*.arrow")}
     words = command("ingest", "--config", TINY, "--set", f"storage={storage}", "--set", "corpus.shard_clips=37")
     done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)

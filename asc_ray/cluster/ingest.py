@@ -45,7 +45,7 @@ def ingest(
 
     def accepted(report: Mapping[str, Any]) -> bool:
         index = (folder / report["file"]).with_suffix(INDEX)
-        return (skip_bad or not report["bad"]) and index.is_file() and report["index"] == file_sha256(index)
+        return (skip_bad or not report["bad"]) and index.is_file() and report.get("index") == file_sha256(index)
 
     reports = finished_pieces(folder, SHARD, ids, accepted)
     tasks = []
