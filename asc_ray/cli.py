@@ -74,6 +74,7 @@ class Target(StrEnum):
     onnx = "onnx"
     c = "c"
     tflite = "tflite"
+    dcase2025 = "dcase2025"
 
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")]
@@ -454,7 +455,8 @@ def export(
         list[Target],
         typer.Option(
             help="c: also a folder of C for microcontrollers; RUN may then be a bundle, too. tflite: also the float32 "
-            "student for TensorFlow Lite. May be repeated."
+            "student for TensorFlow Lite. dcase2025: the challenge's inference package alone; RUN is then the folder of "
+            "a student or of a specialized one. May be repeated."
         ),
     ] = [Target.onnx],  # noqa: B006
     config: ConfigOption = DEFAULT_CONFIG,
@@ -469,6 +471,14 @@ def export(
     if target == [Target.c] and is_bundle(Path(run)) and not (Path(run) / "manifest.json").exists():
         export_c(Path(run), out, Progress())
         typer.echo(f"C  {out}   ({out}/README.md says how to compile it)")
+        return
+    if Target.dcase2025 in target:
+        if set_of := [other.value for other in target if other is not Target.dcase2025]:
+            raise UserError(f"--target: dcase2025 is a package of its own; leave out {', '.join(set_of)}")
+        from asc_ray.stages.challenge import export_challenge
+
+        export_challenge(run, out, license, Progress())
+        typer.echo(f"package  {out}   ({out}/README.md says how it is used)")
         return
     settings = load_config(config, set)
     forms = {"in_c": Target.c in target, "in_tflite": Target.tflite in target}

@@ -20,7 +20,7 @@ LAYERS = (
     {"predict"},
     {"data"},
     {"training"},
-    {"students", "ensemble", "search", "int8", "evaluation"},
+    {"students", "ensemble", "search", "int8", "evaluation", "challenge"},
     {"report"},
     {"cluster", "tracking"},
     {"config"},

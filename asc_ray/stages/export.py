@@ -65,15 +65,16 @@ class Origin:
     def key(self) -> str:
         return str(read_manifest(self.int8)["key"])
 
-    def config(self) -> StudentConfig:
-        """Return the student's configuration: that of its manifest, or the search's best with the student's seed."""
-        manifest = read_manifest(self.student)
-        section = manifest["config"]["student"]
-        if key := manifest["inputs"].get("sweep"):
-            found = stored_file(input_folder(self.storage, "sweep", key), BEST_STUDENT)
-            best = read_yaml(found.read_text(), str(found))["student"]
-            section = {**best, "seed": section["seed"]}
-        return StudentConfig.model_validate(section)
+
+def student_config(folder: Path) -> StudentConfig:
+    """Return a finished student's configuration: that of its manifest, or the search's best with the student's seed."""
+    manifest = read_manifest(folder)
+    section = manifest["config"]["student"]
+    if key := manifest["inputs"].get("sweep"):
+        found = stored_file(input_folder(folder.parents[1], "sweep", key), BEST_STUDENT)
+        best = read_yaml(found.read_text(), str(found))["student"]
+        section = {**best, "seed": section["seed"]}
+    return StudentConfig.model_validate(section)
 
 
 def find(run: str, uri: str | None, default_storage: Path) -> tuple[Origin, str]:
@@ -170,7 +171,7 @@ def export_bundle(
     origin, uri = find(run, uri, default_storage)
     if uri == default_uri(origin.storage):
         _prepare(origin.storage, uri)
-    store, config = open_clips(origin.clips, whole=not is_kept(origin.clips)), origin.config()
+    store, config = open_clips(origin.clips, whole=not is_kept(origin.clips)), student_config(origin.student)
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:
