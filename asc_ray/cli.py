@@ -134,7 +134,7 @@ def make_table(
     number: Annotated[
         str,
         typer.Argument(
-            help="2, 3, 4 or 5 of the paper, mark, specialize, or a YAML file in the form of configs/tables/."
+            help="2, 3, 4 or 5 of the paper, mark, specialize, subsets, or a YAML file in the form of configs/tables/."
         ),
     ],
     config: ConfigOption = DEFAULT_CONFIG,

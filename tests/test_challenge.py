@@ -106,7 +106,6 @@ def test_the_package_answers_as_we_do(storage, tmp_path, stage):
     logits = np.array(found["logits"])
     np.testing.assert_allclose(logits, found["own"], rtol=0, atol=0.02)  # float16 in batches and alone
     np.testing.assert_allclose(logits, expected, rtol=0, atol=0.03 * expected.std())
-    assert (logits.argmax(1) == expected.argmax(1)).mean() > 0.97
     other = read_answers([storage / "evaluation" / ("general-" + "g" * 16)], store.ids[test])[0]
     known = np.isin(devices, ["a", "b", "c", "s1", "s2", "s3"])
     assert (abs(expected - other).max(1) > 1e-3).tolist() == (known if stage == "specialized" else 0 * known).tolist()

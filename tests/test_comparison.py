@@ -4,6 +4,7 @@ import csv
 import io
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,18 @@ import pytest
 from conftest import TINY, command, joined
 from mlflow.tracking import MlflowClient
 
-from asc_ray.comparison import read_table
 from asc_ray.config.composition import load_config
+from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.evaluation.gains import Gain, Interval
 from asc_ray.evaluation.scores import evaluate
 from asc_ray.evaluation.seeds import over_seeds
 from asc_ray.plan import Plan
+from asc_ray.progress import Progress
 from asc_ray.report import table
 from asc_ray.report.table import ComparedRow, Comparison
+from asc_ray.tables import planned, read_table
 
 LABELS = ("bus", "park", "tram")
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper" / "ds-flexinet.txt"
@@ -40,7 +44,7 @@ def compared(*runs, paper=None, int8=None) -> ComparedRow:
 
 def comparison(*rows) -> Comparison:
     return Comparison(
-        title="A <title>", corpus="made & up", training_clips=1_234, unseen_devices=("s4", "s5"), rows=rows
+        title="A <title>", corpus="made & up", training_clips=[1_234], unseen_devices=("s4", "s5"), rows=rows
     )
 
 
@@ -259,3 +263,43 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR091
         svg = picture.read_text()
         assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
         assert [text for text in shown if text not in svg] == []
+
+
+def test_rows_may_have_training_splits_of_their_own(tmp_path):
+    """As DCASE 2024's subsets: another clip store each, one test split; not with other devices to be trained on."""
+    corpus = tmp_path / "corpus"
+    make_demo_corpus(corpus, DemoConfig(train_clips_per_scene=20, train_places_per_scene=10, test_seconds_per_scene=1))
+    setup = corpus / "evaluation_setup"
+    head, *lines = (setup / "fold1_train.csv").read_text().splitlines(keepends=True)
+    for percent, every in ((50, 2), (25, 3), (10, 4), (5, 5)):
+        (setup / f"split{percent}.csv").write_text(head + "".join(lines[::every]))
+    given = [f"corpus.path={corpus}", f"storage={tmp_path}/s", "student.distillation.soft_target=none"]
+    _, name, _, plans = planned("tables", "subsets", TINY, given, Progress())
+    assert name == "subsets"
+    assert list(plans) == ["100 %", "50 %", "25 %", "10 %", "5 %"]
+    assert len({plan.clips.key for plan in plans.values()}) == 5
+    counts = [sum(clips for _, _, clips in plan.source.groups) for plan in plans.values()]
+    assert counts == [len(lines), *(len(lines[::every]) for every in (2, 3, 4, 5))]
+    (setup / "split5.csv").write_text(head + "".join(line for line in lines if "-s3.wav" not in line))
+    with pytest.raises(ConfigError, match=r"row 5 %: corpus\.train_split: only one of .* is trained on device s3"):
+        planned("tables", "subsets", TINY, given, Progress())
+    (setup / "split10.csv").unlink()
+    with pytest.raises(ConfigError, match=r"split10\.csv: no such file"):
+        planned("tables", "subsets", TINY, given, Progress())
+
+
+def test_the_log_of_runs_has_every_training():
+    runs = [
+        table.TrainedRun(row="=5 %", kind="student", seed=seed, key=f"{seed:016x}", training_clips=70, epochs=3,
+                         seconds=1.25, scores=scores)
+        for seed, scores in enumerate([made_up(0), None])
+    ]  # fmt: skip
+    first, second = csv.DictReader(io.StringIO(table.runs_separated(runs)))
+    assert first == {
+        "row": "'=5 %", "kind": "student", "seed": "0", "key": "0" * 16, "training_clips": "70", "epochs": "3",
+        "seconds": "1.2", "accuracy": f"{made_up(0).accuracy:.6g}", "log_loss": f"{made_up(0).log_loss:.6g}",
+    }  # fmt: skip
+    assert (second["seed"], second["accuracy"]) == ("1", "")
+    both = comparison(compared(0))
+    assert "(1,234 training clips)" in both.note
+    assert "(70 to 1,234 training clips)" in replace(both, training_clips=[70, 300, 1_234]).note

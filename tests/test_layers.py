@@ -27,7 +27,8 @@ LAYERS = (
     {"plan", "progress"},
     {"stages"},
     {"run"},
-    {"comparison", "preview", "status"},
+    {"tables", "preview", "status"},
+    {"comparison"},
     {"cli"},
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "runtime")

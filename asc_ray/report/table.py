@@ -2,11 +2,12 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from asc_ray.evaluation.gains import Gain, Interval
+from asc_ray.evaluation.scores import Evaluation
 from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.models.complexity import BYTES_EACH
 from asc_ray.report.page import environment
@@ -36,7 +37,7 @@ class ComparedRow:
 class Comparison:
     title: str
     corpus: str
-    training_clips: int
+    training_clips: Sequence[int]  # of the rows, the smallest number first
     unseen_devices: Sequence[str]
     rows: Sequence[ComparedRow]
     remark: str = ""
@@ -44,14 +45,31 @@ class Comparison:
     @property
     def note(self) -> str:
         clips = {row.scores[0].clips for row in self.rows}
+        trained = " to ".join(
+            f"{count:,}" for count in dict.fromkeys((self.training_clips[0], self.training_clips[-1]))
+        )
         seeds = {row.scores[1].runs if row.scores[1] else 1 for row in self.rows}
         number = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
         many = f"mean ± standard deviation of {number} seeds" if max(seeds) > 1 else "one seed"
         papers = "Lines of the paper are its figures on TAU22. " if any(row.paper for row in self.rows) else ""
         return (
-            f"Accuracy in % on {max(clips):,} test clips of {self.corpus} ({self.training_clips:,} training clips), "
+            f"Accuracy in % on {max(clips):,} test clips of {self.corpus} ({trained} training clips), "
             f"{many}; not in training: {', '.join(self.unseen_devices) or 'no device'}. {papers}{self.remark}".strip()
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A training of a table's student: `seconds` are those of its epochs, `scores` those of the test split."""
+
+    row: str
+    kind: str
+    seed: int
+    key: str
+    training_clips: int
+    epochs: int
+    seconds: float
+    scores: Evaluation | None
 
 
 @dataclass(frozen=True)
@@ -187,6 +205,18 @@ def comma_separated(comparison: Comparison) -> str:
         source = ("paper", "TAU22", "") if line.paper else ("ours", *ours)
         figures = ["" if figure is None else f"{figure:.6g}" for found in line.cells for figure in found]
         writer.writerow([in_csv(row.name), *(in_csv(str(own)) for own in source), *figures])
+    return out.getvalue()
+
+
+def runs_separated(runs: Iterable[TrainedRun]) -> str:
+    """Return CSV with a line a training: the log of the table's runs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "kind", "seed", "key", "training_clips", "epochs", "seconds", "accuracy", "log_loss"])
+    for run in runs:
+        figures = [f"{run.scores.accuracy:.6g}", f"{run.scores.log_loss:.6g}"] if run.scores else ["", ""]
+        about = [in_csv(run.row), run.kind, run.seed, run.key, run.training_clips, run.epochs, f"{run.seconds:.1f}"]
+        writer.writerow([*about, *figures])
     return out.getvalue()
 
 

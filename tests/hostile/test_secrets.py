@@ -111,7 +111,7 @@ def odd_scores():
 def test_odd_names_are_text_in_every_table():
     scores = odd_scores()
     row = ComparedRow(name="@row", parameters=1, macs=1, scores=(scores, None))
-    compared = Comparison(title="<b>", corpus="+corpus", training_clips=1, unseen_devices=ODD, rows=[row])
+    compared = Comparison(title="<b>", corpus="+corpus", training_clips=[1], unseen_devices=ODD, rows=[row])
     shown = markdown(compared)
     assert "<img" not in shown.replace("\\<img", "")
     assert "<b>" not in shown
