@@ -20,22 +20,33 @@ from asc_ray.models.registry import ModelConfig, build, folded
 _BATCH = 64
 
 
-class RoundedConv2d(nn.Conv2d):
-    """A convolution whose weight is int8, in steps of one `scale` an output channel."""
+class CompactConv2d(nn.Conv2d):
+    """A convolution with its batch norm folded in; an int8 weight has steps of one `scale` an output channel.
+
+    The bias is called `shift`, because torchinfo takes a convolution's `bias` for a multiply-accumulate a position, but
+    not that of a batch norm, with which networks are counted.
+    """
 
     scale: Tensor
+    shift: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype) * self.scale, self.bias)
+        y = self._conv_forward(x, _unrounded(self.weight, x, self.scale), None)
+        return y if self.shift is None else y + self.shift[:, None, None]
 
 
-class RoundedLinear(nn.Linear):
-    """A linear layer whose weight is int8, in steps of one `scale` an output channel."""
+class CompactLinear(nn.Linear):
+    """A linear layer; an int8 weight has steps of one `scale` an output channel."""
 
     scale: Tensor
+    shift: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+        return F.linear(x, _unrounded(self.weight, x, self.scale), self.shift)
+
+
+def _unrounded(weight: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    return weight.to(x.dtype) * scale if weight.dtype == torch.int8 else weight
 
 
 class Submission(nn.Module):
@@ -66,17 +77,18 @@ class Submission(nn.Module):
 def compact(network: nn.Module, int8: bool) -> nn.Module:
     """Return the network in evaluation form, batch norms folded, in float16; with `int8` with rounded weights."""
     network = folded(network)
-    if int8:
-        for layer in list(network.modules()):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                weight = layer.weight.detach()
-                peak = weight.abs().flatten(1).amax(1).clamp(min=1e-8).reshape(-1, *[1] * (weight.ndim - 1))
-                scale = (peak / 127).half()
-                layer.weight = nn.Parameter(
-                    (weight / scale.float()).round().clamp(-127, 127).to(torch.int8), requires_grad=False
-                )
-                layer.register_buffer("scale", scale)
-                layer.__class__ = RoundedConv2d if isinstance(layer, nn.Conv2d) else RoundedLinear
+    for layer in list(network.modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weight, bias = layer.weight.detach(), layer.bias
+            peak = weight.abs().flatten(1).amax(1).clamp(min=1e-5)  # the least whose step float16 holds
+            scale = (peak / 127).half().reshape(-1, *[1] * (weight.ndim - 1))
+            if int8:
+                steps = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
+                layer.weight = nn.Parameter(steps, requires_grad=False)
+            layer.register_buffer("scale", scale)
+            layer.register_parameter("bias", None)
+            layer.register_parameter("shift", bias)
+            layer.__class__ = CompactConv2d if isinstance(layer, nn.Conv2d) else CompactLinear
     return network.half()
 
 
