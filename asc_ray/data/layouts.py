@@ -206,7 +206,8 @@ def read_folders(root: Path, splitting: Splitting, place_pattern: str | None, fa
     for name in files:
         parts = PurePosixPath(name).parts
         if len(parts) <= depth:
-            what = "lies in no folder of a scene"
+            above = "" if depth == 1 else ", which are below those that corpus.test names: SPLIT/SCENE/NAME"
+            what = f"lies in no folder of a scene{above}"
             faults.add(f"{name}: {what}", name, what)
             continue
         values[name] = parts[0]
