@@ -217,7 +217,7 @@ def start_from(
     others = said(file).get("labels", list(labels)) != list(labels)
     if others or any(name not in tensors or tensors[name].shape != own[name].shape for name in heads):
         changes.append("a fresh head")
-        tensors = {name: value for name, value in tensors.items() if name not in heads and not _HEAD.match(name)}
+        tensors = {name: value for name, value in tensors.items() if not _HEAD.match(name)}
         tensors |= {name: own[name] for name in heads}
     for name in ("freq_new_pos_embed", "time_new_pos_embed"):
         grid, wanted = tensors.get(name), own.get(name)
