@@ -7,11 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from conftest import clip_store, command
 
 from asc_ray.artifacts import Artifact
 from asc_ray.challenge.package import cost, submission_of
+from asc_ray.challenge.submission import load_inputs, load_model
 from asc_ray.data.clips import open_clips
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
@@ -142,6 +144,12 @@ def test_the_module_writes_the_challenge_s_output_csv(storage, tmp_path):
     assert rows[0] == ["filename", "scene_label", *store.labels]
     assert [row[0] for row in rows[1:]] == store.ids[test].tolist()
     assert all(sum(map(float, row[2:])) == pytest.approx(1, abs=1e-4) for row in rows[1:])
+    (file,) = (tmp_path / "A_B_task1").glob("A_B_task1/ckpts/*.ckpt")
+    sf.write(tmp_path / "two.wav", np.zeros(64_000), 32_000)
+    with pytest.raises(ValueError, match=r"two\.wav: 2\.00 s long; one second is expected"):
+        load_inputs([tmp_path / "two.wav"], ["a"], load_model(file))
+    with pytest.raises(ValueError, match="1 files and 2 device ids"):
+        load_inputs([tmp_path / "two.wav"], ["a", "b"], load_model(file))
 
 
 @pytest.mark.parametrize("name", ["sm4", "tf_sepnet", "cnn_gru"])

@@ -33,7 +33,16 @@ LAYERS = (
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "runtime")
 LONGEST = 350  # lines of a module
-SAYS = {"stages", "run", "comparison", "status", "progress", "cli", "predict"}  # what writes texts for the terminal
+SAYS = {
+    "stages",
+    "run",
+    "tables",
+    "comparison",
+    "status",
+    "progress",
+    "cli",
+    "predict",
+}  # what writes texts for the terminal
 
 
 def imports(path: Path) -> set[str]:

@@ -138,8 +138,13 @@ def table(names: Sequence[str], found: Sequence[Tensor], labels: Sequence[str]) 
 
 
 def _wave(file: Path, rate: int) -> Tensor:
-    """Return the recording's first second (1, rate) as asc-ray stores it: mono, resampled, in steps of 16 bits."""
+    """Return a recording of a second (1, rate) as asc-ray stores it: mono, resampled, in steps of 16 bits.
+
+    Raises ValueError where it is more than a tenth shorter or longer.
+    """
     samples, own_rate = sf.read(file, dtype="float32", always_2d=True)
+    if not 0.9 <= len(samples) / own_rate <= 1.1:
+        raise ValueError(f"{file}: {len(samples) / own_rate:.2f} s long; one second is expected")
     wave = torch.from_numpy(samples).mean(1)[None]
     if own_rate != rate:
         wave = resample(wave, own_rate, rate)
