@@ -455,8 +455,8 @@ def export(
         list[Target],
         typer.Option(
             help="c: also a folder of C for microcontrollers; RUN may then be a bundle, too. tflite: also the float32 "
-            "student for TensorFlow Lite. dcase2025: the challenge's inference package alone; RUN is then the folder of "
-            "a student or of a specialized one. May be repeated."
+            "student for TensorFlow Lite. dcase2025: the challenge's inference package alone; RUN is then the folder "
+            "of a student or of a specialized one. May be repeated."
         ),
     ] = [Target.onnx],  # noqa: B006
     config: ConfigOption = DEFAULT_CONFIG,

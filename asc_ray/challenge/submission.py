@@ -87,7 +87,7 @@ def compact(network: nn.Module, int8: bool) -> nn.Module:
                 layer.weight = nn.Parameter(steps, requires_grad=False)
             layer.register_buffer("scale", scale)
             layer.register_parameter("bias", None)
-            layer.register_parameter("shift", bias)
+            layer.register_parameter("shift", None if bias is None else nn.Parameter(bias, requires_grad=False))
             layer.__class__ = CompactConv2d if isinstance(layer, nn.Conv2d) else CompactLinear
     return network.half()
 
