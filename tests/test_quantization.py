@@ -26,6 +26,7 @@ from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNetConfig, Stage
 from asc_ray.models.normalization import NormalizationConfig
 from asc_ray.models.registry import build
 from asc_ray.models.tf_sepnet import TFSepNetConfig
+from asc_ray.runtime.onnx_file import read_model
 from asc_ray.training.recipe import Recipe
 
 # Copying an exported graph, torch uses what it deprecated itself.
@@ -313,6 +314,7 @@ def test_networks_convert_to_what_they_trained(config, tmp_path):
     assert (int8(x) - expected).abs().mean() < (0.1 if config.name == "tf_sepnet" else 0.05) * expected.std()
     export_onnx(int8, tmp_path / "model.onnx")
     assert (OnnxModel(tmp_path / "model.onnx")(x) - int8(x)).abs().mean() < 0.002 * expected.std()
+    assert read_model((tmp_path / "model.onnx").read_bytes()).input == ("mel", shape)
     written = onnx.load(tmp_path / "model.onnx").graph.node
     groups = {onnx.helper.get_node_attr_value(node, "group") for node in written if node.op_type == "Conv"}
     assert "AveragePool" not in {node.op_type for node in written}  # CP-Mobile's are convolutions

@@ -69,7 +69,9 @@ class SeparateConvolutions(nn.Module):
         self.bins = _conv_bn_relu(half, half, (1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = self.shuffle(self.transition(x)).chunk(2, dim=1)
+        x = self.shuffle(self.transition(x))
+        half = x.shape[1] // 2
+        first, second = x[:, :half], x[:, half:]
         first = first + self.frames(self.over_frequency(first).mean(2, keepdim=True))
         second = second + self.bins(self.over_time(second).mean(3, keepdim=True))
         return torch.cat((first, second), dim=1)

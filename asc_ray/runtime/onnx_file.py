@@ -254,6 +254,31 @@ def _reshape(inputs: _Inputs, constants: _Constants, attributes: Message) -> _In
     return shape, 0
 
 
+def _transpose(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    order = attributes["perm"]
+    if sorted(order) != list(range(len(inputs[0]))):
+        raise ValueError
+    return [inputs[0][axis] for axis in order], 0
+
+
+def _slice(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    starts, ends, axes, steps = map(_constant, constants[1:])
+    shape = list(inputs[0])
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        shape[axis] = len(range(inputs[0][axis])[start:end:step])
+    if len(set(axes)) < len(axes) or min(axes) < 1:  # along axis 0 the clips would change places
+        raise ValueError
+    return shape, 0
+
+
+def _concat(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
+    axis = attributes["axis"]
+    rest = {(*shape[:axis], *shape[axis:][1:]) for shape in inputs}
+    if axis < 0 or len(rest) > 1:
+        raise ValueError
+    return [*inputs[0][:axis], sum(shape[axis] for shape in inputs), *inputs[0][axis + 1 :]], 0
+
+
 def _gemm(inputs: _Inputs, constants: _Constants, attributes: Message) -> _Inferred:
     rows, inner = inputs[0][::-1] if attributes.get("transA", 0) else inputs[0]
     own, columns = inputs[1][::-1] if attributes.get("transB", 0) else inputs[1]
@@ -281,5 +306,8 @@ _OPERATORS: Mapping[str, tuple[tuple[str, ...], Callable[[_Inputs, _Constants, M
     "AveragePool": ((*_PLACES, "ceil_mode", "count_include_pad"), _pool),
     "GlobalAveragePool": ((), _global_pool),
     "Reshape": (("allowzero",), _reshape),
+    "Transpose": (("perm",), _transpose),
+    "Slice": ((), _slice),
+    "Concat": (("axis",), _concat),
     "Gemm": (("alpha", "beta", "transA", "transB"), _gemm),
 }

@@ -258,6 +258,12 @@ def averaged(model):
     node("ReduceMean", ("mel", "first"))(model)
 
 
+def turned(model):
+    for name, value in (("from", -1), ("to", -(2**40)), ("axis", 0), ("step", -1)):
+        model.graph.initializer.append(weight(name, [1], TensorProto.INT64, np.array([value]).tobytes()))
+    node("Slice", ("mel", "from", "to", "axis", "step"))(model)
+
+
 def spoiled(value):
     def change(model):
         tensor = next(t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT)
@@ -309,6 +315,10 @@ MODELS = {
     "a kernel as large as the clip": (wide_kernel, "more memory or work"),
     "clips that are mixed": (mixed, "mixes clips"),
     "a mean over clips": (averaged, "mixes clips"),
+    "clips in the other order": (turned, "a Slice that takes"),
+    "clips in place of channels": (node("Transpose", perm=[1, 0, 2, 3]), "mixes clips"),
+    "clips after clips": (node("Concat", ("mel", "mel"), axis=0), "mixes clips"),
+    "axes that are none": (node("Transpose", perm=[0, 2, 2, 3]), "a Transpose that takes"),
     "ten thousand nodes": (
         lambda m: m.graph.node.extend([helper.make_node("Relu", ["mel"], [f"r{i}"]) for i in range(10_000)]),
         "nodes; allowed are",
