@@ -20,6 +20,7 @@ import typer.main
 import typer.testing
 from conftest import ROOT, noise
 from test_docs import CURRENT
+from test_layouts import PUBLIC
 
 from asc_ray.cli import app
 from asc_ray.runtime import EXAMPLE
@@ -146,7 +147,7 @@ def check(words: list[str]) -> None:
         case "pip":
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert rest[0] == "install"
-            assert rest[1].strip(".[]") in extras
+            assert rest[1].partition("[")[2].rstrip("]") in extras
         case _:
             raise AssertionError(f"{program}: what is it?")
 
@@ -160,6 +161,11 @@ def test_every_shell_command_of_the_pages(checkout, finished, bucket):
     for place in ("DIR", "shared/tau22", "data/TAU-urban-acoustic-scenes-2022-mobile-development"):
         (checkout / place).parent.mkdir(exist_ok=True)
         (checkout / place).symlink_to(corpus)
+    for place, name in (("ESC-50-master", "ESC-50"), ("TAU-2020", "TAU 2020")):
+        PUBLIC[name][1](checkout / place)
+    (student,) = (finished.storage / "students").iterdir()
+    (checkout / "runs/tau_10s/students").mkdir(parents=True)
+    (checkout / "runs/tau_10s/students/student-KEY").symlink_to(student)
     (checkout / "recordings").mkdir()
     sf.write(checkout / "recordings" / "noise.wav", noise(1)[0], 32_000)
 

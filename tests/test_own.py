@@ -365,6 +365,7 @@ teachers:
 """
 
 
+@pytest.mark.campaign
 def test_a_killed_training_of_own_networks_goes_on_and_the_ensemble_is_asked(tmp_path, monkeypatch):
     """Through Ray's workers, which look for modules where the driver was started; kill -9 of the driver between."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])

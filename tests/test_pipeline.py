@@ -34,7 +34,7 @@ from asc_ray.evaluation.artifact import read_evaluation, read_scores
 from asc_ray.int8.train import load_int8
 from asc_ray.models.cp_mobile import CPMobileConfig
 from asc_ray.models.registry import build
-from asc_ray.plan import STAGES, Plan
+from asc_ray.plan import Plan
 from asc_ray.search.order import finalists
 from asc_ray.search.proposals import propose, trial_config
 from asc_ray.search.trials import TrialResult
@@ -195,8 +195,8 @@ def test_a_student_from_a_published_checkpoint_is_not_trained(plan, tmp_path):
 
 
 def test_the_output_tells_every_stage_and_where_things_are(finished, plan):
-    for stage in STAGES:
-        assert f"{stage} done in" in finished.output
+    for stage, artifacts in plan.by_stage().items():
+        assert (f"{stage} done in" in finished.output) == bool(artifacts)
     for path in (
         plan.report.path / "report.html",
         plan.int8["int8"].path,
@@ -494,7 +494,7 @@ def test_the_report_is_one_file_that_shows_every_system(plan):
     assert shown == screenshots.accuracies(plan.report.path)
     assert shown.keys() == {*plan.teachers, "average", "fusion", "student fp32", "student int8"}
     for stage, artifacts in plan.by_stage().items():
-        if stage != "report":
+        if stage != "report" and artifacts:
             assert re.search(
                 rf"<tr><th>{stage}</th><td>{len(artifacts)}</td><td>[\d :-]+ UTC</td><td>[\w ]+</td>", html
             )
