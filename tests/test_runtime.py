@@ -24,6 +24,7 @@ from asc_ray.audio.frontend import LogMel as TorchLogMel
 from asc_ray.errors import UserError
 from asc_ray.int8.bundle import seal
 from asc_ray.runtime import Bundle, verify
+from asc_ray.runtime.agreement import differing
 from asc_ray.runtime.frontend import Frontend, LogMel
 
 
@@ -304,3 +305,16 @@ def test_the_bundle_is_small(bundle):
     assert model["samples"] == 32_000
     assert (bundle / "model.onnx").stat().st_size < 128_000
     assert Path(bundle / "SHA256SUMS").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(("clips", "allowed"), [(1, 1), (10, 1), (399, 1), (400, 2), (1000, 5)])
+def test_forms_may_differ_in_one_clip_or_in_half_a_per_cent(clips, allowed):
+    one = np.tile([1.0, 0.0], (clips, 1))
+    other = one.copy()
+    other[:allowed] = 0.0, 1.0
+    assert differing(one, other, "one and other", "Mend it") == allowed
+    if clips > allowed:
+        other[allowed] = 0.0, 1.0
+        said = rf"^one and other name {allowed + 1} of {clips} clips differently; .*\. Mend it$"
+        with pytest.raises(UserError, match=said):
+            differing(one, other, "one and other", "Mend it")

@@ -13,16 +13,15 @@ from torch import nn
 from asc_ray.artifacts import file_sha256, stored_file
 from asc_ray.audio.frontend import FrontendConfig, LogMel
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
-from asc_ray.errors import UserError
 from asc_ray.files import write_atomically
 from asc_ray.int8.config import ONNX_MODEL
 from asc_ray.int8.conversion import operators
 from asc_ray.runtime import CHECKSUMS, FRONTEND, LABELS, MODEL, PRODUCER, Bundle
+from asc_ray.runtime.agreement import differing
 from asc_ray.runtime.frontend import Frontend
 from asc_ray.training.validation import predict
 
 CARD = "card.md"
-LEAST_AGREEMENT = 0.995  # share of the clips for which both forms of the model name the same scene
 _BATCH = 64
 
 
@@ -53,19 +52,16 @@ def seal(folder: Path) -> None:
 def compare(folder: Path, int8: nn.Module, store: ClipStore, rows: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     """Return the bundle's logits (N, K) for the store's clips `rows`, and how those of `int8`, in torch, differ.
 
-    Raises UserError where the two name different scenes for more than one clip and more than 0.5 % of the clips.
+    Raises UserError as `differing` does.
     """
     bundle = Bundle(folder)
     logits = np.concatenate(
         [bundle.logits(store.pcm(rows[start : start + _BATCH])) for start in range(0, len(rows), _BATCH)]
     )
     other = predict(int8, LogMel(_config(bundle.frontend)), store, rows, torch.device("cpu")).numpy()
-    differ = int((logits.argmax(1) != other.argmax(1)).sum())
-    if differ > max(1, (1 - LEAST_AGREEMENT) * len(rows)):
-        raise UserError(
-            f"{folder}: onnxruntime and torch name {differ} of {len(rows)} clips differently; allowed are 0.5 %. "
-            "Train the int8 form again, or report this with the bundle"
-        )
+    differ = differing(
+        logits, other, f"{folder}: onnxruntime and torch", "Train the int8 form again, or report this with the bundle"
+    )
     return logits, {"clips": len(rows), "differ": differ, "largest_difference": float(abs(logits - other).max())}
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.data.batches import waveform
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
 from asc_ray.models.registry import folded
+from asc_ray.runtime.agreement import differing
 
 TFLITE = "model.tflite"
-LEAST_AGREEMENT = 0.995  # share of the clips for which the interpreter and torch name the same scene
 _PACKAGES = ("litert_torch", "ai_edge_litert")
 _BATCH = 64
 
@@ -44,8 +45,7 @@ def write_tflite(
 ) -> TFLiteForm:
     """Write the network as the file `out`, and compare it with torch on the store's clips `rows`.
 
-    shape: of an input, (1, 1, mel bins, frames). Raises UserError where the interpreter and torch name different scenes
-    for more than one clip and more than 0.5 % of the clips.
+    shape: of an input, (1, 1, mel bins, frames). Raises UserError as `differing` does.
     """
     import litert_torch
     from ai_edge_litert.interpreter import Interpreter
@@ -60,17 +60,14 @@ def write_tflite(
     with torch.inference_mode():
         for start in range(0, len(rows), _BATCH):
             pcm = torch.from_numpy(store.pcm(rows[start : start + _BATCH]))
-            mels = log_mel(pcm.float() / 32768)[:, None]
+            mels = log_mel(waveform(pcm))[:, None]
             other.append(model(mels).numpy())
             for mel in mels.numpy():
                 interpreter.set_tensor(input["index"], mel[None])
                 interpreter.invoke()
                 own.append(interpreter.get_tensor(output["index"]))
     logits, expected = np.concatenate(own), np.concatenate(other)
-    differ = int((logits.argmax(1) != expected.argmax(1)).sum())
-    if differ > max(1, (1 - LEAST_AGREEMENT) * len(rows)):
-        raise UserError(
-            f"{out}: LiteRT's interpreter and torch name {differ} of {len(rows)} clips differently; allowed are 0.5 %. "
-            "Export without --target tflite, or report this"
-        )
+    differ = differing(
+        logits, expected, f"{out}: LiteRT's interpreter and torch", "Export without --target tflite, or report this"
+    )
     return TFLiteForm(out.stat().st_size, len(rows), differ, float(abs(logits - expected).max()))
