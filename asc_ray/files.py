@@ -3,12 +3,15 @@
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from asc_ray.errors import UserError
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -57,6 +60,25 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
+        raise
+
+
+@contextmanager
+def built(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out`, which the caller fills and renames; after an error nothing of it stays.
+
+    Raises UserError where it cannot be made.
+    """
+    building = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
         raise
 
 

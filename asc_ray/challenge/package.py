@@ -15,9 +15,9 @@ import soundfile as sf
 import torch
 from torch import nn
 
-from asc_ray.artifacts import write_atomically
 from asc_ray.challenge.submission import Submission, compact
 from asc_ray.errors import UserError
+from asc_ray.files import write_atomically
 from asc_ray.models.complexity import complexity
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape

@@ -1,6 +1,5 @@
 """The folder `c` of a bundle: written, and compared with onnxruntime."""
 
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from asc_ray.embedded.generate import Source, generate
 from asc_ray.embedded.program import COMPILER, EMULATOR, HOST_TOOLS, answers, emulated, missing
 from asc_ray.embedded.readme import README, render_readme
 from asc_ray.errors import UserError
-from asc_ray.files import read_plain
+from asc_ray.files import built, read_plain
 from asc_ray.runtime import C_FORM, MODEL, Bundle
+from asc_ray.runtime.agreement import differing
 
-LEAST_AGREEMENT = 0.995  # share of the clips for which the C form and onnxruntime name the same scene
 _MOST_TEXT = 1 << 26
 _NOISE_CLIPS = 20
 
@@ -24,8 +23,8 @@ def write_c(folder: Path, out: Path, pcm: Iterable[np.ndarray], logits: np.ndarr
     """Write the C form of the bundle in `folder` to the new folder `out`, compared on clips.
 
     pcm: batches of the clips, (n, samples) int16; logits: onnxruntime's (N, labels) for all of them.
-    Raises UserError where `generate` does, before anything is written; where there is no C compiler; and where the two
-    name different scenes for more than one clip and more than 0.5 % of the clips.
+    Raises UserError where `generate` does, before anything is written; where there is no C compiler; and as `differing`
+    does.
     """
     source = generate(folder)
     if gone := missing(*HOST_TOOLS):
@@ -44,15 +43,12 @@ def write_c(folder: Path, out: Path, pcm: Iterable[np.ndarray], logits: np.ndarr
     form = _compared(folder, source, answers(source.files, batches(), logits.shape[1]), logits)
     figures = None if missing(COMPILER, EMULATOR) else emulated(source.files, first[0], logits.shape[1])[1]
     form = replace(form, figures=figures)
-    building = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
     try:
-        building.mkdir(parents=True)
-        for name, text in (source.files | {README: render_readme(Bundle(folder), form)}).items():
-            (building / name).write_text(text)
-        building.rename(out)
+        with built(out) as building:
+            for name, text in (source.files | {README: render_readme(Bundle(folder), form)}).items():
+                (building / name).write_text(text)
+            building.rename(out)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
     return form
 
@@ -89,12 +85,7 @@ def noise(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compared(folder: Path, source: Source, own: np.ndarray, logits: np.ndarray) -> CForm:
-    differ = int((own.argmax(1) != logits.argmax(1)).sum())
-    if differ > max(1, (1 - LEAST_AGREEMENT) * len(logits)):
-        raise UserError(
-            f"{folder}: the C form and onnxruntime name {differ} of {len(logits)} clips differently; allowed are "
-            "0.5 %. Report this with the bundle"
-        )
+    differ = differing(own, logits, f"{folder}: the C form and onnxruntime", "Report this with the bundle")
     return CForm(
         samples=source.samples,
         bytes=sum(len(text.encode()) for text in source.files.values()),

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from asc_ray.challenge.submission import Submission, logits, table
 from asc_ray.data.batches import waveform
 from asc_ray.data.clips import ClipStore, open_clips
 from asc_ray.errors import UserError
+from asc_ray.files import built
 from asc_ray.places import is_uri, named, opened
 from asc_ray.progress import Progress
 from asc_ray.stages.export import student_config
@@ -86,13 +86,7 @@ def export_challenge(run: str, out: Path, license: str, progress: Progress) -> N
     right, before = ((answers.argmax(1) == scene).double().mean().item() for answers in (found, ours))
     differ = int((found.argmax(1) != ours.argmax(1)).sum())
 
-    building = out.with_name(f".{label}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
-    try:
+    with built(out) as building:
         write_package(building, label, model, about, complexity)
         predictions = building / "predictions" / f"{label}_1"
         accuracy = {"Test Accuracy": round(100 * right, 2), "clips": len(test), "other scene than as float32": differ}
@@ -109,9 +103,6 @@ def export_challenge(run: str, out: Path, license: str, progress: Progress) -> N
         )
         (building / "README.md").write_text(text)
         building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     _tell(progress, complexity, about["int8"], right, before, differ, len(test))
 
 

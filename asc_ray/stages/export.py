@@ -27,6 +27,7 @@ from asc_ray.embedded.folder import noise, write_c
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation, score
 from asc_ray.evaluation.scores import guessed
+from asc_ray.files import built
 from asc_ray.int8.bundle import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.int8.train import load_int8
 from asc_ray.models.ds_flexinet import DSFlexiNetConfig
@@ -172,13 +173,7 @@ def export_bundle(
     if uri == default_uri(origin.storage):
         _prepare(origin.storage, uri)
     store, config = open_clips(origin.clips, whole=not is_kept(origin.clips)), student_config(origin.student)
-    building = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
-    try:
+    with built(out) as building:
         write_bundle(building, origin.int8, store.labels, config.frontend)
         test = np.flatnonzero(store.split == "test")
         int8 = load_int8(origin.int8, config, len(store.labels))
@@ -199,9 +194,6 @@ def export_bundle(
         write_atomically(building / CARD, render_card(card))
         seal(building)
         _put(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     _tell(progress, card)
     if "int8" in runs:
         partition = read_manifest(origin.student)["config"]["partition"]
