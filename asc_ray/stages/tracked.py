@@ -111,15 +111,15 @@ def tell_trial(plan: Plan, tracker: Tracker, result: TrialResult) -> None:
 
 
 def _tell_students(plan: Plan, tracker: Tracker) -> None:
-    for name, artifact in plan.students.items():
-        if artifact.complete:
-            thing, facts = student_thing(plan, name), artifact.facts()
-            tracker.whole(thing, curves(facts["history"]))
-            tracker.log(thing, {"parameters": facts["parameters"], "macs": facts["macs"]})
+    _tell_networks(plan, tracker, plan.students)
 
 
 def _tell_specialized(plan: Plan, tracker: Tracker) -> None:
-    for name, artifact in plan.specialized.items():
+    _tell_networks(plan, tracker, plan.specialized)
+
+
+def _tell_networks(plan: Plan, tracker: Tracker, networks: Mapping[str, Artifact]) -> None:
+    for name, artifact in networks.items():
         if artifact.complete:
             thing, facts = student_thing(plan, name), artifact.facts()
             tracker.whole(thing, curves(facts["history"]))
