@@ -1,9 +1,11 @@
 """Specialized students: what is trained and kept for each device, what unknown devices get, resuming."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import clip_store
+from conftest import clip_store, noise
 from safetensors.torch import load_file
 
 from asc_ray.artifacts import Artifact
@@ -12,13 +14,14 @@ from asc_ray.data.clips import Clip, open_clips, write_clips
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.data.division import PartitionConfig
+from asc_ray.data.logits import write_logits
 from asc_ray.evaluation.artifact import read_answers
 from asc_ray.models.complexity import complexity
 from asc_ray.models.registry import build
 from asc_ray.stages.evaluate import evaluate_specialized
 from asc_ray.students.config import SpecializeConfig, StudentConfig
 from asc_ray.students.specialize import adapted, load_specialized, specialize_student
-from asc_ray.students.targets import student_clips
+from asc_ray.students.targets import TargetFiles, student_clips
 from asc_ray.students.train import train_student
 from asc_ray.training import loop
 from asc_ray.training.dataset import Source
@@ -142,6 +145,37 @@ def test_a_known_device_is_heard_by_its_network_and_an_unknown_one_by_the_genera
         own = predict(network, LogMel(config.frontend), store, np.array([clip]), torch.device("cpu"))
         np.testing.assert_allclose(found[row], own[0], rtol=1e-4, atol=1e-5)
     assert scored.facts()["clips_of_unknown_devices"] == int((store.device[test] == "s4").sum())
+
+
+@pytest.mark.parametrize("weights", ["all", "head_and_normalizations"])
+def test_what_is_kept_is_the_network_whose_figures_are_told(source, student, tmp_path, weights):
+    config = configured(weights)
+    artifact = specialized(source, student, config, tmp_path)
+    data = source.open()
+    held_out = data.parts["validation"]
+    history = artifact.facts()["history"]
+    for number, (device, network) in enumerate(load_specialized(artifact.path, student.path, config, 10).items()):
+        own = held_out[data.store.device[held_out] == device]
+        logits = predict(network, LogMel(config.frontend), data.store, own, torch.device("cpu"))
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.store.scene[own])).item()
+        assert history[2 * number + 1]["validation_log_loss"] == pytest.approx(loss, rel=1e-4), device
+
+
+def test_lambda_keeps_its_value_from_the_students_last_epoch(source, tmp_path):
+    config = configured(distillation={"label_weight": {"start": 0.2, "end": 0.6}})
+    data = source.open()
+    artifact = Artifact(tmp_path, "fusion", "fusion", "0123456789abcdef", {}, {})
+    rows = np.flatnonzero(data.store.split == "train")
+    about = {"system": "fused", "labels": json.dumps(data.store.labels), "corpus": data.store.corpus}
+    write_logits(artifact.open_partial() / "train.arrow", data.store.ids[rows], noise(len(rows), 10), about)
+    artifact.finish({})
+    targets = TargetFiles(artifact.path, "train*")
+    student = Artifact(tmp_path, "students", "student", "0", {}, {})
+    train_student(student, source, targets, config)
+    assert [own["label_weight"] for own in student.facts()["history"]] == pytest.approx([0.2, 0.6])
+    tuned = Artifact(tmp_path, "specialized", "student", "0", {}, {})
+    specialize_student(tuned, source, targets, student.path, config)
+    assert [own["label_weight"] for own in tuned.facts()["history"]] == pytest.approx([0.6] * 6)
 
 
 class Killed(Exception):
