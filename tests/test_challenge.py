@@ -13,14 +13,14 @@ from conftest import clip_store, command
 
 from asc_ray.artifacts import Artifact
 from asc_ray.challenge.package import cost, submission_of
-from asc_ray.challenge.submission import load_inputs, load_model
+from asc_ray.challenge.submission import compact, load_inputs, load_model
 from asc_ray.data.clips import open_clips
 from asc_ray.data.corpus import read_corpus
 from asc_ray.data.demo import DemoConfig, make_demo_corpus
 from asc_ray.data.division import PartitionConfig
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_answers
-from asc_ray.models.registry import build
+from asc_ray.models.registry import build, folded
 from asc_ray.progress import Progress
 from asc_ray.stages.challenge import export_challenge
 from asc_ray.stages.evaluate import evaluate_specialized, evaluate_student
@@ -176,6 +176,18 @@ def test_it_takes_int8_weights_where_float16_is_over_the_limit(name):
         assert sum(own.numel() for own in weights) > 0.9 * whole
     assert counted["Params"] <= 128_000
     assert counted["MACs"] <= 30_000_000
+
+
+def test_an_int8_weight_is_within_half_a_step_of_its_channel():
+    network = build(CONFIG.model, 10)
+    reference = {name: layer.weight for name, layer in folded(network).named_modules() if hasattr(layer, "weight")}
+    layers = {name: layer for name, layer in compact(network, int8=True).named_modules() if hasattr(layer, "scale")}
+    assert layers
+    for name, layer in layers.items():
+        expected, found = reference[name], layer.weight.float() * layer.scale.float()
+        step = expected.abs().flatten(1).amax(1).reshape(layer.scale.shape) / 127
+        # A step is stored as float16: by at most one in 2,048 another, which 127 steps sum up.
+        assert ((found - expected).abs() <= step * (0.5 + 127 / 2048) + 1e-9).all()
 
 
 @pytest.mark.parametrize(
