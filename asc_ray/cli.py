@@ -347,8 +347,8 @@ def complexity(
     from asc_ray.config.composition import checked, network_preset
     from asc_ray.models.complexity import peak_activations
     from asc_ray.models.registry import build
-    from asc_ray.students.cost import input_shape, network_cost
-    from asc_ray.training.recipe import Recipe
+    from asc_ray.students.cost import exceeded, input_shape, network_cost
+    from asc_ray.training.config import Recipe
 
     limits = _limits(limit)
     recipe = checked(Recipe, network_preset(model), model)
@@ -369,7 +369,7 @@ def complexity(
     typer.echo(f"MACs              {cost.macs:,}")
     for title, sizes in (("parameters, bytes", cost.bytes), ("peak activations", peak)):
         typer.echo(f"{title:<18}" + ", ".join(f"{dtype} {size:,}" for dtype, size in sizes.items()))
-    if over := limits.exceeded(cost):
+    if over := exceeded(limits, cost):
         raise UserError(f"{model}: over the limits: {'; '.join(over)}")
     typer.echo(f"within the limits: {limits.bytes:,} bytes as int8, {limits.macs:,} MACs")
 
@@ -377,7 +377,7 @@ def complexity(
 def _limits(given: list[str]) -> Any:
     from pydantic import ValidationError
 
-    from asc_ray.students.cost import Limits
+    from asc_ray.students.config import Limits
 
     try:
         return Limits.model_validate(dict(text.split("=", 1) for text in given))

@@ -24,9 +24,9 @@ from asc_ray.int8.config import INT8_FORM
 from asc_ray.models.pretrained import published
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.targets import TargetFiles
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import bank_identity
 from asc_ray.training.folder import start_in_key
-from asc_ray.training.recipe import Recipe
 
 BEST_STUDENT = "best.yaml"
 TRIALS_TABLE = "trials.csv"

@@ -28,7 +28,8 @@ from recipes import trained
 from asc_ray.config.composition import PRESETS, preset
 from asc_ray.data.division import PartitionConfig
 from asc_ray.models.complexity import complexity
-from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNet, DSFlexiNetConfig, Stage
+from asc_ray.models.config import ChannelPlan, DSFlexiNetConfig, Stage
+from asc_ray.models.ds_flexinet import DSFlexiNet
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.targets import student_clips
 from asc_ray.training.dataset import Source

@@ -22,8 +22,8 @@ from asc_ray.cluster.teachers import Teacher, train_teachers
 from asc_ray.data.division import PartitionConfig
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.resources import TrainerResources
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.recipe import Recipe
 
 
 def recipe(seed: int, epochs: int) -> Recipe:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torchaudio_cpu import import_torchaudio
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.resample import resample
 from asc_ray.runtime.frontend import mel_bank
 

@@ -37,8 +37,9 @@ from torchaudio_cpu import import_torchaudio
 from train import AUGMENT
 from train import PARTS as RANGES
 
-from asc_ray.audio.augment import Augment, AugmentConfig
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.augment import Augment
+from asc_ray.audio.config import AugmentConfig, FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.batches import DataConfig, moved, step_generator, waveform
 from asc_ray.data.clip import Clip
@@ -46,9 +47,9 @@ from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
 from asc_ray.data.pieces import piece_file
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.loop import fit
-from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import predict_all
 
 SCENES, DEVICES = 10, ("a", "b", "c", "s1", "s2", "s3")

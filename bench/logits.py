@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
-from asc_ray.models.cp_resnet import CPResNetConfig
+from asc_ray.models.config import CPResNetConfig
 from asc_ray.models.registry import build, folded
 from asc_ray.training.gpu import training_device
 from asc_ray.training.validation import predict, predict_all

@@ -34,7 +34,7 @@ from asc_ray.int8.bundle import write_bundle
 from asc_ray.int8.onnx_form import export_onnx
 from asc_ray.models.registry import build
 from asc_ray.runtime import Bundle
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 BATCH = 32
 HEAD = (

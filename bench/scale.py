@@ -50,7 +50,7 @@ from asc_ray.resources import Resources
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.course import Course
 from asc_ray.search.trials import TrialResult
-from asc_ray.students.cost import Limits
+from asc_ray.students.config import Limits
 from asc_ray.students.targets import TargetFiles, read_soft_targets
 from asc_ray.students.train import fit_student
 from asc_ray.training.dataset import IMPULSE_RESPONSES, Source, save_bank

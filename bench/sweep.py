@@ -37,12 +37,11 @@ from asc_ray.data.logits import write_logits
 from asc_ray.models.registry import build
 from asc_ray.resources import Resources
 from asc_ray.search.config import SweepConfig
-from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import Limits
+from asc_ray.students.config import Limits, StudentConfig
 from asc_ray.students.targets import TargetFiles
 from asc_ray.students.train import fit_student
+from asc_ray.training.config import DistillationConfig
 from asc_ray.training.dataset import Source
-from asc_ray.training.objective import DistillationConfig
 
 STUDENT = StudentConfig.model_validate(
     {

@@ -24,8 +24,7 @@ from asc_ray.data.division import PartitionConfig
 from asc_ray.resources import Resources
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult
-from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import Limits
+from asc_ray.students.config import Limits, StudentConfig
 from asc_ray.training.dataset import Source
 
 STUDENT = StudentConfig.model_validate(

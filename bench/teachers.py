@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, replace_all_batch_norm_modules_, stack_module_state, vmap
 
-from asc_ray.models.cp_resnet import CPResNetConfig
-from asc_ray.models.passt import Attention, Passt, PasstConfig
+from asc_ray.models.config import CPResNetConfig, PasstConfig
+from asc_ray.models.passt import Attention, Passt
 from asc_ray.models.registry import build
 
 SEEDS = 3

@@ -20,9 +20,9 @@ from torch.utils.benchmark import Timer
 from asc_ray.data.batches import DataConfig
 from asc_ray.data.division import PartitionConfig
 from asc_ray.models.registry import build
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
 from asc_ray.training.loop import fit
-from asc_ray.training.recipe import Recipe
 
 PARTS = ("data", "augmentation", "front end", "forward", "backward", "optimizer")
 AUGMENT = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asc_ray.audio.augment import AugmentConfig, DirConfig, FreqMixStyleConfig
+from asc_ray.audio.config import AugmentConfig, DirConfig, FreqMixStyleConfig
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.clips import ClipStore
@@ -20,14 +20,13 @@ from asc_ray.data.corpus import read_corpus
 from asc_ray.data.division import partition
 from asc_ray.data.shards import write_store
 from asc_ray.evaluation.scores import evaluate
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.models.registry import build
+from asc_ray.training.config import OptimizerConfig, Recipe
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.folder import about, save_weights
 from asc_ray.training.gpu import training_device
 from asc_ray.training.loop import fit
-from asc_ray.training.optimizer import OptimizerConfig
-from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import predict
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,7 +22,7 @@ from store import SECRET, Bucket, s3_server
 from torch import nn
 
 from asc_ray.artifacts import Artifact, file_sha256, read_manifest, write_record
-from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.config import FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.arrow import map_batch, write_batch
 from asc_ray.data.clip import Clip
@@ -30,7 +30,7 @@ from asc_ray.data.clips import map_pcm
 from asc_ray.data.corpus import Corpus
 from asc_ray.data.samples import checksums, write_index
 from asc_ray.data.shards import write_store
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.tracking.config import default_uri
 from asc_ray.training.dataset import IMPULSE_RESPONSES, save_bank

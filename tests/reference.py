@@ -18,14 +18,13 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.config.composition import PRESETS, network_preset
-from asc_ray.models.cp_mobile import CPMobileConfig
-from asc_ray.models.cp_resnet import CPResNetConfig
-from asc_ray.models.passt import PasstConfig
+from asc_ray.models.config import CPMobileConfig, CPResNetConfig, PasstConfig
 from asc_ray.models.registry import build
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 REFERENCE = ROOT.parent / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no published outputs beside the checkout")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from asc_ray.audio.augment import Augment, AugmentConfig, DirConfig, Draw, FreqMixStyleConfig
-from asc_ray.audio.frontend import MASKED, FrontendConfig
+from asc_ray.audio.augment import Augment, Draw
+from asc_ray.audio.config import MASKED, AugmentConfig, DirConfig, FreqMixStyleConfig, FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.errors import ConfigError
 

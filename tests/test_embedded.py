@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asc_ray.artifacts import Artifact
-from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.config import FrontendConfig
 from asc_ray.embedded.folder import noise, verify_c, write_c
 from asc_ray.embedded.generate import generate
 from asc_ray.embedded.graph import read_network
@@ -26,8 +26,7 @@ from asc_ray.embedded.program import COMPILER, EMULATOR, HOST_TOOLS, answers, em
 from asc_ray.embedded.source import frontend_header
 from asc_ray.errors import UserError
 from asc_ray.int8.bundle import write_bundle
-from asc_ray.models.cp_mobile import CPMobileConfig
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.config import CPMobileConfig, DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.runtime import EXAMPLE, Bundle
 from asc_ray.runtime.frontend import LogMel

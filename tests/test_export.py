@@ -23,7 +23,7 @@ from asc_ray.embedded.program import HOST_TOOLS, missing
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.models.complexity import peak_activations
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.runtime import Bundle
 from asc_ray.tracking.config import default_uri

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference import FRONT_ENDS, RENEW, SOUNDS, golden, mel_digest, needs_reference, published_outputs, waves
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.runtime.frontend import mel_bank
 
 SMALL = FrontendConfig(sample_rate=8000, n_fft=64, window=48, hop=20, mels=12, fmax=3500.0, fmax_jitter=400.0)

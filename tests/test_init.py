@@ -20,9 +20,9 @@ from asc_ray.models.registry import build, head_of
 from asc_ray.plan import Plan
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.train import train_student
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
 from asc_ray.training.folder import WEIGHTS, about, save_weights, started
-from asc_ray.training.recipe import Recipe
 
 OTHER = ["bark", "rain", "siren"]
 NO_SWEEP = "sweep=null"

@@ -21,7 +21,7 @@ from asc_ray.models.registry import build
 from asc_ray.plan import Plan
 from asc_ray.search.space import Parameter
 from asc_ray.section import Section
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 # What is made from what; a changed key changes all that follow.
 FOLLOWS = {

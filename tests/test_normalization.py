@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asc_ray.models.normalization import NormalizationConfig, normalization
+from asc_ray.models.config import NormalizationConfig
+from asc_ray.models.normalization import normalization
 
 shapes = st.tuples(*(st.integers(1, 3), st.integers(1, 5), st.integers(2, 7), st.integers(2, 6)))
 lambdas = st.floats(0, 2)

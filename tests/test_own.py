@@ -35,8 +35,8 @@ from asc_ray.plan import Plan
 from asc_ray.students.config import StudentConfig
 from asc_ray.tracking.config import default_uri
 from asc_ray.training import parallel
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.recipe import Recipe
 
 sys.path.insert(0, str(ROOT / "bench"))
 from torchaudio_cpu import import_torchaudio

@@ -32,7 +32,7 @@ from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.evaluation.artifact import read_evaluation, read_scores
 from asc_ray.int8.train import load_int8
-from asc_ray.models.cp_mobile import CPMobileConfig
+from asc_ray.models.config import CPMobileConfig
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
 from asc_ray.search.order import finalists

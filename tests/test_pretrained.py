@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.models.cp_resnet import CPResNetConfig
-from asc_ray.models.passt import PasstConfig
+from asc_ray.models.config import CPResNetConfig, PasstConfig
 from asc_ray.models.pretrained import load_published, metadata, published, read_tensors, start_from
 from asc_ray.models.registry import build
 

@@ -14,20 +14,24 @@ from torch.nn import functional as F
 from torchao.quantization.pt2e import FakeQuantize
 
 from asc_ray.artifacts import Artifact
-from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.config import FrontendConfig
 from asc_ray.int8 import conversion, preparation, scheme
 from asc_ray.int8.onnx_form import OnnxModel, export_onnx
 from asc_ray.int8.train import FAKE_QUANTIZED, load_int8
-from asc_ray.models.bsconv import BSConvConfig
-from asc_ray.models.cp_mobile import CPMobileConfig
-from asc_ray.models.cp_resnet import CPResNetConfig
-from asc_ray.models.dcase22_baseline import DCASE22BaselineConfig
-from asc_ray.models.ds_flexinet import ChannelPlan, DSFlexiNetConfig, Stage
-from asc_ray.models.normalization import NormalizationConfig
+from asc_ray.models.config import (
+    BSConvConfig,
+    ChannelPlan,
+    CPMobileConfig,
+    CPResNetConfig,
+    DCASE22BaselineConfig,
+    DSFlexiNetConfig,
+    NormalizationConfig,
+    Stage,
+    TFSepNetConfig,
+)
 from asc_ray.models.registry import build
-from asc_ray.models.tf_sepnet import TFSepNetConfig
 from asc_ray.runtime.onnx_file import read_model
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 # Copying an exported graph, torch uses what it deprecated itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")

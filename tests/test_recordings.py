@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import coded, noise
 
-from asc_ray.audio.augment import Augment, AugmentConfig
-from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.augment import Augment
+from asc_ray.audio.config import AugmentConfig, FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.config.composition import load_config
 from asc_ray.data.batches import DataConfig

@@ -21,7 +21,7 @@ from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.models.passt import Passt
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 from asc_ray.training.validation import predict_all
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import FRONT_ENDS, RENEW, SOUNDS, golden, mel_digest, needs_reference, published_outputs, waves
 
-from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.config import FrontendConfig
 from asc_ray.audio.frontend import LogMel as TorchLogMel
 from asc_ray.errors import UserError
 from asc_ray.int8.bundle import seal

@@ -20,9 +20,9 @@ from asc_ray.search.proposals import cost_of, parent, propose, trial_config
 from asc_ray.search.space import Parameter
 from asc_ray.search.trials import TrialResult, best, importances, pareto
 from asc_ray.stages.sweep import advice
-from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import Limits, student_cost
-from asc_ray.training.objective import LearnedWeight, ScheduledWeight
+from asc_ray.students.config import Limits, StudentConfig
+from asc_ray.students.cost import student_cost
+from asc_ray.training.config import LearnedWeight, ScheduledWeight
 
 SPACE = {
     "distillation.label_weight": {"uniform": [0.0, 1.0]},

@@ -22,8 +22,7 @@ from asc_ray.search.course import Course
 from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import TrialResult, best, pareto
 from asc_ray.stages.work import source_of
-from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import Limits
+from asc_ray.students.config import Limits, StudentConfig
 from asc_ray.students.train import fit_student
 
 LABELS_ALONE = ["student.distillation.soft_target=none", "sweep.seeds=1"]

@@ -11,10 +11,11 @@ import torch
 from conftest import ROOT
 from reference import FRONT_ENDS, waves
 
-from asc_ray.audio.augment import Augment, AugmentConfig, DirConfig, Draw
-from asc_ray.audio.frontend import MASKED, FrontendConfig, LogMel
+from asc_ray.audio.augment import Augment, Draw
+from asc_ray.audio.config import MASKED, AugmentConfig, DirConfig, FrontendConfig, KaldiFbankConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
-from asc_ray.audio.kaldi import KaldiFbank, KaldiFbankConfig
+from asc_ray.audio.kaldi import KaldiFbank
 from asc_ray.audio.resample import resample
 from asc_ray.runtime.frontend import mel_bank
 

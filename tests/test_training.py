@@ -39,12 +39,19 @@ from asc_ray.students.targets import TargetFiles, student_clips
 from asc_ray.students.train import train_student
 from asc_ray.training import loop, parallel, validation
 from asc_ray.training.checkpoints import load_checkpoint, restore_optimizer, save_checkpoint
+from asc_ray.training.config import (
+    DistillationConfig,
+    LearnedWeight,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    ScheduledWeight,
+)
 from asc_ray.training.dataset import Source
 from asc_ray.training.gpu import Replayed, training_device
 from asc_ray.training.loop import Diverged, fit
-from asc_ray.training.objective import DistillationConfig, LearnedWeight, Objective, ScheduledWeight
-from asc_ray.training.optimizer import OptimizerConfig, ScheduleConfig, learning_rate_factor, optimizer_of
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.objective import Objective
+from asc_ray.training.optimizer import learning_rate_factor, optimizer_of
 
 
 def test_schedule_is_the_closed_form():

@@ -20,7 +20,7 @@ from asc_ray.progress import Progress
 from asc_ray.stages.fuse import fusion_summary
 from asc_ray.stages.teachers import watched
 from asc_ray.stages.work import Work, source_of
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 RECIPES = {
     "cp_resnet": Recipe.model_validate({"model": {"name": "cp_resnet"}}),

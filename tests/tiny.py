@@ -15,9 +15,8 @@ from asc_ray.config.composition import load_config
 from asc_ray.data.batches import DataConfig
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
+from asc_ray.training.config import DistillationConfig, Recipe
 from asc_ray.training.loop import fit
-from asc_ray.training.objective import DistillationConfig
-from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import validate
 
 sys.path.insert(0, str(ROOT / "bench"))

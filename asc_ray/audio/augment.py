@@ -7,75 +7,15 @@ loop over clips, and a draw gives the same batch on every GPU or CPU.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from asc_ray.audio.config import AnyFrontendConfig, AugmentConfig, check_masks
 from asc_ray.audio.frontend import FMAX_STEP
-from asc_ray.audio.frontends import AnyFrontendConfig, WaveConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.audio.resample import fft_size
-from asc_ray.errors import ConfigError
-from asc_ray.section import Section
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class DirConfig(Section):
-    """Device impulse response augmentation; adaptive (ADIR, eq. 3) where a threshold is given."""
-
-    p: Probability = Field(0.0, description="probability that a clip is convolved, if it may be")
-    threshold: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
-        None, description="convolve only clips of more energy than this; auto: the training set's mean; null: all clips"
-    )
-    apply_to: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        ("a",), description="devices whose clips may be convolved"
-    )
-
-
-class FreqMixStyleConfig(Section):
-    """Freq-MixStyle of the log-mel; the mixing weight is Beta(alpha, alpha)."""
-
-    p: Probability = Field(0.0, description="probability that a clip's statistics are mixed with another's")
-    alpha: float = Field(0.3, gt=0, description="the smaller it is, the less evenly two clips mix")
-
-
-class AugmentConfig(Section):
-    """Augmentation of training batches; the default augments nothing."""
-
-    later: ClassVar[frozenset[str]] = frozenset({"crop"})
-    crop: bool = Field(
-        False,
-        description="whether a clip starts anywhere in its second and goes on in its recording's next one, if that was "
-        "recorded by the same device and is in the same part; else it is rotated",
-    )
-    roll: int = Field(0, ge=0, description="largest rotation of the waveform either way, samples")
-    dir: DirConfig = DirConfig()
-    freq_mixstyle: FreqMixStyleConfig = FreqMixStyleConfig()
-    freq_mask: int = Field(0, ge=0, description="widest frequency mask, mel bins")
-    time_mask: int = Field(0, ge=0, description="widest time mask, frames")
-    mixup_alpha: float = Field(0.0, ge=0, description="waveform mixup with weight Beta(alpha, alpha), 0: off")
-
-
-def check_masks(config: AugmentConfig, frontend: AnyFrontendConfig) -> None:
-    """Raise ConfigError for a mask wider than a one-second log-mel, and for one of a wave, which has no log-mel."""
-    if isinstance(frontend, WaveConfig):
-        if config.freq_mask or config.time_mask or config.freq_mixstyle.p:
-            raise ConfigError(
-                "augment.freq_mask, augment.time_mask and augment.freq_mixstyle.p change a log-mel, and frontend.kind: "
-                "wave makes none; set them to 0"
-            )
-        return
-    limits = {"freq_mask": frontend.mels, "time_mask": frontend.frames(frontend.clip_samples)}
-    for name, limit in limits.items():
-        if getattr(config, name) > limit:
-            raise ConfigError(
-                f"augment.{name} is {getattr(config, name)}, but the front end's log-mel has {limit} "
-                f"{'mel bins' if name == 'freq_mask' else 'frames'}; lower it to {limit} or less"
-            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,22 +3,12 @@
 x[t] - 0.97 x[t-1]  ->  centred STFT, power  ->  Kaldi mel bank  ->  log(mel + 1e-5)  ->  (x + 4.5) / 5
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asc_ray.audio.config import FrontendConfig
 from asc_ray.runtime.frontend import mel_bank
-from asc_ray.section import Section
-
-# What a masked cell holds after the front end. The published code writes 0 into the log-mel *before* the last affine
-# step; our masks are applied to the front end's output, so they write that zero's image, (0 + 4.5) / 5.
-MASKED = (0.0 + 4.5) / 5.0
-
-WAVE_RATE = 32_000  # Hz, of the waveforms that front ends are given; a clip has a second
 
 # Shifts of the upper mel edge are multiples of this many Hz, so that a run meets few mel banks and each is built once.
 FMAX_STEP = 50.0
@@ -31,54 +21,6 @@ _GPU_GROUP = 64
 _CPU_SLAB = 4
 
 _Group = tuple[int, int, Tensor]  # columns start..stop of the squares, and weights (stop - start, mels of the group)
-
-
-class FrontendConfig(Section):
-    """Log-mel settings; the defaults are the student's. Frequencies in Hz, `n_fft`, `window`, `hop` in samples."""
-
-    kind: ClassVar[str] = "logmel"  # a configuration may leave it out, and files and keys do
-    masked: ClassVar[float] = MASKED
-
-    sample_rate: int = Field(32_000, ge=1, description="samples a second of the waveform")
-    n_fft: int = Field(4096, ge=4, multiple_of=2, description="length of the Fourier transform")
-    window: int = Field(3072, ge=2, description="length of the window")
-    hop: int = Field(500, ge=1, description="step from one frame to the next")
-    mels: int = Field(256, ge=1, description="mel bins")
-    fmin: float = Field(0.0, ge=0, description="lower edge of the first mel bin")
-    fmax: float = Field(15_500.0, gt=0, description="upper edge of the last mel bin")
-    fmax_jitter: float = Field(1000.0, ge=0, description="width in Hz of the range of `fmax` in training, 0: off")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_kind(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and raw.get("kind") == cls.kind:
-            return {key: value for key, value in raw.items() if key != "kind"}
-        return raw
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "FrontendConfig":
-        if self.window > self.n_fft:
-            raise ValueError(f"window {self.window} must not exceed n_fft {self.n_fft}")
-        if not self.fmin < self.fmax <= self.sample_rate / 2:
-            raise ValueError(
-                f"fmin {self.fmin} < fmax {self.fmax} <= half the sample rate {self.sample_rate / 2} must hold"
-            )
-        if self.fmax - self.fmax_jitter / 2 <= self.fmin:
-            raise ValueError(f"fmax_jitter {self.fmax_jitter} moves fmax {self.fmax} below fmin {self.fmin}")
-        return self
-
-    def frames(self, samples: int) -> int:
-        """Return how many frames a waveform of `samples` samples gives; pre-emphasis takes one sample."""
-        return 1 + (samples - 1) // self.hop
-
-    @property
-    def clip_samples(self) -> int:
-        """The samples of a clip of a second."""
-        return self.sample_rate
-
-    def shape(self, samples: int) -> tuple[int, ...]:
-        """Return the shape of a network's input for such a waveform: (1, mels, frames)."""
-        return 1, self.mels, self.frames(samples)
 
 
 class LogMel(nn.Module):

@@ -1,34 +1,13 @@
 """What a network is given of a clip, by `frontend.kind`: a log-mel, Kaldi's log filter bank, or the wave itself."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from asc_ray.audio.frontend import WAVE_RATE, FrontendConfig, LogMel
-from asc_ray.audio.kaldi import AtRate, KaldiFbank, KaldiFbankConfig
-from asc_ray.section import Section
-
-
-class WaveConfig(Section):
-    """The wave itself, for networks that have a front end of their own."""
-
-    fmax_jitter: ClassVar[float] = 0.0
-    clip_samples: ClassVar[int] = WAVE_RATE
-    masked: ClassVar[float] = 0.0
-
-    kind: Literal["wave"] = Field(description="the wave itself, in +-1")
-    sample_rate: int = Field(WAVE_RATE, ge=1, le=WAVE_RATE, description="the waveform is resampled to this rate")
-
-    def frames(self, samples: int) -> int:
-        """Return how many samples a waveform of `samples` samples at 32 kHz has."""
-        return round(samples * self.sample_rate / WAVE_RATE)
-
-    def shape(self, samples: int) -> tuple[int, ...]:
-        """Return the shape of a network's input for such a waveform: (samples,)."""
-        return (self.frames(samples),)
+from asc_ray.audio.config import WaveConfig
+from asc_ray.audio.frontend import LogMel
+from asc_ray.audio.kaldi import AtRate, KaldiFbank
 
 
 class Wave(nn.Module):
@@ -45,20 +24,6 @@ class Wave(nn.Module):
         return self.resampler(wave[:, 0])
 
 
-def _kind(raw: Any) -> str:
-    return str(raw.get("kind", "logmel") if isinstance(raw, Mapping) else getattr(raw, "kind", "logmel"))
-
-
-AnyFrontendConfig = Annotated[
-    Annotated[FrontendConfig, Tag("logmel")]
-    | Annotated[KaldiFbankConfig, Tag("kaldi_fbank")]
-    | Annotated[WaveConfig, Tag("wave")],
-    Discriminator(
-        _kind,
-        custom_error_type="frontend_kind",
-        custom_error_message="unknown kind; allowed: logmel, kaldi_fbank, wave",
-    ),
-]
 FRONT_ENDS: dict[str, type[LogMel | KaldiFbank | Wave]] = {"logmel": LogMel, "kaldi_fbank": KaldiFbank, "wave": Wave}
 FrontEnd = LogMel | KaldiFbank | Wave
 

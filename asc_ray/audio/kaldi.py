@@ -7,63 +7,15 @@ torchaudio's `compliance.kaldi.fbank` takes one waveform at a time and makes its
 with it to 1e-4 (tests/test_torchaudio.py).
 """
 
-from typing import ClassVar, Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from asc_ray.audio.frontend import WAVE_RATE
+from asc_ray.audio.config import WAVE_RATE, KaldiFbankConfig
 from asc_ray.audio.resample import Resampler
 from asc_ray.runtime.frontend import mel_bank
-from asc_ray.section import Section
 
 _LEAST = torch.finfo(torch.float32).eps  # of a mel bin, before its logarithm
 _CPU_SLAB = 16  # clips per pass on the CPU, whose spectra stay in the cache
-
-
-class KaldiFbankConfig(Section):
-    """Kaldi's log filter bank; the defaults are AST's and EAT's. Frequencies in Hz, `window` and `hop` in samples."""
-
-    fmax_jitter: ClassVar[float] = 0.0
-    clip_samples: ClassVar[int] = WAVE_RATE
-
-    kind: Literal["kaldi_fbank"] = Field(description="Kaldi's log filter bank")
-    sample_rate: int = Field(16_000, ge=1, le=WAVE_RATE, description="the waveform is resampled to this rate")
-    window: int = Field(400, ge=2, description="length of a frame")
-    hop: int = Field(160, ge=1, description="step from one frame to the next")
-    window_type: Literal["hanning", "povey", "hamming", "rectangular"] = Field(
-        "hanning", description="Kaldi's window; BEATs has povey"
-    )
-    mels: int = Field(128, ge=4, description="mel bins")
-    fmin: float = Field(20.0, ge=0, description="lower edge of the first mel bin")
-    fmax: float = Field(8000.0, gt=0, description="upper edge of the last mel bin")
-    scale: float = Field(1.0, gt=0, description="factor of the waveform, which is in +-1; BEATs has 32768")
-    mean: float = Field(-4.2677393, description="subtracted from the logarithms; BEATs has 15.41663")
-    std: float = Field(4.5689974, gt=0, description="they are divided by twice this; BEATs has 6.55582")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "KaldiFbankConfig":
-        if not self.fmin < self.fmax <= self.sample_rate / 2:
-            raise ValueError(
-                f"fmin {self.fmin} < fmax {self.fmax} <= half the sample rate {self.sample_rate / 2} must hold"
-            )
-        if self.window > self.sample_rate:
-            raise ValueError(f"window {self.window} is longer than a clip, {self.sample_rate} samples")
-        return self
-
-    @property
-    def masked(self) -> float:
-        """What a masked cell holds: the logarithm 0, as the published trainings write it, after the normalization."""
-        return -self.mean / (2 * self.std)
-
-    def frames(self, samples: int) -> int:
-        """Return how many whole frames a waveform of `samples` samples at 32 kHz has."""
-        return 1 + (round(samples * self.sample_rate / WAVE_RATE) - self.window) // self.hop
-
-    def shape(self, samples: int) -> tuple[int, ...]:
-        """Return the shape of a network's input for such a waveform: (1, mels, frames)."""
-        return 1, self.mels, self.frames(samples)
 
 
 class KaldiFbank(nn.Module):

@@ -13,9 +13,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.resample import resample
-from asc_ray.models.registry import ModelConfig, build, folded
+from asc_ray.models.config import ModelConfig
+from asc_ray.models.registry import build, folded
 
 _BATCH = 64
 

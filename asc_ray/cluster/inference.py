@@ -15,8 +15,8 @@ from asc_ray.data.pieces import finished_pieces, known_files, missing_pieces, pi
 from asc_ray.ensemble.inference import Inference, LogitsPrecision, infer
 from asc_ray.errors import UserError
 from asc_ray.resources import Resources
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.recipe import Recipe
 
 
 def store_logits(

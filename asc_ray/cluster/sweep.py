@@ -25,8 +25,7 @@ from asc_ray.search.course import TRIALS, Course, checkpoints_of, ended_trials, 
 from asc_ray.search.order import planned
 from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import TrialResult
-from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import Limits
+from asc_ray.students.config import Limits, StudentConfig
 from asc_ray.students.targets import TargetFiles, read_soft_targets
 from asc_ray.students.train import fit_student
 from asc_ray.training.dataset import Source

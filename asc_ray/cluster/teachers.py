@@ -31,13 +31,13 @@ from asc_ray.disk import disk_error
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.errors import UserError
 from asc_ray.models.complexity import complexity
-from asc_ray.models.own import ModuleConfig
+from asc_ray.models.config import ModuleConfig
 from asc_ray.models.registry import build
 from asc_ray.resources import RAYS_FOLDER, TrainerResources
 from asc_ray.students.cost import input_shape
 from asc_ray.training import parallel
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.recipe import Recipe
 
 POLL_SECONDS = 0.5
 

@@ -7,8 +7,8 @@ from asc_ray.data.recordings import check_followed
 from asc_ray.ensemble.checks import check_prior
 from asc_ray.errors import ConfigError
 from asc_ray.students.config import changed
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import check_held_out_devices
-from asc_ray.training.recipe import Recipe
 
 
 def check_corpus(config: Config, corpus: Reading) -> None:

@@ -26,13 +26,13 @@ from asc_ray.config.overrides import apply_overrides
 from asc_ray.config.yaml_text import MOST_BYTES, read_yaml
 from asc_ray.errors import ConfigError
 from asc_ray.files import read_plain
-from asc_ray.models.registry import NETWORKS
+from asc_ray.models.config import NETWORK_NAMES
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.space import KINDS
 from asc_ray.section import Section
 from asc_ray.shown import printable
 from asc_ray.students.config import StudentConfig
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 MOST_LAYERS = 64  # files that a configuration is made of
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -269,8 +269,8 @@ def _resolve_teachers(raw: dict[str, Any], path: Path) -> None:
         recipe = own[name] if name in own else _compose(file)
         model = str(_mapping(recipe.get("model", {}), f"{file}: model").get("name"))
         recipes[name] = merged(recipe, override.get(model, {}))
-    if unknown := sorted(set(override) - set(NETWORKS)):
-        raise ConfigError(f"{path}: teachers.override.{unknown[0]}: unknown model; allowed: {', '.join(NETWORKS)}")
+    if unknown := sorted(set(override) - set(NETWORK_NAMES)):
+        raise ConfigError(f"{path}: teachers.override.{unknown[0]}: unknown model; allowed: {', '.join(NETWORK_NAMES)}")
     teachers["recipes"] = merged(recipes, _mapping(teachers.get("recipes", {}), f"{path}: teachers.recipes"))
 
 

@@ -17,8 +17,7 @@ from asc_ray.places import check, is_uri, node_folder
 from asc_ray.resources import ClusterConfig, Resources
 from asc_ray.search.config import NOT_JUDGED, SweepConfig
 from asc_ray.section import Section, absolute
-from asc_ray.students.config import StudentConfig, changed
-from asc_ray.students.cost import Limits
+from asc_ray.students.config import Limits, StudentConfig, changed
 from asc_ray.tracking.config import TrackingConfig
 
 SOFT_TARGET = "distillation.soft_target"

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from asc_ray.audio.frontends import FRONT_ENDS
-from asc_ray.models.registry import NETWORKS
+from asc_ray.audio.config import FRONT_END_KINDS
+from asc_ray.models.config import NETWORK_NAMES
 from asc_ray.section import Section
 from asc_ray.shown import masked
 
@@ -42,8 +42,8 @@ def explain(error: ValidationError, root: type[Section]) -> str:
 
 def _is_union_tag(part: Any) -> bool:
     return (
-        part in NETWORKS
-        or part in FRONT_ENDS
+        part in NETWORK_NAMES
+        or part in FRONT_END_KINDS
         or bool(re.match(r"\(|constrained-|literal\[|function-|dict\[", str(part)))
     )
 

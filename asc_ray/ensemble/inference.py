@@ -21,10 +21,10 @@ from asc_ray.models.registry import folded
 from asc_ray.places import ready
 from asc_ray.resources import Resources
 from asc_ray.section import Section
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
 from asc_ray.training.folder import WEIGHTS, load_model
 from asc_ray.training.gpu import training_device
-from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import NotFinite, predict_all, refuse_not_finite
 
 LogitsPrecision = Literal["fp32", "bf16"]

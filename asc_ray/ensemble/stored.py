@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from asc_ray.artifacts import artifacts_in, input_folder, read_manifest, stored_file
-from asc_ray.audio.frontends import AnyFrontendConfig, FrontEnd, front_end, laid_out
+from asc_ray.audio.config import AnyFrontendConfig
+from asc_ray.audio.frontends import FrontEnd, front_end, laid_out
 from asc_ray.data.batches import waveform
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE
 from asc_ray.ensemble.fuse import FUSION
 from asc_ray.ensemble.fusion import Fusion
 from asc_ray.errors import UserError
-from asc_ray.models.own import ModuleConfig
+from asc_ray.models.config import ModuleConfig
 from asc_ray.models.registry import folded
 from asc_ray.places import named
+from asc_ray.training.config import Recipe
 from asc_ray.training.folder import load_model
-from asc_ray.training.recipe import Recipe
 
 
 class _Clip(NamedTuple):

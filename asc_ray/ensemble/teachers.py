@@ -10,16 +10,17 @@ from asc_ray.artifacts import Artifact
 from asc_ray.data.clips import CLIP_SAMPLES
 from asc_ray.ensemble.imported import ImportedConfig
 from asc_ray.errors import UserError
+from asc_ray.models.config import NETWORK_NAMES
 from asc_ray.models.own import OwnNetwork, try_out
 from asc_ray.models.pretrained import load_published
-from asc_ray.models.registry import NETWORKS, build
+from asc_ray.models.registry import build
 from asc_ray.resources import TrainerResources
 from asc_ray.section import Section
 from asc_ray.training import parallel
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
 from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights, started
 from asc_ray.training.loop import OnEpoch, fit
-from asc_ray.training.recipe import Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a folder
 
@@ -42,8 +43,8 @@ class TeachersConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TeachersConfig":
-        if unknown := sorted(set(self.resources_for) - set(NETWORKS)):
-            raise ValueError(f"resources_for: unknown model {unknown[0]!r}; allowed: {', '.join(NETWORKS)}")
+        if unknown := sorted(set(self.resources_for) - set(NETWORK_NAMES)):
+            raise ValueError(f"resources_for: unknown model {unknown[0]!r}; allowed: {', '.join(NETWORK_NAMES)}")
         if not self.systems:
             raise ValueError("recipes, imported: no system; give one at least, by teachers.systems")
         if both := sorted(self.recipes.keys() & self.imported.keys()):

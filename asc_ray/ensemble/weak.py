@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from asc_ray.models.passt import PasstConfig
-from asc_ray.training.recipe import Recipe
+from asc_ray.models.config import PasstConfig
+from asc_ray.training.config import Recipe
 
 FAR = 0.10  # of macro accuracy
 FEWEST = 3  # systems that are compared

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from asc_ray.artifacts import file_sha256, stored_file
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 from asc_ray.files import write_atomically
 from asc_ray.int8.config import ONNX_MODEL

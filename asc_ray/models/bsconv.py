@@ -1,23 +1,10 @@
 """BSConv-CNN: a plain stack of blueprint separable convolutions (Haase and Amthor, 2020, BSConv-U)."""
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 from torch import nn
 
+from asc_ray.models.config import BSConvConfig
 from asc_ray.models.cp_mobile import conv_bn, he_normal
-from asc_ray.section import Section
-
-
-class BSConvConfig(Section):
-    """The defaults meet Table III's 73.39 K parameters and 13.18 M MACs; the channels are ours, the paper has none."""
-
-    name: Literal["bsconv_cnn"] = "bsconv_cnn"
-    stem: int = Field(16, ge=1, le=256, description="channels of the first convolution")
-    channels: tuple[Annotated[int, Field(ge=1, le=2048)], ...] = Field(
-        (40, 80, 112, 176, 184), min_length=1, max_length=8, description="output channels of the blocks"
-    )
 
 
 class BSConv(nn.Sequential):

@@ -3,24 +3,11 @@
 The plan of layers is that of the authors' public submission, Tan_SNTLNTU_task1_1; the code here is ours.
 """
 
-from typing import Literal
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from asc_ray.section import Section
-
-MELS = 256  # the GRU reads a sixteenth of them in each step
-
-
-class CNNGRUConfig(Section):
-    """It takes 256 mels. 58,171 parameters (116,342 bytes as float16), and 10.90 M MACs on 33 frames, as published.
-
-    The original's dropout is left out, because every random draw of a training here comes from its step's generator.
-    """
-
-    name: Literal["cnn_gru"] = "cnn_gru"
+from asc_ray.models.config import CNNGRUConfig
 
 
 class SqueezeExcitation(nn.Module):
@@ -99,7 +86,7 @@ class CNNGRU(nn.Module):
             *_conv_bn(144, 28, (5, 1)),
             nn.SiLU(),
         )
-        self.gru = nn.GRU(MELS // 16, 64, batch_first=True)
+        self.gru = nn.GRU(config.mels // 16, 64, batch_first=True)
         self.classifier = nn.Linear(28, scenes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,29 +1,14 @@
 """CP-Mobile: the 127 K student that won DCASE 2023 task 1 (CP-JKU), with its state-dict names."""
 
 from collections import OrderedDict
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from asc_ray.section import Section
+from asc_ray.models.config import CPMobileConfig
 
 BLOCKS = (3, 2, 1)
 STRIDES = {"b2": (2, 2), "b4": (2, 1)}  # (frequency, time); every other block keeps the resolution
-
-
-class CPMobileConfig(Section):
-    """The defaults are the published network: 32, 72 and 168 channels, 126,952 parameters with 10 scenes."""
-
-    name: Literal["cp_mobile"] = "cp_mobile"
-    width: int = Field(32, ge=8, le=256, multiple_of=8, description="channels of the first stage")
-    multiplier: float = Field(2.3, ge=1, le=4, description="growth of the channels per stage; they are rounded to 8")
-    expansion: int = Field(3, ge=1, le=8, description="hidden channels of a block per input channel")
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        return tuple(8 * max(1, round(self.width * self.multiplier**stage / 8)) for stage in range(len(BLOCKS)))
 
 
 class GlobalResponseNorm(nn.Module):

@@ -1,31 +1,12 @@
 """CP-ResNet: the receptive-field-regularized teacher of CP-JKU's DCASE 2023 system, with its state-dict names."""
 
 from collections import OrderedDict
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
+from asc_ray.models.config import CPResNetConfig
 from asc_ray.models.cp_mobile import he_normal
-from asc_ray.section import Section
-
-
-class CPResNetConfig(Section):
-    """The defaults are the published network: 32, 64 and 128 - 36 channels, 127,684 parameters with 10 scenes."""
-
-    name: Literal["cp_resnet"] = "cp_resnet"
-    width: int = Field(
-        32, ge=4, le=512, multiple_of=2, description="channels of the stem; stages have 1, 2, 4 times it"
-    )
-    rho: int = Field(8, ge=1, le=9, description="receptive field: convolution k (the stem is 1) is 3x3 while k <= rho")
-    cut_channels_s3: int = Field(
-        36, ge=0, le=120, description="how many of 128 channels the last stage lacks; scales with the width"
-    )
-
-    @property
-    def channels(self) -> tuple[int, int, int]:
-        return self.width, 2 * self.width, 4 * self.width - round(self.cut_channels_s3 * self.width / 32)
 
 
 class Block(nn.Module):

@@ -1,24 +1,9 @@
 """The DCASE 2022 task 1 baseline: three convolutions of 7x7, two pools, two dense layers (READING.md)."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
-from asc_ray.section import Section
-
-MELS, FRAMES = 40, 51
-
-
-class DCASE22BaselineConfig(Section):
-    """It takes only 40 mels x 51 frames: `frontend: {n_fft: 2048, window: 1280, hop: 639, mels: 40}`.
-
-    The 46,512 parameters of the challenge's table are exactly the bytes of its int8 form: 45,816 weights of one byte
-    and 174 biases of four, batch norms folded. MACs: 29.23 M. The original's dropout of 0.3 is left out, because every
-    random draw of a training here comes from its step's generator.
-    """
-
-    name: Literal["dcase22_baseline"] = "dcase22_baseline"
+from asc_ray.models.config import DCASE22BaselineConfig
 
 
 def _conv(inputs: int, outputs: int) -> list[nn.Module]:

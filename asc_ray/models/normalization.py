@@ -1,30 +1,10 @@
 """Normalization inside DS-FlexiNet: residual normalization and what the paper compares it with."""
 
-from typing import Annotated, Literal
-
 import torch
 import torch.fx
-from pydantic import Field
 from torch import nn
 
-from asc_ray.section import Section
-
-
-class NormalizationConfig(Section):
-    """Which normalization the network has, and where.
-
-    `rn`: eq. 2 with the statistics of eq. 1. `rn_frequency`: the same by frequency bin. `in`: eq. 1. `bn`: batch norm.
-
-    `places`: `input` is the log-mel, `stem` is behind the two stem convolutions, `stages` between the stages (the
-    paper's), `last` behind the last stage.
-    """
-
-    kind: Literal["rn", "rn_frequency", "in", "bn", "none"] = Field("rn", description="kind of normalization")
-    lambda_start: float = Field(0.5, ge=0, le=10, description="lambda of eq. 2 before the training")
-    eps: float = Field(1e-5, gt=0, le=1, description="added to the variance")
-    places: Annotated[tuple[Literal["input", "stem", "stages", "last"], ...], Field(min_length=1)] = Field(
-        ("stages",), description="where the network normalizes"
-    )
+from asc_ray.models.config import NormalizationConfig
 
 
 @torch.fx.wrap  # because a value has no dtype while the graph is traced

@@ -6,84 +6,23 @@ Only a configuration names code that is imported here. What was read from an art
 
 import importlib
 import random
-import re
-import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asc_ray.errors import UserError
-from asc_ray.section import Section
+from asc_ray.models.config import ModuleConfig, source_of
 from asc_ray.shown import printable
 
-_FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 _TRIED = 3  # clips that a network is tried on before it is trained
 _SAME = 1e-3  # largest difference, by the largest logit, between two answers for one clip
 _TORCH = str(Path(torch.__file__).parent)
 _imported: dict[str, str] = {}  # by module, the source that this process has
-
-
-class ModuleConfig(Section):
-    """A network of your own code: a function from the number of scenes to an `nn.Module`."""
-
-    name: Literal["module"] = "module"
-    function: str = Field(
-        pattern=_FUNCTION,
-        description="package.module:function, which is found on Python's path, here and on every node",
-    )
-    source: str = Field(
-        "",
-        pattern=r"^([0-9a-f]{64})?$",
-        description="SHA-256 of the module's file; it is found where it is not given, and another file is refused",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_source(cls, raw: Any) -> Any:
-        function = str(raw.get("function")) if isinstance(raw, Mapping) else ""
-        if re.match(_FUNCTION, function) and not raw.get("source"):
-            try:
-                return {**raw, "source": source_of(function)}
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return raw
-
-    @property
-    def module(self) -> str:
-        return self.function.partition(":")[0]
-
-
-def source_of(function: str) -> str:
-    """Return the SHA-256 of the file of a function's module, without importing anything.
-
-    Raises UserError where Python's path has no such module, or where it is no file.
-    """
-    module, file, places = function.partition(":")[0], None, None
-    parts = module.split(".")
-    for count in range(1, len(parts) + 1):
-        name = ".".join(parts[:count])
-        specs = (finder.find_spec(name, places) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is None or (count < len(parts) and spec.submodule_search_locations is None):
-            raise UserError(
-                f"{function}: Python's path has no module {name}; put the folder that holds it into PYTHONPATH, here "
-                "and on every node, or install it"
-            )
-        file, places = spec.origin if spec.has_location else None, spec.submodule_search_locations
-    if file is None:
-        raise UserError(f"{function}: {module} is no file; name a module of Python's that is one")
-    try:
-        return sha256(Path(file).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{function}: {file}: {error.strerror}") from None
 
 
 class OwnNetwork(nn.Module):

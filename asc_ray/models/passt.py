@@ -1,57 +1,12 @@
 """PaSST: the transformer teacher of CP-JKU's DCASE 2023 system, with its state-dict names."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from asc_ray.section import Section, absolute
-
-
-class PasstConfig(Section):
-    """The defaults are the published network (85,358,612 parameters with 10 scenes) and its patchout for scenes."""
-
-    name: Literal["passt"] = "passt"
-    width: int = Field(768, ge=8, le=2048, description="numbers in a token")
-    depth: int = Field(12, ge=1, le=48, description="transformer blocks")
-    heads: int = Field(12, ge=1, le=32, description="attention heads of a block; they divide `width`")
-    patch: int = Field(16, ge=1, le=64, description="side of a patch, in mel bins and frames")
-    stride: int = Field(10, ge=1, le=64, description="step between patches; below `patch` they overlap")
-    mels: int = Field(128, ge=1, le=1024, description="mel bins of the input, as the front end makes them")
-    frames: int = Field(998, ge=1, le=100_000, description="longest input; shorter ones use a part of the time grid")
-    patchout_freq: int = Field(6, ge=0, description="rows of patches left out of a training batch")
-    patchout_time: int = Field(0, ge=0, description="columns of patches left out of a training batch")
-    patchout: int = Field(0, ge=0, description="patches left out of a training batch, wherever they are")
-    pretrained: Path | None = Field(None, description="a checkpoint to start from, such as AudioSet's")
-
-    @field_validator("pretrained")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return value and absolute(value)  # because workers run in a folder of their own
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The rows (frequency) and columns (time) of the positional embedding: 12 x 99 as published."""
-        return (self.mels - self.patch) // self.stride + 1, (self.frames - self.patch) // self.stride + 1
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
-        if self.patch > min(self.mels, self.frames):
-            raise ValueError(
-                f"patch = {self.patch} is larger than the input of {self.mels} mels x {self.frames} frames"
-            )
-        for key, value, size in zip(
-            ("patchout_freq", "patchout_time"), (self.patchout_freq, self.patchout_time), self.grid, strict=True
-        ):
-            if value >= size:
-                raise ValueError(f"{key} = {value} leaves none of the {size} patches; allowed: 0 to {size - 1}")
-        return self
+from asc_ray.models.config import PasstConfig
 
 
 class PatchEmbed(nn.Module):

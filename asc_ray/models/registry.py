@@ -1,34 +1,22 @@
 """The networks by their configuration's `name`."""
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from asc_ray.models.bsconv import BSConvCNN, BSConvConfig
-from asc_ray.models.cnn_gru import CNNGRU, CNNGRUConfig
-from asc_ray.models.cp_mobile import CPMobile, CPMobileConfig
-from asc_ray.models.cp_resnet import CPResNet, CPResNetConfig
-from asc_ray.models.dcase22_baseline import DCASE22Baseline, DCASE22BaselineConfig
-from asc_ray.models.ds_flexinet import DSFlexiNet, DSFlexiNetConfig
-from asc_ray.models.own import ModuleConfig, OwnNetwork, own_network
-from asc_ray.models.passt import Passt, PasstConfig
-from asc_ray.models.tf_sepnet import TFSepNet, TFSepNetConfig
-
-ModelConfig = Annotated[
-    PasstConfig
-    | CPResNetConfig
-    | CPMobileConfig
-    | DSFlexiNetConfig
-    | DCASE22BaselineConfig
-    | BSConvConfig
-    | TFSepNetConfig
-    | CNNGRUConfig,
-    Field(discriminator="name"),
-]
-AnyModelConfig = Annotated[ModelConfig | ModuleConfig, Field(discriminator="name")]
+from asc_ray.models.bsconv import BSConvCNN
+from asc_ray.models.cnn_gru import CNNGRU
+from asc_ray.models.config import (
+    AnyModelConfig,
+)
+from asc_ray.models.cp_mobile import CPMobile
+from asc_ray.models.cp_resnet import CPResNet
+from asc_ray.models.dcase22_baseline import DCASE22Baseline
+from asc_ray.models.ds_flexinet import DSFlexiNet
+from asc_ray.models.own import OwnNetwork, own_network
+from asc_ray.models.passt import Passt
+from asc_ray.models.tf_sepnet import TFSepNet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "passt": Passt,

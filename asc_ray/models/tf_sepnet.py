@@ -3,30 +3,16 @@
 The plan of layers is that of the authors' public code (github.com/yqcai888/easy_dcase_task1); the code here is ours.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import nn
 
+from asc_ray.models.config import TFSepNetConfig
 from asc_ray.models.cp_mobile import he_normal
 from asc_ray.models.normalization import PER_FREQUENCY, InstanceNorm
-from asc_ray.section import Section
 
 # Blocks of each stage, and their output channels as multiples of the width. A pool is in front of all but the first.
 STAGES = ((2, 1.0), (2, 1.5), (2, 2.0), (3, 2.5))
 LAMBDA = 0.1  # of the residual normalization; the authors fixed it
-
-
-class TFSepNetConfig(Section):
-    """The default is the published network: 126,858 parameters, and 29.42 M MACs on 512 mels x 64 frames.
-
-    The original's dropout of 0.1 is left out, because every random draw of a training here comes from its step's
-    generator.
-    """
-
-    name: Literal["tf_sepnet"] = "tf_sepnet"
-    width: int = Field(64, ge=8, le=256, multiple_of=8, description="channels of the first stage")
 
 
 class FixedResidualNorm(InstanceNorm):

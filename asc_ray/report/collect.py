@@ -20,7 +20,7 @@ from asc_ray.evaluation.gains import Gain
 from asc_ray.evaluation.seeds import OverSeeds
 from asc_ray.int8.bundle import frontend_of
 from asc_ray.int8.config import ONNX_MODEL
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.report.forms import report_rows
 from asc_ray.report.page import (
     ComplexityRow,
@@ -34,8 +34,8 @@ from asc_ray.report.page import (
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult, importances
 from asc_ray.students.config import StudentConfig
+from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import Metrics
 
 LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")

@@ -18,8 +18,8 @@ from asc_ray.search.config import METRIC, SweepConfig
 from asc_ray.search.halving import should_stop
 from asc_ray.search.order import may_start, planned, repeated, within_budget
 from asc_ray.search.trials import TrialResult, trial_name
-from asc_ray.students.config import StudentConfig
-from asc_ray.students.cost import Limits, student_cost
+from asc_ray.students.config import Limits, StudentConfig
+from asc_ray.students.cost import student_cost
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 TRIALS = "trials"

@@ -30,7 +30,7 @@ from asc_ray.evaluation.scores import guessed
 from asc_ray.files import built
 from asc_ray.int8.bundle import CARD, compare, operator_counts, seal, write_bundle
 from asc_ray.int8.train import load_int8
-from asc_ray.models.ds_flexinet import DSFlexiNetConfig
+from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.places import is_kept, is_uri, named, opened
 from asc_ray.plan import BEST_STUDENT
 from asc_ray.progress import Progress

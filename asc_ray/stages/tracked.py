@@ -25,7 +25,7 @@ from asc_ray.shown import masked
 from asc_ray.students.config import StudentConfig
 from asc_ray.tracking.runs import Tracker
 from asc_ray.tracking.things import ERROR_TAG, Thing, Value, curves, figures, parameters
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import Recipe
 
 
 def pipeline_thing(plan: Plan, name: str, key: str, kind: str = "pipeline") -> Thing:

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from asc_ray.audio.frontend import FrontendConfig
+from asc_ray.audio.config import FrontendConfig
 from asc_ray.config.overrides import apply_overrides
-from asc_ray.models.registry import ModelConfig
+from asc_ray.models.config import ModelConfig
 from asc_ray.section import Section
-from asc_ray.training.objective import DistillationConfig
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.config import DistillationConfig, Recipe
 
 
 class SpecializeConfig(Section):
@@ -53,3 +52,21 @@ def changed(student: StudentConfig, values: Mapping[str, Any]) -> StudentConfig:
     raw = student.model_dump()
     apply_overrides(raw, values)
     return StudentConfig.model_validate(raw)
+
+
+def _number(value: Any) -> Any:
+    """Read 30e6 as a number, although YAML takes it for text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_number)]
+
+
+class Limits(Section):
+    """What a device allows a student; the defaults are DCASE's."""
+
+    bytes: Count = Field(128_000, ge=1, description="bytes of the parameters as int8")
+    macs: Count = Field(30_000_000, ge=1, description="multiply-accumulates for one clip")

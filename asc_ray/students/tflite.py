@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from asc_ray.audio.frontend import FrontendConfig, LogMel
+from asc_ray.audio.config import FrontendConfig
+from asc_ray.audio.frontend import LogMel
 from asc_ray.data.batches import waveform
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError

@@ -9,11 +9,11 @@ from torch import nn
 
 from asc_ray.artifacts import file_sha256, read_manifest, stored_file, write_record
 from asc_ray.errors import ConfigError, UserError
-from asc_ray.models.passt import PasstConfig
+from asc_ray.models.config import PasstConfig
 from asc_ray.models.pretrained import metadata, start_from
 from asc_ray.models.registry import build, head_of
+from asc_ray.training.config import Recipe
 from asc_ray.training.loop import OnEpoch
-from asc_ray.training.recipe import Recipe
 from asc_ray.training.validation import Metrics
 
 WEIGHTS = "model.safetensors"

@@ -17,11 +17,11 @@ from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
 from asc_ray.training import parallel
 from asc_ray.training.checkpoints import best_epoch, load_checkpoint, restore_optimizer, save_checkpoint
+from asc_ray.training.config import DistillationConfig, OptimizerConfig, Recipe
 from asc_ray.training.dataset import Dataset
 from asc_ray.training.gpu import on_gpu, training_device
-from asc_ray.training.objective import DistillationConfig, Objective
-from asc_ray.training.optimizer import OptimizerConfig, average_weights, learning_rate_factor, optimizer_of
-from asc_ray.training.recipe import Recipe
+from asc_ray.training.objective import Objective
+from asc_ray.training.optimizer import average_weights, learning_rate_factor, optimizer_of
 from asc_ray.training.step import Rows, Trainer
 from asc_ray.training.validation import Metrics, NotFinite, validate
 

@@ -1,67 +1,12 @@
 """The training objective, eq. 5: cross-entropy with hard labels and with soft targets."""
 
 import math
-from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asc_ray.section import Section
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class ScheduledWeight(Section):
-    """A weight that goes from `start` in the first epoch to `end` in the last."""
-
-    start: Share = Field(description="weight in the first epoch")
-    end: Share = Field(description="weight in the last epoch")
-    shape: Literal["linear", "cosine"] = Field("linear", description="shape of the curve between them")
-
-
-class LearnedWeight(Section):
-    """A weight between `low` and `high` that is trained with the network, by the same objective."""
-
-    start: Share = Field(description="weight before the first step")
-    low: Share = Field(0.0, description="lower bound of the weight")
-    high: Share = Field(1.0, description="upper bound of the weight")
-
-    @model_validator(mode="after")
-    def _inside(self) -> Self:
-        if not self.low < self.start < self.high:
-            raise ValueError(f"low {self.low:g} < start {self.start:g} < high {self.high:g} must hold")
-        return self
-
-
-def _kind(value: Any) -> str:
-    """Return the tag of the form in which a weight is given."""
-    if not isinstance(value, dict | Section):
-        return "(number)"
-    return "(schedule)" if {"end", "shape"} & dict(value).keys() else "(learned)"
-
-
-LabelWeight = Annotated[
-    Annotated[Share, Tag("(number)")]
-    | Annotated[ScheduledWeight, Tag("(schedule)")]
-    | Annotated[LearnedWeight, Tag("(learned)")],
-    Discriminator(_kind),
-]
-
-
-class DistillationConfig(Section):
-    """What a student learns from.
-
-    `soft_target`: `none`, `average`, `fused`, or the name of one teacher system.
-
-    `label_weight` is lambda of eq. 5, the share of the label loss: a number, `{start, end, shape}` over the epochs, or
-    `{start, low, high}` to learn it.
-    """
-
-    soft_target: str = Field("fused", description="whose logits the student learns from")
-    label_weight: LabelWeight = Field(0.17, description="share of the label loss, lambda of eq. 5")
-    temperature: float = Field(2.0, gt=0.0, le=100.0, description="divisor of the student's and the teachers' logits")
+from asc_ray.training.config import DistillationConfig, LearnedWeight, ScheduledWeight
 
 
 class Objective(nn.Module):

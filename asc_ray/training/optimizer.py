@@ -1,23 +1,13 @@
 """The optimizer, its learning-rate schedule, and the mean over the last epochs' weights."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
-from asc_ray.section import Section
+from asc_ray.training.config import OptimizerConfig, ScheduleConfig
 from asc_ray.training.objective import Objective
-
-
-class ScheduleConfig(Section):
-    """Exponential warm-up, plateau, linear ramp-down to `last_factor`; all lengths in epochs."""
-
-    warm_up: int = Field(3, ge=0, description="epochs of the warm-up")
-    ramp_down_start: int = Field(15, ge=0, description="epochs before the rate begins to fall")
-    ramp_down_length: int = Field(12, ge=1, description="epochs over which it falls")
-    last_factor: float = Field(0.005, ge=0.0, le=1.0, description="share of the rate after the ramp-down")
 
 
 def learning_rate_factor(epoch: int, schedule: ScheduleConfig) -> float:
@@ -31,40 +21,6 @@ def learning_rate_factor(epoch: int, schedule: ScheduleConfig) -> float:
         factor = math.exp(-5.0 * (1.0 - max(epoch, 0.5) / schedule.warm_up) ** 2)
     progress = min(max(epoch - schedule.ramp_down_start, 0) / schedule.ramp_down_length, 1.0)
     return factor * (1.0 + (schedule.last_factor - 1.0) * progress)
-
-
-class OptimizerConfig(Section):
-    """One optimizer and one learning-rate schedule for the whole network."""
-
-    kind: Literal["adamw", "adam"] = Field(
-        "adamw", description="adam adds the weight decay to the gradient (L2), adamw takes it from the weights"
-    )
-    epochs: int = Field(30, ge=1, description="passes over the training clips")
-    batch_size: int = Field(64, ge=2, description="clips a step")
-    learning_rate: float = Field(1e-3, gt=0.0, le=1.0, description="largest learning rate; the schedule scales it")
-    weight_decay: float = Field(1e-3, ge=0.0, le=1.0, description="weight decay, applied as `kind` says")
-    schedule: ScheduleConfig = ScheduleConfig()
-    clip_norm: float = Field(5.0, gt=0.0, description="largest norm of the gradient over all weights")
-    accumulate: int = Field(1, ge=1, description="parts in which a batch goes through the network, for less memory")
-    average_epochs: int = Field(1, ge=1, description="number of last epochs whose weights are averaged; 1: no average")
-
-    @model_validator(mode="after")
-    def _no_more_than_there_are(self) -> "OptimizerConfig":
-        if self.average_epochs > self.epochs:
-            raise ValueError(f"average_epochs: {self.average_epochs} of {self.epochs} epochs")
-        return self
-
-    def scaled_to(self, epochs: int) -> "OptimizerConfig":
-        """Return this configuration for `epochs` epochs, with its schedule compressed or stretched to them."""
-        ratio = epochs / self.epochs
-        schedule = ScheduleConfig(
-            warm_up=round(self.schedule.warm_up * ratio),
-            ramp_down_start=round(self.schedule.ramp_down_start * ratio),
-            ramp_down_length=max(1, round(self.schedule.ramp_down_length * ratio)),
-            last_factor=self.schedule.last_factor,
-        )
-        average = max(1, round(self.average_epochs * ratio))
-        return self.model_copy(update={"epochs": epochs, "schedule": schedule, "average_epochs": average})
 
 
 def optimizer_of(
