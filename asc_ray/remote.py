@@ -47,11 +47,19 @@ def push(*paths: Path) -> None:
 
 
 def _send(path: Path) -> None:
+    """Send a file. Only a thread of `together` may: Arrow makes an object of what it has when the stream is closed, and
+    a signal, which interrupts the main thread alone, would have a file's beginning made one."""
     files, inner = filesystem(path)
     assert files is not None
-    with told(_uri(path)), open(path, "rb") as source, files.open_output_stream(inner) as sink:
-        while chunk := source.read(_CHUNK):
-            sink.write(chunk)
+    with told(_uri(path)), open(path, "rb") as source:
+        try:
+            with files.open_output_stream(inner) as sink:
+                while chunk := source.read(_CHUNK):
+                    sink.write(chunk)
+        except OSError:  # of this node's disk, perhaps
+            with suppress(OSError):
+                files.delete_file(inner)
+            raise
 
 
 def pull(folder: Path, pattern: str = "*") -> None:
@@ -292,11 +300,9 @@ def _missing(path: Path) -> DiskError:
 
 
 def together(do: Callable[[Any], None], work: Iterable[Any]) -> None:
-    """Do all of it, several at once. Raises the first error."""
+    """Do all of it, several at once, and end what has begun when a signal comes. Raises the first error."""
     items = list(work)
-    if len(items) < 2:
-        for item in items:
-            do(item)
+    if not items:
         return
     pool = ThreadPoolExecutor(_AT_ONCE)
     try:

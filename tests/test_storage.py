@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,6 +311,40 @@ def test_the_time_at_which_work_began_is_that_of_the_first_node(place):
     if not place.bucket:
         assert other.made()["began"].startswith("2001-09-09")
     assert other.made()["began"] <= other.made()["ended"]
+
+
+def test_an_object_is_there_whole_or_not_at_all_when_a_signal_comes(store):
+    """Arrow makes an object of what was sent when a stream is closed, however it comes to be closed."""
+    interrupted = []
+
+    def interrupt(*_: object) -> None:
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    folder = artifact(store, "one").open_partial()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(4):
+            file = folder / f"{number}.bin"
+            file.write_bytes(bytes(32 << 20))
+            with suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.03 * (number + 1))
+                remote.push(file)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted
+    sizes = {name: info.size for name, info in remote.listed(folder).items() if name.endswith(".bin")}
+    assert set(sizes.values()) == {32 << 20}, sizes
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that cannot be read")
+def test_no_object_is_made_of_a_file_that_cannot_be_read_to_its_end(store):
+    folder = artifact(store, "one").open_partial()
+    (folder / "broken").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        remote.push(folder / "broken")
+    assert "broken" not in remote.listed(folder)
 
 
 def test_an_object_s_name_leads_out_of_no_folder(store):
