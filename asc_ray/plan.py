@@ -10,22 +10,20 @@ from typing import Any
 
 from asc_ray import remote
 from asc_ray.artifacts import Artifact, content_key, file_sha256, read_record, stored_file
+from asc_ray.audio.responses import bank_identity
 from asc_ray.config.asked import check_corpus
 from asc_ray.config.configuration import Config
 from asc_ray.config.yaml_text import read_yaml
 from asc_ray.data.demo import SCENES
 from asc_ray.data.reading import Reading, keep, kept_reading, new_reading
-from asc_ray.ensemble.fusion import FUSION_FORM
-from asc_ray.ensemble.imported import imported_identity
+from asc_ray.ensemble.config import FUSION_FORM, imported_identity, published
 from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import EVALUATION_FORM, read_evaluation
 from asc_ray.evaluation.seeds import OverSeeds, over_seeds
 from asc_ray.int8.config import INT8_FORM
-from asc_ray.models.pretrained import published
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.targets import TargetFiles
 from asc_ray.training.config import Recipe
-from asc_ray.training.dataset import bank_identity
 from asc_ray.training.folder import start_in_key
 
 BEST_STUDENT = "best.yaml"

@@ -10,7 +10,7 @@ from asc_ray.artifacts import Artifact, artifacts_in, read_record
 from asc_ray.errors import UserError
 from asc_ray.plan import Plan
 from asc_ray.resources import Resources, TrainerResources
-from asc_ray.search.course import TRIALS
+from asc_ray.search.config import TRIALS
 from asc_ray.status import State, states
 from asc_ray.training.folder import PROGRESS
 

@@ -13,7 +13,6 @@ import yaml
 from asc_ray import remote
 from asc_ray.artifacts import stored_file
 from asc_ray.config.configuration import Config
-from asc_ray.config.fitting import check_limits
 from asc_ray.disk import disk_error
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.int8.config import check_int8
@@ -23,13 +22,11 @@ from asc_ray.plan import REPORT, STAGES, Plan, dump, scores_over_seeds
 from asc_ray.progress import Progress
 from asc_ray.resources import RAYS_FOLDER
 from asc_ray.shown import masked
-from asc_ray.stages.tracked import pipeline_thing, tell_made
 from asc_ray.tracking.config import default_uri
-from asc_ray.tracking.runs import Tracker
-from asc_ray.tracking.things import Thing
 
 if TYPE_CHECKING:
     from asc_ray.stages.work import Work
+    from asc_ray.tracking.things import Thing
 
 
 def where_things_are(plan: Plan) -> list[str]:
@@ -69,6 +66,8 @@ def refuse(plan: Plan, todo: Sequence[str]) -> None:
                     "configuration first, or `asc-ray pipeline` for all stages"
                 )
     if {"sweep", "student"} & set(todo):
+        from asc_ray.config.fitting import check_limits  # here, because counting what a network costs takes torch
+
         check_limits(plan.config, plan.scenes)
     if "qat" in todo:
         check_int8(plan.config.student.model.name)
@@ -92,6 +91,8 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                 plan.keep_reading()
         progress.nothing_to_do()
         return plan
+    from asc_ray.stages.tracked import pipeline_thing, tell_made  # here, as in `at_work`
+
     refuse(plan, todo)
     if "ingest" in todo and plan.source and plan.source.corpus:
         for note in plan.source.corpus.notes:
@@ -110,13 +111,14 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
 
 @contextmanager
 def at_work(
-    plan: Plan, parent: Thing, configuration: Mapping[str, Any], complete: Iterable[str], progress: Progress
+    plan: Plan, parent: "Thing", configuration: Mapping[str, Any], complete: Iterable[str], progress: Progress
 ) -> Iterator["Work"]:
     """Hold the plan's storage, a connection to the cluster that can run it, and a parent run in MLflow."""
     # Import these only when there is work, so that `asc-ray status` and a finished configuration answer at once.
     from asc_ray.cluster.connection import connected
     from asc_ray.cluster.tasks import check_feasible
     from asc_ray.stages.work import Work
+    from asc_ray.tracking.runs import Tracker
 
     config = plan.config
     with _told_apart(config.folder), exclusive(config.folder, progress.note), _without_scratch(config.folder):

@@ -11,6 +11,7 @@ from asc_ray.artifacts import Artifact, read_record
 from asc_ray.lock import is_locked
 from asc_ray.places import named
 from asc_ray.plan import Plan, failure
+from asc_ray.search.config import TRIALS
 from asc_ray.training.folder import PROGRESS
 
 _OF_EPOCH = ("epoch", "epochs", "loss", "validation_accuracy", "clips_per_second")
@@ -83,7 +84,7 @@ def _progress(folder: Path, runs: bool) -> dict[str, Any]:
         return {name: entry[name] for name in _OF_EPOCH} | {"noted": _iso(noted)} | expected
     if shards := list(folder.glob("*-*.json")):
         return {"shards": len(shards)}
-    if trials := list(folder.glob("trials/*.json")):
+    if trials := list(folder.glob(f"{TRIALS}/*.json")):
         return {"trials": len(trials)}
     return {}
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from asc_ray.config.composition import checked, load_config, preset
 from asc_ray.config.configuration import Config
 from asc_ray.config.fitting import check_limits
-from asc_ray.data.corpus import CorpusConfig
+from asc_ray.data.config import CorpusConfig
 from asc_ray.errors import ConfigError
 from asc_ray.int8.config import check_int8
 from asc_ray.plan import Plan

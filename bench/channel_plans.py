@@ -26,7 +26,7 @@ import torch
 from recipes import trained
 
 from asc_ray.config.composition import PRESETS, preset
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import PartitionConfig
 from asc_ray.models.complexity import complexity
 from asc_ray.models.config import ChannelPlan, DSFlexiNetConfig, Stage
 from asc_ray.models.ds_flexinet import DSFlexiNet

@@ -19,7 +19,7 @@ import torch
 
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.teachers import Teacher, train_teachers
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import PartitionConfig
 from asc_ray.ensemble.teachers import train_teacher
 from asc_ray.resources import TrainerResources
 from asc_ray.training.config import Recipe

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from asc_ray.artifacts import MANIFEST, read_manifest
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import PartitionConfig
 from asc_ray.data.logits import Ensemble, Logits, read_logits
 from asc_ray.ensemble.fusion import fit
 from asc_ray.ensemble.newton import Shard, sums

@@ -41,9 +41,10 @@ from asc_ray.audio.augment import Augment
 from asc_ray.audio.config import AugmentConfig, FrontendConfig
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
-from asc_ray.data.batches import DataConfig, moved, step_generator, waveform
+from asc_ray.data.batches import moved, step_generator, waveform
 from asc_ray.data.clip import Clip
 from asc_ray.data.clips import CLIP_SAMPLES, SHARD, ClipStore, write_clips
+from asc_ray.data.config import DataConfig
 from asc_ray.data.pieces import piece_file
 from asc_ray.models.registry import build, folded
 from asc_ray.training import loop

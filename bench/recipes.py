@@ -31,14 +31,15 @@ from torch import Tensor
 
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import merged, network_preset, preset
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import PartitionConfig
 from asc_ray.evaluation.artifact import score
 from asc_ray.evaluation.scores import Evaluation
 from asc_ray.models.registry import build
 from asc_ray.students.config import StudentConfig
 from asc_ray.training.dataset import Dataset, Source
+from asc_ray.training.folder import Metrics
 from asc_ray.training.loop import fit
-from asc_ray.training.validation import Metrics, predict
+from asc_ray.training.validation import predict
 
 # The first value of each is that of `short`.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -39,9 +39,9 @@ from asc_ray.cluster.tasks import Task, run_tasks
 from asc_ray.config.asked import check_corpus
 from asc_ray.config.composition import load_config
 from asc_ray.data import reading
-from asc_ray.data.batches import DataConfig
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, SHARD, SHARD_CLIPS, SPLITS, ClipStore, open_clips
-from asc_ray.data.division import PartitionConfig, grouped
+from asc_ray.data.config import DataConfig, PartitionConfig
+from asc_ray.data.division import grouped
 from asc_ray.data.logits import write_logits
 from asc_ray.data.pieces import finished_pieces, note_piece, piece_file
 from asc_ray.data.samples import write_index

@@ -32,7 +32,7 @@ import torch
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.sweep import run_sweep
 from asc_ray.data.clips import ClipStore
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import PartitionConfig
 from asc_ray.data.logits import write_logits
 from asc_ray.models.registry import build
 from asc_ray.resources import Resources

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from asc_ray.artifacts import Artifact
 from asc_ray.cluster.sweep import run_sweep
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import PartitionConfig
 from asc_ray.resources import Resources
 from asc_ray.search.config import SweepConfig
 from asc_ray.search.trials import TrialResult

@@ -32,7 +32,8 @@ import soundfile as sf
 from chaos import descendants, environment, kill
 from memory import peak_memory
 
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.config import DemoConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.layouts import META_COLUMNS
 
 CONFIG = Path(__file__).with_suffix(".yaml")

@@ -17,8 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-from asc_ray.data.batches import DataConfig
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import DataConfig, PartitionConfig
 from asc_ray.models.registry import build
 from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source

@@ -24,10 +24,10 @@ from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.models.registry import build
 from asc_ray.training.config import OptimizerConfig, Recipe
 from asc_ray.training.dataset import Dataset
-from asc_ray.training.folder import about, save_weights
 from asc_ray.training.gpu import training_device
 from asc_ray.training.loop import fit
 from asc_ray.training.validation import predict
+from asc_ray.training.weights import about, save_weights
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("corpus", type=Path)

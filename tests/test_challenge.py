@@ -15,9 +15,9 @@ from asc_ray.artifacts import Artifact
 from asc_ray.challenge.package import cost, submission_of
 from asc_ray.challenge.submission import compact, load_inputs, load_model
 from asc_ray.data.clips import open_clips
+from asc_ray.data.config import DemoConfig, PartitionConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import UserError
 from asc_ray.evaluation.artifact import read_answers
 from asc_ray.models.registry import build, folded

@@ -13,7 +13,8 @@ from conftest import TINY, command, joined
 from mlflow.tracking import MlflowClient
 
 from asc_ray.config.composition import load_config
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.config import DemoConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import ConfigError
 from asc_ray.evaluation.artifact import read_evaluation
 from asc_ray.evaluation.gains import Gain, Interval

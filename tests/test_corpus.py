@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asc_ray.data.clip import Clip
-from asc_ray.data.corpus import CorpusConfig, read_corpus
+from asc_ray.data.config import CorpusConfig
+from asc_ray.data.corpus import read_corpus
 from asc_ray.data.division import grouped, partition
 from asc_ray.errors import ConfigError, CorpusError
 

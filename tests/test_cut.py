@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from asc_ray.data.clip import Clip, second_id
 from asc_ray.data.clips import ClipStore, open_clips
-from asc_ray.data.corpus import CorpusConfig, read_corpus
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.config import CorpusConfig, PartitionConfig
+from asc_ray.data.corpus import read_corpus
 from asc_ray.data.reading import new_reading
 from asc_ray.data.recordings import cut_following
 from asc_ray.data.shards import write_store

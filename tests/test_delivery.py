@@ -16,9 +16,10 @@ from conftest import clip_store
 
 from asc_ray import artifacts, remote
 from asc_ray.artifacts import Artifact
-from asc_ray.data.batches import DataConfig, Waves, delivery, epoch_batches, waveform
+from asc_ray.data.batches import Waves, delivery, epoch_batches, waveform
 from asc_ray.data.clip import Clip
 from asc_ray.data.clips import CLIP_SAMPLES, SAMPLE_RATE, ClipStore, open_clips
+from asc_ray.data.config import DataConfig
 from asc_ray.data.corpus import Corpus
 from asc_ray.data.mirror import mirrored
 from asc_ray.errors import ConfigError, UserError

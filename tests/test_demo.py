@@ -8,8 +8,9 @@ import pytest
 import soundfile as sf
 from conftest import coded
 
+from asc_ray.data.config import DemoConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DEVICES, SCENES, DemoConfig, make_demo_corpus
+from asc_ray.data.demo import DEVICES, SCENES, make_demo_corpus
 from asc_ray.data.division import partition
 from asc_ray.errors import UserError
 

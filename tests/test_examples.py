@@ -14,8 +14,9 @@ from conftest import ROOT, noise
 from asc_ray.audio.config import FrontendConfig
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.config import DemoConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.models.config import DSFlexiNetConfig
 from asc_ray.models.pretrained import load_published
 from asc_ray.models.registry import build

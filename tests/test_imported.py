@@ -19,10 +19,12 @@ from asc_ray.cli import app
 from asc_ray.config.composition import load_config
 from asc_ray.config.origins import shown
 from asc_ray.data.clips import ClipStore, open_clips
+from asc_ray.data.config import DemoConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.logits import read_logits
-from asc_ray.ensemble.imported import ImportedConfig, aligned
+from asc_ray.ensemble.config import ImportedConfig
+from asc_ray.ensemble.imported import aligned
 from asc_ray.ensemble.stored import StoredEnsemble
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.evaluation.artifact import read_scores

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from asc_ray.artifacts import Artifact
 from asc_ray.config.composition import load_config
+from asc_ray.data.config import DemoConfig, PartitionConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.pretrained import metadata
 from asc_ray.models.registry import build, head_of
@@ -22,7 +22,8 @@ from asc_ray.students.config import StudentConfig
 from asc_ray.students.train import train_student
 from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import WEIGHTS, about, save_weights, started
+from asc_ray.training.folder import WEIGHTS
+from asc_ray.training.weights import about, save_weights, started
 
 OTHER = ["bark", "rain", "siren"]
 NO_SWEEP = "sweep=null"

@@ -27,7 +27,7 @@ from asc_ray.stages.work import source_of
 from asc_ray.status import state_of
 from asc_ray.students.targets import read_soft_targets
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint
-from asc_ray.training.folder import load_model
+from asc_ray.training.weights import load_model
 
 # --- finished files ---------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from asc_ray.config.composition import load_config
 from asc_ray.config.configuration import Config
+from asc_ray.data.config import TableConfig
 from asc_ray.data.demo import make_demo_corpus
-from asc_ray.data.layouts import TableConfig
 from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
-from asc_ray.search.space import Parameter
+from asc_ray.search.config import Parameter
 from asc_ray.section import Section
 from asc_ray.training.config import Recipe
 

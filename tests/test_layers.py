@@ -103,10 +103,21 @@ def test_packages_hold_nothing_but_their_modules():
     assert set(holding) <= {"asc_ray", "runtime"}
 
 
-def test_reading_a_configuration_imports_neither_ray_nor_mlflow():
-    modules = "asc_ray.config.composition, asc_ray.status, asc_ray.run"
-    code = f"import sys, {modules}; print({{'ray', 'mlflow'}} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def test_a_plan_its_states_and_a_preview_import_nothing_that_takes_a_second(tmp_path):
+    """So that `asc-ray status`, `--dry-run` and a finished `asc-ray pipeline` answer at once."""
+    code = """
+import sys
+from asc_ray.config.composition import load_config
+from asc_ray.plan import STAGES, Plan
+from asc_ray.preview import preview
+from asc_ray.run import run
+from asc_ray.status import states
+plan = Plan(load_config("demo", ["storage=" + sys.argv[1]]))
+assert len(list(states(plan))) == len(list(preview(plan, STAGES)))
+print({"torch", "ray", "mlflow", "optuna", "pandas", "matplotlib", "soundfile"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
 
 

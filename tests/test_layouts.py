@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from asc_ray.config.composition import load_config
 from asc_ray.data import tables
 from asc_ray.data.clip import Clip
-from asc_ray.data.corpus import Corpus, CorpusConfig, read_corpus
+from asc_ray.data.config import CorpusConfig
+from asc_ray.data.corpus import Corpus, read_corpus
 from asc_ray.data.reading import TICK, keep, kept_reading, new_reading
 from asc_ray.data.shards import write_shard, write_store
 from asc_ray.errors import ConfigError, CorpusError, UserError

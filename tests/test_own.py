@@ -21,9 +21,9 @@ from asc_ray.audio.frontends import front_end
 from asc_ray.cli import app
 from asc_ray.config.composition import load_config
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.config import DemoConfig, PartitionConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.logits import Ensemble, read_logits
 from asc_ray.ensemble.stored import StoredEnsemble
 from asc_ray.ensemble.teachers import import_teacher, train_teacher

@@ -42,8 +42,8 @@ from asc_ray.search.trials import best as best_of
 from asc_ray.stages.fuse import fusion_warning
 from asc_ray.students.train import train_student
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import load_model
 from asc_ray.training.validation import predict
+from asc_ray.training.weights import load_model
 
 _spec = importlib.util.spec_from_file_location("screenshots", ROOT / "docs" / "screenshots.py")
 assert _spec is not None

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from asc_ray.ensemble.config import published
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.models.config import CPResNetConfig, PasstConfig
-from asc_ray.models.pretrained import load_published, metadata, published, read_tensors, start_from
+from asc_ray.models.pretrained import load_published, metadata, read_tensors, start_from
 from asc_ray.models.registry import build
 
 LABELS = [f"scene {number}" for number in range(10)]

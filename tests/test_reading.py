@@ -12,7 +12,7 @@ from conftest import TINY
 from asc_ray.artifacts import read_record, write_record
 from asc_ray.config.composition import load_config
 from asc_ray.data import reading
-from asc_ray.data.corpus import CorpusConfig
+from asc_ray.data.config import CorpusConfig
 from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.reading import READINGS, TICK, Reading, keep, kept_reading, new_reading
 from asc_ray.errors import CorpusError

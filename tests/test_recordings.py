@@ -12,10 +12,10 @@ from asc_ray.audio.augment import Augment
 from asc_ray.audio.config import AugmentConfig, FrontendConfig
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.config.composition import load_config
-from asc_ray.data.batches import DataConfig
 from asc_ray.data.clip import Clip
 from asc_ray.data.clips import ClipStore, write_clips
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.config import DataConfig, DemoConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.recordings import following
 from asc_ray.errors import ConfigError
 from asc_ray.plan import Plan

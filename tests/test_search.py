@@ -11,13 +11,12 @@ from pydantic import ValidationError
 from asc_ray.config.composition import load_config
 from asc_ray.config.configuration import check_space
 from asc_ray.errors import UserError
-from asc_ray.search.config import BudgetConfig, ObjectiveConfig, SweepConfig
+from asc_ray.search.config import BudgetConfig, ObjectiveConfig, Parameter, PopulationConfig, SweepConfig
 from asc_ray.search.course import Course, checkpoints_of
 from asc_ray.search.halving import should_stop
 from asc_ray.search.order import finalists, may_start, planned, repeated, visible, within_budget
-from asc_ray.search.population import PopulationConfig, explored
+from asc_ray.search.population import explored
 from asc_ray.search.proposals import cost_of, parent, propose, trial_config
-from asc_ray.search.space import Parameter
 from asc_ray.search.trials import TrialResult, best, importances, pareto
 from asc_ray.stages.sweep import advice
 from asc_ray.students.config import Limits, StudentConfig

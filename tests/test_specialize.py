@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.frontend import LogMel
 from asc_ray.data.clips import Clip, open_clips, write_clips
+from asc_ray.data.config import DemoConfig, PartitionConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.logits import write_logits
 from asc_ray.evaluation.artifact import read_answers
 from asc_ray.models.complexity import complexity
@@ -25,8 +25,8 @@ from asc_ray.students.targets import TargetFiles, student_clips
 from asc_ray.students.train import train_student
 from asc_ray.training import loop
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import load_model
 from asc_ray.training.validation import predict
+from asc_ray.training.weights import load_model
 
 PARTS = PartitionConfig(fusion=0.25, validation=0.25)
 DEVICES = {"a": "a", "b": "b/../b", "c": "c c"}  # names that no file could have

@@ -38,7 +38,8 @@ from asc_ray.lock import exclusive, is_locked
 from asc_ray.objects import told
 from asc_ray.places import named, node_folder, opened, place_of
 from asc_ray.plan import FAILED, failure
-from asc_ray.search.course import TRIALS, ended_trials, result_of
+from asc_ray.search.config import TRIALS
+from asc_ray.search.course import ended_trials, result_of
 from asc_ray.search.trials import TrialResult
 from asc_ray.status import state_of
 from asc_ray.training.checkpoints import load_checkpoint, save_checkpoint

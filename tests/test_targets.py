@@ -9,8 +9,9 @@ from conftest import clip_store, noise
 from asc_ray.artifacts import Artifact
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.data.clips import open_clips
+from asc_ray.data.config import DemoConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import UserError
 from asc_ray.students.targets import TargetFiles, read_soft_targets, student_clips

@@ -22,11 +22,11 @@ from asc_ray.audio.augment import Augment
 from asc_ray.audio.frontend import LogMel
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.config.composition import load_config
-from asc_ray.data.batches import DataConfig, epoch_batches, step_generator
+from asc_ray.data.batches import epoch_batches, step_generator
 from asc_ray.data.clips import ClipStore
+from asc_ray.data.config import DataConfig, DemoConfig, PartitionConfig
 from asc_ray.data.corpus import read_corpus
-from asc_ray.data.demo import DemoConfig, make_demo_corpus
-from asc_ray.data.division import PartitionConfig
+from asc_ray.data.demo import make_demo_corpus
 from asc_ray.data.logits import write_logits
 from asc_ray.errors import ConfigError, UserError
 from asc_ray.int8.config import QATConfig

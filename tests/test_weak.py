@@ -12,8 +12,8 @@ from rich.console import Console
 from asc_ray.artifacts import Artifact
 from asc_ray.config.composition import load_config
 from asc_ray.data.logits import write_logits
+from asc_ray.ensemble.config import FusionConfig
 from asc_ray.ensemble.fuse import fuse_systems
-from asc_ray.ensemble.fusion import FusionConfig
 from asc_ray.ensemble.weak import Standing, far_below
 from asc_ray.plan import Plan
 from asc_ray.progress import Progress

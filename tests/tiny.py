@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from asc_ray.audio.frontend import LogMel
 from asc_ray.config.composition import load_config
-from asc_ray.data.batches import DataConfig
+from asc_ray.data.config import DataConfig
 from asc_ray.models.registry import build
 from asc_ray.plan import Plan
 from asc_ray.training.config import DistillationConfig, Recipe

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asc_ray.audio.resample import resample
+from asc_ray.audio.responses import response_files
 from asc_ray.errors import UserError
 from asc_ray.files import open_plain
 
@@ -34,16 +35,6 @@ class ImpulseBank:
         finite; it names all of them.
         """
         return _synthetic(sample_rate) if folder is None else _read(Path(folder), sample_rate)
-
-
-def response_files(folder: Path) -> list[Path]:
-    """Return the files of `folder` that a bank is made of, by name. Raises UserError where there are none."""
-    if not folder.is_dir():
-        raise UserError(f"impulse responses: {folder} is not a folder; name a folder of *.wav files, or none at all")
-    paths = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".wav"), key=lambda path: path.name)
-    if not paths:
-        raise UserError(f"impulse responses: {folder} holds no *.wav file; add some, or name no folder")
-    return paths
 
 
 def _read(folder: Path, sample_rate: int) -> ImpulseBank:

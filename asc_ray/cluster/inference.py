@@ -12,7 +12,8 @@ from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.data.clips import SPLITS
 from asc_ray.data.logits import read_logits
 from asc_ray.data.pieces import finished_pieces, known_files, missing_pieces, piece_file
-from asc_ray.ensemble.inference import Inference, LogitsPrecision, infer
+from asc_ray.ensemble.config import LogitsPrecision
+from asc_ray.ensemble.inference import Inference, infer
 from asc_ray.errors import UserError
 from asc_ray.resources import Resources
 from asc_ray.training.config import Recipe

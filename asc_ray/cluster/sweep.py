@@ -20,8 +20,8 @@ from asc_ray.errors import UserError
 from asc_ray.models.registry import build
 from asc_ray.places import ready
 from asc_ray.resources import RAYS_FOLDER, Resources
-from asc_ray.search.config import METRIC, SweepConfig
-from asc_ray.search.course import TRIALS, Course, checkpoints_of, ended_trials, error_of
+from asc_ray.search.config import METRIC, TRIALS, SweepConfig
+from asc_ray.search.course import Course, checkpoints_of, ended_trials, error_of
 from asc_ray.search.order import planned
 from asc_ray.search.proposals import trial_config
 from asc_ray.search.trials import TrialResult
@@ -29,9 +29,9 @@ from asc_ray.students.config import Limits, StudentConfig
 from asc_ray.students.targets import TargetFiles, read_soft_targets
 from asc_ray.students.train import fit_student
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import started
+from asc_ray.training.folder import Metrics
 from asc_ray.training.loop import Diverged
-from asc_ray.training.validation import Metrics
+from asc_ray.training.weights import started
 
 # Tune reads these from the environment when it starts.
 SETTINGS = {

@@ -1,14 +1,13 @@
 """What a configuration asks of its corpus."""
 
 from asc_ray.config.configuration import Config
-from asc_ray.data.division import divide
+from asc_ray.data.division import check_held_out_devices, divide
 from asc_ray.data.reading import Reading
 from asc_ray.data.recordings import check_followed
-from asc_ray.ensemble.checks import check_prior
+from asc_ray.ensemble.config import check_prior
 from asc_ray.errors import ConfigError
 from asc_ray.students.config import changed
 from asc_ray.training.config import Recipe
-from asc_ray.training.dataset import check_held_out_devices
 
 
 def check_corpus(config: Config, corpus: Reading) -> None:

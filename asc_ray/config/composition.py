@@ -27,8 +27,7 @@ from asc_ray.config.yaml_text import MOST_BYTES, read_yaml
 from asc_ray.errors import ConfigError
 from asc_ray.files import read_plain
 from asc_ray.models.config import NETWORK_NAMES
-from asc_ray.search.config import SweepConfig
-from asc_ray.search.space import KINDS
+from asc_ray.search.config import KINDS, SweepConfig
 from asc_ray.section import Section
 from asc_ray.shown import printable
 from asc_ray.students.config import StudentConfig

@@ -6,12 +6,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from asc_ray.config.explain import explain
-from asc_ray.data.batches import DataConfig
-from asc_ray.data.corpus import CorpusConfig
-from asc_ray.data.division import PartitionConfig
-from asc_ray.ensemble.fusion import FusionConfig
-from asc_ray.ensemble.inference import LogitsConfig
-from asc_ray.ensemble.teachers import TeachersConfig
+from asc_ray.data.config import CorpusConfig, DataConfig, PartitionConfig
+from asc_ray.ensemble.config import FusionConfig, LogitsConfig, TeachersConfig
 from asc_ray.int8.config import QATConfig
 from asc_ray.places import check, is_uri, node_folder
 from asc_ray.resources import ClusterConfig, Resources

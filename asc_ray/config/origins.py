@@ -8,7 +8,7 @@ import yaml
 
 from asc_ray.config.composition import PRESETS, find, layers, load_config, presets_of, steps, teacher_file
 from asc_ray.errors import ConfigError
-from asc_ray.search.space import Parameter
+from asc_ray.search.config import Parameter
 from asc_ray.section import Section
 from asc_ray.shown import masked
 

@@ -6,39 +6,19 @@ the same after a restart, and the same for any number of ranks.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
+from asc_ray.data.config import DataConfig
 from asc_ray.errors import ConfigError
-from asc_ray.section import Section
 
 Mode = Literal["mapped", "resident", "stream"]
 # Reads rows of a clip store, batch by batch, (B, 32000) int16 each; its files may be read by other nodes.
 Stream = Callable[[ClipStore, Iterable[np.ndarray]], Iterator[np.ndarray]]
-
-
-class DataConfig(Section):
-    """How clips reach the GPU or CPU that computes. It changes no result, so it is in no key.
-
-    `mapped` reads the memory-mapped store, `resident` keeps all clips in the memory of the GPU or CPU, `stream` has
-    other nodes read ahead through Ray Data; `auto` is resident on a GPU where the clips fit, else mapped.
-    """
-
-    mode: Literal["auto", "mapped", "resident", "stream"] = Field("auto", description="where clips are read from")
-    resident_share: float = Field(
-        0.5, gt=0.0, le=1.0, description="share of the free memory, or of a GPU's part, that resident clips may take"
-    )
-    cache: Path | None = Field(
-        None,
-        description="a folder on every node's own disk, where one copy of the clip store is kept and mapped; of an "
-        "object storage all that a node builds and reads, for which null is below its temporary folder",
-    )
 
 
 # The first word of every spawn key, so that the two random streams never meet, whatever the other words are.

@@ -1,119 +1,17 @@
-"""A corpus: its configuration, what its metadata say, and the checks on them and on its files."""
+"""A corpus: what its metadata say, and the checks on them and on its files."""
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
-
-from pydantic import Field, field_validator, model_validator
 
 from asc_ray.data.clip import Clip, Split, second_id
-from asc_ray.data.decode import BadAudio, whole_seconds
-from asc_ray.data.demo import DemoConfig
+from asc_ray.data.config import CorpusConfig
 from asc_ray.data.faults import EXAMPLES, BadClip, Faults
-from asc_ray.data.layouts import SPLITS, Listing, Splitting, TableConfig, read_folders, read_table, read_tau, tau_files
-from asc_ray.errors import ConfigError, CorpusError
-from asc_ray.section import Section
-
-
-class CorpusConfig(Section):
-    """The corpus, and how it is read. `path: null` stands for the synthetic demo corpus that `demo` describes."""
-
-    path: Path | None = Field(None, description="folder of a corpus")
-    layout: Literal["tau", "table", "folders"] = Field(
-        "tau", description="how the corpus lies there: as TAU22, as one table with the recordings, or a folder a scene"
-    )
-    table: TableConfig | None = Field(None, description="the table and its columns, for `layout: table`")
-    test: tuple[str, ...] | None = Field(
-        None,
-        description="what stands for the test split: values of the column `split`, as in [5], or with `layout: "
-        "folders` the folders above those of the scenes; null: the value `test`, and with folders a split by place",
-    )
-    test_share: float = Field(
-        0.25, gt=0.0, lt=1.0, description="share of each scene's recordings in a test split that is made by place"
-    )
-    test_seed: int = Field(0, ge=0, description="seed of a test split that is made by place")
-    place_pattern: str | None = Field(
-        None,
-        description="regular expression whose first group is the place in a file's name, where nothing else says the "
-        "place; null: each file is a place of its own",
-    )
-    segment_seconds: float | None = Field(
-        None, description="1.0 cuts recordings into whole seconds; null: each is a clip of about one second"
-    )
-    train_split: Path | None = Field(
-        None, description="a list of training clips instead of fold1_train.csv, such as DCASE24's split5.csv"
-    )
-    on_bad_clip: Literal["refuse", "skip"] = Field(
-        "refuse", description="whether a clip that cannot be used stops the ingest, or is left out and recorded"
-    )
-    shard_clips: int = Field(4096, ge=1, le=4096, description="clips of one Arrow file")
-    impulse_responses: Path | None = Field(
-        None, description="folder of wavs for DIR; null: `dirs` in the corpus, else a built-in bank"
-    )
-    demo: DemoConfig = Field(default_factory=DemoConfig)
-
-    def refuse_without_path(self) -> None:
-        """Raise ConfigError for keys that say how to read a corpus, where there is none but the demo's."""
-        if self.train_split:
-            raise ConfigError("corpus.train_split: chooses among the clips of corpus.path, which is not given")
-        for key in ("layout", "segment_seconds"):
-            if getattr(self, key) not in ("tau", None):
-                raise ConfigError(f"corpus.{key}: says how to read corpus.path, which is not given")
-
-    @field_validator("test", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        """Take numbers, as of folds, for the texts that a table has."""
-        plain = isinstance(value, list | tuple) and all(isinstance(own, str | int) for own in value)
-        return [str(own) for own in value] if plain else value
-
-    @field_validator("test")
-    @classmethod
-    def _some(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value == ():
-            raise ValueError("an empty list; name what stands for the test split, or give null")
-        return value
-
-    @field_validator("segment_seconds")
-    @classmethod
-    def _one_second(cls, value: float | None) -> float | None:
-        if value not in (None, 1.0):
-            raise ValueError(
-                f"{value}; allowed is 1.0, or null: networks and front ends take clips of one second (docs/corpus.md)"
-            )
-        return value
-
-    @field_validator("place_pattern")
-    @classmethod
-    def _has_a_group(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                groups = re.compile(value).groups
-            except re.error as error:
-                raise ValueError(f"{value!r} is no regular expression ({error})") from None
-            if groups < 1:
-                raise ValueError(f"{value!r} has no group; put the place in parentheses, as in user([0-9]+)")
-        return value
-
-    @model_validator(mode="after")
-    def _of_the_layout(self) -> Self:
-        if (self.table is not None) != (self.layout == "table"):
-            given = "is missing" if self.table is None else f"is given, but layout is {self.layout}"
-            raise ValueError(f"table: {given}; `layout: table` and `table` go together")
-        if self.layout != "tau" and self.train_split is not None:
-            raise ValueError(f"train_split: is a list of TAU's layout; layout is {self.layout}")
-        if self.layout == "tau" and self.test is not None:
-            raise ValueError("test: with `layout: tau` evaluation_setup/ has the splits; leave test out")
-        if self.table and self.test and not self.table.split:
-            raise ValueError("test: names values of a column; give table.split, too")
-        if self.place_pattern and (self.layout == "tau" or (self.table and self.table.place)):
-            raise ValueError("place_pattern: the metadata say the places; leave it out, or table.place")
-        return self
+from asc_ray.data.layouts import SPLITS, Listing, Splitting, read_folders, read_table, read_tau, tau_files
+from asc_ray.errors import CorpusError
 
 
 @dataclass(frozen=True)
@@ -200,6 +98,8 @@ def _listing(root: Path, config: CorpusConfig, faults: Faults, stripped: Counter
 
 def _seconds(root: Path, names: Sequence[str], bad: list[BadClip], notes: list[str]) -> dict[str, int]:
     """Return how many seconds each recording is cut into; those that cannot be cut go to `bad`."""
+    from asc_ray.data.decode import BadAudio, whole_seconds  # here, because only recordings that are cut need torch
+
     found, rest, longer = {}, 0.0, 0
     for name in names:
         try:

@@ -8,16 +8,14 @@ second occurs on all nine devices. Its figures say nothing about real places.
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
 
+from asc_ray.data.config import DemoConfig
 from asc_ray.errors import UserError
-from asc_ray.section import Section
 
 RATE = 44_100  # samples a second, and samples of a clip
 TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
@@ -26,21 +24,6 @@ TRAIN_SHARES = (0.65, 0.07, 0.07, 0.07, 0.07, 0.07)
 CITIES = ("northport", "eastham", "southbury", "westfield")
 FREQUENCIES = np.fft.rfftfreq(RATE, 1 / RATE)
 IR_SAMPLES = 2048
-
-
-class DemoConfig(Section):
-    """Size of the synthetic corpus; a test second makes nine clips, one per device."""
-
-    renamed: ClassVar[Mapping[str, str]] = {
-        "train_places_per_scene": "train_locations_per_scene",
-        "test_places_per_scene": "test_locations_per_scene",
-    }
-    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
-    train_clips_per_scene: int = Field(80, ge=4, le=10_000, description="training clips of each scene")
-    train_places_per_scene: int = Field(16, ge=2, le=1_000, description="places of a scene's training clips")
-    test_seconds_per_scene: int = Field(10, ge=1, le=1_000, description="test seconds of each scene")
-    test_places_per_scene: int = Field(5, ge=1, le=1_000, description="places of a scene's test seconds")
-    impulse_responses: int = Field(16, ge=1, le=256, description="responses in the folder `dirs`")
 
 
 @dataclass(frozen=True)

@@ -2,39 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
 from asc_ray.errors import ConfigError, CorpusError
-from asc_ray.section import Section
 
 FEWER_PARTS = "Hold out fewer parts (lower fusion.folds), or use a corpus with more places in these scenes."
-FusionData = Literal["holdout", "crossfit", "train"]
-
-
-class PartitionConfig(Section):
-    """Shares of the training clips, by place, that no teacher is trained on; the rest is the part `train`.
-
-    With `fusion.data: holdout` eq. 4 is learned on the part `fusion`. Nothing is trained on the part `validation`:
-    trials and epochs are chosen by it.
-    """
-
-    fusion: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `fusion`")
-    validation: float = Field(0.12, gt=0.0, lt=0.5, description="share of the part `validation`")
-    seed: int = Field(0, ge=0, description="seed of the division")
-
-    def shares(self, fusion_data: FusionData, folds: int) -> dict[str, float]:
-        """Return the shares that `partition` takes out of the part `train`."""
-        validation = {"validation": self.validation}
-        if fusion_data == "holdout":
-            return {"fusion": self.fusion} | validation
-        if fusion_data == "crossfit":
-            return {f"fold-{n}": (1 - self.validation) / folds for n in range(folds)} | validation
-        return validation
 
 
 def partition(
@@ -124,3 +99,13 @@ def _whole(shares: Mapping[str, float]) -> dict[str, float]:
             f"shares {dict(shares)}: each must lie between 0 and 1, together at most 1; the remainder is called 'train'"
         )
     return ({"train": rest} if rest > 1e-9 else {}) | dict(shares)
+
+
+def check_held_out_devices(held_out_devices: Sequence[str], trained: Iterable[str], validated: Iterable[str]) -> None:
+    """Raise ConfigError unless these devices have clips to validate on, and leave others to train on."""
+    known = set(trained) & set(validated)
+    if held_out_devices and not set(held_out_devices) < known:
+        raise ConfigError(
+            f"sweep.validation.devices: found {', '.join(held_out_devices)}; allowed are some, and not all, of "
+            f"{', '.join(sorted(map(str, known)))}, the devices of the training and the validation part"
+        )

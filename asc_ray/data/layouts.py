@@ -20,14 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from pydantic import Field, field_validator
-
 from asc_ray.data.clip import Clip, Split
+from asc_ray.data.config import TableConfig
 from asc_ray.data.division import divide
 from asc_ray.data.faults import Faults
 from asc_ray.data.tables import table_rows, tau_rows, tidy
 from asc_ray.errors import ConfigError, CorpusError
-from asc_ray.section import Section
 
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
 DEVICE = "a"  # of a corpus that names none, as TAU calls its real microphone
@@ -38,47 +36,6 @@ RECORDINGS = {
     ".caf", ".sph", ".voc", ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".ape", ".wv", ".dsf",
 }  # fmt: skip
 IMPULSE_RESPONSES = "dirs"  # a folder of a corpus that holds no scene
-_COLUMN = re.compile(r"\{([^{}]+)\}")
-
-
-class TableConfig(Section):
-    """The table of a corpus, and the columns that say what its recordings are."""
-
-    file: Path = Field(description="CSV, TSV or Parquet with a row a recording; relative to the corpus' folder")
-    path: str = Field(
-        description="column with the recordings' files, relative to the corpus' folder; or a text with columns in "
-        "braces, as in audio/fold{fold}/{slice_file_name}"
-    )
-    scene: str = Field(description="column with the scenes")
-    device: str | None = Field(None, description="column with the devices; null: all recordings are of one device")
-    place: str | None = Field(
-        None, description="column with what recordings of one place share; null: each file is a place of its own"
-    )
-    split: str | None = Field(None, description="column with the splits; null: a test split is made by place")
-
-    @property
-    def path_columns(self) -> list[str]:
-        return _COLUMN.findall(self.path) or [self.path]
-
-    def path_of(self, row: dict[str, str]) -> str:
-        """Return the file's name of a row."""
-        if not _COLUMN.search(self.path):
-            return row[self.path]
-        return tidy(_COLUMN.sub(lambda found: row[found[1]], self.path))
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """All columns that are needed, each with the key that names it."""
-        keys = dict.fromkeys(self.path_columns, "corpus.table.path")
-        own = {key: getattr(self, key) for key in ("scene", "device", "place", "split")}
-        return keys | {column: f"corpus.table.{key}" for key, column in own.items() if column is not None}
-
-    @field_validator("path", "scene", "device", "place", "split")
-    @classmethod
-    def _names_a_column(cls, value: str | None) -> str | None:
-        if value is not None and not value.strip():
-            raise ValueError("an empty text; give a column's name")
-        return value
 
 
 @dataclass(frozen=True)
@@ -171,7 +128,7 @@ def read_table(
     found: dict[str, Clip] = {}
     values: dict[str, str] = {}  # of the column `split`, by name
     for where, row in table_rows(file, columns, set(config.path_columns), faults, stripped):
-        name = config.path_of(row)
+        name = tidy(config.path_of(row))
         if name in found:
             what = "is listed a second time"
             faults.add(f"{file.name} {where}: {name} {what}", name, what)

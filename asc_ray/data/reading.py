@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from asc_ray.artifacts import content_key, read_record, write_record
-from asc_ray.data.corpus import Corpus, CorpusConfig, read_corpus, table_files
+from asc_ray.data.config import CorpusConfig
+from asc_ray.data.corpus import Corpus, read_corpus, table_files
 from asc_ray.data.division import grouped
 from asc_ray.data.recordings import cut_following, following
 

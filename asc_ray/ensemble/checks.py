@@ -1,19 +1,15 @@
 """What a fusion refuses in its inputs, and what it notes about them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
 
+from asc_ray.ensemble.config import Ridge
 from asc_ray.ensemble.newton import Shard
 from asc_ray.errors import UserError
 
 CHANCE = 3.0  # a system knows something if its agreement is so many standard deviations above chance
-
-Ridge = Annotated[float, Field(ge=0.0)] | Literal["auto"]
-ScenePrior = Literal["empirical", "uniform"] | dict[str, Annotated[float, Field(gt=0.0)]]
 
 
 def notes_on(shards: Sequence[Shard], systems: Sequence[str]) -> tuple[str, ...]:
@@ -58,18 +54,6 @@ def _agreement(shards: Sequence[Shard]) -> tuple[float, float]:
         chance += (answers == one).mean(axis=1) * count / len(scene)
     certainty = (right - chance) / np.sqrt(np.maximum(chance * (1 - chance), 1e-12) / len(scene))
     return float(right.max()), float(certainty.max())
-
-
-def check_prior(scene_prior: ScenePrior, labels: Sequence[str]) -> None:
-    """Raise UserError unless every scene has a share above 0, and all of them together are 1."""
-    if scene_prior in ("empirical", "uniform"):
-        return
-    shares = scene_prior if isinstance(scene_prior, Mapping) else {}
-    if shares.keys() != set(labels) or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise UserError(
-            f"fusion.scene_prior: found {scene_prior}; give each of {', '.join(labels)} its share, above 0 and "
-            "together 1, or choose empirical or uniform"
-        )
 
 
 def scene_counts(shards: Sequence[Shard], labels: Sequence[str]) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 from asc_ray.artifacts import Artifact, stored_files
 from asc_ray.data.clips import ClipStore
 from asc_ray.data.logits import Ensemble, Logits, read_logits, write_logits
-from asc_ray.ensemble.checks import Ridge
-from asc_ray.ensemble.fusion import Fusion, FusionConfig, fit_shards, objectives
+from asc_ray.ensemble.config import FusionConfig, Ridge
+from asc_ray.ensemble.fusion import Fusion, fit_shards, objectives
 from asc_ray.ensemble.newton import Shard
 from asc_ray.evaluation.artifact import EVALUATION, headline, score, score_ensemble
 from asc_ray.evaluation.gains import gain

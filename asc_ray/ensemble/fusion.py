@@ -14,44 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import Field
 
-from asc_ray.data.division import FusionData
 from asc_ray.ensemble.center import center
-from asc_ray.ensemble.checks import Ridge, ScenePrior, check_inputs, check_prior, notes_on, refuse_broken, scene_counts
+from asc_ray.ensemble.checks import check_inputs, notes_on, refuse_broken, scene_counts
 from asc_ray.ensemble.choice import KNOWN_PLACES, Candidate, Choice, chosen, cross_validate, sample
+from asc_ray.ensemble.config import Ridge, ScenePrior, check_prior
 from asc_ray.ensemble.newton import BLOCK, TOLERANCE, Problem, Shard, minimize, no_pull
 from asc_ray.errors import UserError
-from asc_ray.section import Section
 
-FUSION_FORM = 2  # part of the artifact's key: raise it when the same logits give another fusion
 FEW_PLACES = 30
 CLIPS_A_SHARD = 65_536  # for logits that are in memory anyway
-
-
-class FusionConfig(Section):
-    """How eq. 4 is learned.
-
-    `data`: what it is learned on. holdout: the part `fusion`, on which no teacher is trained. crossfit: all of
-    the training split but the validation part; every system is trained `folds` times, and a clip's logits are those of
-    the teacher that did not see it. train: the clips that the teachers were trained on.
-
-    `ridge: auto` goes by the number of places, unless repeated cross-validation over places shows that another
-    strength has less log loss, by more than a standard error. `scene_prior`: every clip weighs the same (empirical), or
-    every scene does (uniform), or scenes weigh as given.
-    """
-
-    gone: ClassVar[Mapping[str, Any]] = {"tasks": 1}
-    renamed: ClassVar[Mapping[str, str]] = {"scene_prior": "class_prior"}
-    data: FusionData = Field("holdout", description="clips that the fusion is learned on")
-    folds: int = Field(4, ge=2, description="folds of crossfit")
-    ridge: Ridge = Field("auto", description="strength of the pull towards what the systems deserve by their noise")
-    scene_prior: ScenePrior = Field("empirical", description="how much each scene weighs")
-    nonnegative: bool = Field(False, description="no system has a negative weight")
 
 
 @dataclass(frozen=True, eq=False)

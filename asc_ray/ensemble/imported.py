@@ -11,52 +11,22 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from asc_ray.artifacts import Artifact, file_sha256
+from asc_ray.artifacts import Artifact
 from asc_ray.data.clips import SPLITS, ClipStore
 from asc_ray.data.logits import write_logits
 from asc_ray.data.pieces import piece_file
-from asc_ray.errors import ConfigError, UserError
+from asc_ray.ensemble.config import ImportedConfig
+from asc_ray.errors import UserError
 from asc_ray.files import open_plain
 from asc_ray.models.pretrained import read_stored
-from asc_ray.section import Section, absolute
 from asc_ray.shown import printable
 from asc_ray.training.dataset import Source
 
 ID_NAMES = ("clip_id", "filename")
 LOGITS = "logits"
 SHOWN = 3
-
-
-class ImportedConfig(Section):
-    """Where a system's logits are, and what its file does not say itself."""
-
-    logits: Path = Field(
-        description="file with every clip's logits: .arrow, .feather, .parquet, .csv, .tsv, .npz, .pt or .pth"
-    )
-    ids: Path | None = Field(
-        None, description="table with a column `filename` that names the clips in the order of a file without names"
-    )
-    labels: tuple[str, ...] | None = Field(
-        None, description="the scenes in the order of the logits, for a file that does not name its columns"
-    )
-
-    @field_validator("logits", "ids")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        return absolute(value) if value else None
-
-
-def imported_identity(name: str, config: ImportedConfig) -> dict[str, Any]:
-    """Return what the key of a system's logits is made of. Raises ConfigError where a file is not there."""
-    found: dict[str, Any] = {"labels": config.labels}
-    for key, file in (("logits", config.logits), ("ids", config.ids)):
-        if file is not None and not file.is_file():
-            raise ConfigError(f"teachers.imported.{name}.{key}: {file}: no such file")
-        found[key] = file and file_sha256(file)
-    return found
 
 
 class Foreign(NamedTuple):

@@ -5,39 +5,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import nn
 
 from asc_ray.artifacts import read_manifest
 from asc_ray.audio.frontends import front_end
 from asc_ray.data.logits import write_logits
 from asc_ray.data.pieces import note_piece
+from asc_ray.ensemble.config import LogitsPrecision
 from asc_ray.errors import UserError
 from asc_ray.models.registry import folded
 from asc_ray.places import ready
-from asc_ray.resources import Resources
-from asc_ray.section import Section
 from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import WEIGHTS, load_model
+from asc_ray.training.folder import WEIGHTS
 from asc_ray.training.gpu import training_device
 from asc_ray.training.validation import NotFinite, predict_all, refuse_not_finite
-
-LogitsPrecision = Literal["fp32", "bf16"]
-
-
-class LogitsConfig(Section):
-    """How the teachers' logits are computed."""
-
-    batch_size: int = Field(64, ge=1, description="clips that go through a network together")
-    precision: LogitsPrecision = Field(
-        "fp32", description="arithmetic of the networks; with bf16 the largest difference to fp32 is recorded"
-    )
-    resources: Resources = Resources()
+from asc_ray.training.weights import load_model
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from asc_ray.models.config import ModuleConfig
 from asc_ray.models.registry import folded
 from asc_ray.places import named
 from asc_ray.training.config import Recipe
-from asc_ray.training.folder import load_model
+from asc_ray.training.weights import load_model
 
 
 class _Clip(NamedTuple):

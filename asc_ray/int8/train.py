@@ -20,9 +20,10 @@ from asc_ray.students.cost import input_shape
 from asc_ray.students.targets import SoftTargets, TargetFiles, read_soft_targets, student_clips
 from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Dataset, Source
-from asc_ray.training.folder import SCRATCH, about, load_model, noted, save_weights
-from asc_ray.training.loop import OnEpoch, fit
-from asc_ray.training.validation import Metrics, predict, validate
+from asc_ray.training.folder import SCRATCH, Metrics, OnEpoch, noted
+from asc_ray.training.loop import fit
+from asc_ray.training.validation import predict, validate
+from asc_ray.training.weights import about, load_model, save_weights
 
 FAKE_QUANTIZED = "fake-quantized.safetensors"
 

@@ -7,7 +7,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,6 @@ from asc_ray.errors import ConfigError
 from asc_ray.files import open_plain
 from asc_ray.shown import printable
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 # What training frameworks put before the names of a network's own tensors.
 _PREFIX = re.compile(r"^(model|net|module)\.")
 _HEAD = re.compile(r"^head(_dist)?\.")
@@ -29,30 +28,6 @@ _NAMES_SHOWN = 6
 _ABOUT = "asc_ray"  # the entry of safetensors' metadata that is ours
 _OF_TENSORS = re.compile(r"torch(\.\w+)+|collections\.(OrderedDict|defaultdict|Counter)")  # calls that make tensors
 _LEGACY_PICKLES = 5  # at the beginning of a file of torch before 1.6
-
-
-def published(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Return each system's checkpoint in `folder`, if it has one, by the published names: NAME.ckpt, NAME.pt, ...
-
-    Raises ConfigError if `folder` is no folder, or holds no system's file or several of one system.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"teachers.checkpoints: {folder} is no folder; name one with the published files, or null")
-    found: dict[str, Path] = {}
-    names = list(names)
-    for file in sorted(folder.absolute().iterdir()):
-        if file.suffix in SUFFIXES and file.stem in names:
-            if file.stem in found:
-                raise ConfigError(
-                    f"teachers.checkpoints: {found[file.stem]} and {file.name} are of one system; keep one"
-                )
-            found[file.stem] = file
-    if not found:
-        raise ConfigError(
-            f"teachers.checkpoints: {folder} holds no file of a configured system; expected {names[0]}.ckpt and the "
-            f"like, with one of the endings {' '.join(SUFFIXES)}"
-        )
-    return found
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

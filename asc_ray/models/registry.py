@@ -7,9 +7,7 @@ from torch import nn
 
 from asc_ray.models.bsconv import BSConvCNN
 from asc_ray.models.cnn_gru import CNNGRU
-from asc_ray.models.config import (
-    AnyModelConfig,
-)
+from asc_ray.models.config import AnyModelConfig
 from asc_ray.models.cp_mobile import CPMobile
 from asc_ray.models.cp_resnet import CPResNet
 from asc_ray.models.dcase22_baseline import DCASE22Baseline

@@ -36,7 +36,7 @@ from asc_ray.search.trials import TrialResult, importances
 from asc_ray.students.config import StudentConfig
 from asc_ray.training.config import Recipe
 from asc_ray.training.dataset import Source
-from asc_ray.training.validation import Metrics
+from asc_ray.training.folder import Metrics
 
 LIBRARIES = ("asc-ray", "torch", "torchao", "ray", "mlflow", "pyarrow", "numpy", "optuna")
 

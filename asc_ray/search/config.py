@@ -1,15 +1,16 @@
-"""The configuration of a search."""
+"""The configuration of a search, and the kinds of parameters that its space has."""
 
-from collections.abc import Mapping
+import builtins
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from asc_ray.search.population import PopulationConfig
-from asc_ray.search.space import KINDS, Parameter
 from asc_ray.section import Section
 
 METRIC = "objective"
+TRIALS = "trials"  # the folder of an unfinished search that holds their results
 # Keys of the student that a population may change between generations, because the weights fit any value of theirs.
 CHANGES_WHILE_TRAINING = (
     "augment.",
@@ -32,6 +33,95 @@ NOT_JUDGED = {
     "specialize": "it follows the search",
     "select": "a trial's value is that of its last epoch",
 }
+
+
+class Parameter(Section):
+    """Exactly one of five kinds: bounds of a uniform, log-uniform or integer range, a list of choices, or `one_of`.
+
+    `one_of` maps names to alternatives: a parameter, a value, or a mapping with parameters and values in it, which are
+    searched only where the alternative is chosen.
+    """
+
+    uniform: tuple[float, float] | None = Field(None, description="bounds of a range, uniform in the values")
+    loguniform: tuple[float, float] | None = Field(None, description="bounds of a range, uniform in the logarithms")
+    int: tuple[builtins.int, builtins.int] | None = Field(None, description="bounds of a range of whole numbers")
+    choice: tuple[builtins.bool | builtins.int | float | str | None, ...] | None = Field(
+        None, description="values to choose from"
+    )
+    one_of: dict[str, Any] | None = Field(None, description="named alternatives to choose from")
+
+    @model_validator(mode="after")
+    def _one_and_ordered(self) -> "Parameter":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(KINDS)}; found {given or 'none'}")
+        for name in ("choice", "one_of"):
+            if getattr(self, name) is not None:
+                if not getattr(self, name):
+                    raise ValueError(f"{name}: expected at least one value")
+                return self
+        low, high = self.uniform or self.loguniform or self.int or (0, 0)
+        if low >= high:
+            raise ValueError(f"{given[0]}: the lower bound {low} is not below the upper bound {high}")
+        if self.loguniform and low <= 0:
+            raise ValueError(f"loguniform: the lower bound {low} is not positive")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parsed(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("one_of"), dict):
+            return raw | {"one_of": {name: _parsed(value, name) for name, value in sorted(raw["one_of"].items())}}
+        if not isinstance(raw, dict | Parameter):
+            raise ValueError(f"expected a mapping with one of {', '.join(KINDS)}, as in {{uniform: [0.1, 0.5]}}")
+        return raw
+
+    def ends(self) -> Iterator[Any]:
+        """Yield values that must all be valid for the key: both bounds, every choice, and every alternative.
+
+        An alternative occurs with all combinations of its own ends.
+        """
+        if self.one_of is not None:
+            for alternative in self.one_of.values():
+                yield from _ends(alternative)
+        else:
+            yield from self.uniform or self.loguniform or self.int or self.choice or ()
+
+
+KINDS = tuple(Parameter.model_fields)
+
+
+def _parsed(raw: Any, path: str) -> Any:
+    """Parse the parameters inside the alternative at `path`: mappings with a kind's name as their only key."""
+    if not isinstance(raw, dict):
+        return raw
+    if len(raw) == 1 and next(iter(raw)) in KINDS:
+        try:
+            return Parameter.model_validate(raw)
+        except ValidationError as error:
+            found = "; ".join(finding["msg"].removeprefix("Value error, ") for finding in error.errors())
+            raise ValueError(f"one_of.{path}: {found}") from None
+    return {name: _parsed(value, f"{path}.{name}") for name, value in sorted(raw.items())}
+
+
+def _ends(value: Any) -> Iterator[Any]:
+    if isinstance(value, Parameter):
+        yield from value.ends()
+    elif isinstance(value, dict):
+        for ends in itertools.product(*(list(_ends(own)) for own in value.values())):
+            yield dict(zip(value, ends, strict=True))
+    else:
+        yield value
+
+
+class PopulationConfig(Section):
+    """Settings of `scheduler: pbt`, where `trials` is the size of the population."""
+
+    every: int = Field(5, ge=1, description="epochs of a generation")
+    replaced: float = Field(
+        0.25, gt=0.0, le=0.5, description="share of the worst, which take the weights of as many best ones"
+    )
+    resample: float = Field(0.25, ge=0.0, le=1.0, description="chance that a parameter is drawn anew, not changed")
 
 
 class ObjectiveConfig(Section):

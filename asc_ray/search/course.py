@@ -14,7 +14,7 @@ from asc_ray.artifacts import Artifact, read_record, write_record
 from asc_ray.errors import ConfigError
 from asc_ray.models.complexity import Complexity
 from asc_ray.search import proposals
-from asc_ray.search.config import METRIC, SweepConfig
+from asc_ray.search.config import METRIC, TRIALS, SweepConfig
 from asc_ray.search.halving import should_stop
 from asc_ray.search.order import may_start, planned, repeated, within_budget
 from asc_ray.search.trials import TrialResult, trial_name
@@ -22,7 +22,6 @@ from asc_ray.students.config import Limits, StudentConfig
 from asc_ray.students.cost import student_cost
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-TRIALS = "trials"
 _OF_A_WORKER = ("parameters", "seed", "parent")  # what a worker needs to know of a trial beside its number
 
 

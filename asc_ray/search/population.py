@@ -9,20 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from asc_ray.search.space import Parameter, Space
-from asc_ray.section import Section
-
-
-class PopulationConfig(Section):
-    """Settings of `scheduler: pbt`, where `trials` is the size of the population."""
-
-    every: int = Field(5, ge=1, description="epochs of a generation")
-    replaced: float = Field(
-        0.25, gt=0.0, le=0.5, description="share of the worst, which take the weights of as many best ones"
-    )
-    resample: float = Field(0.25, ge=0.0, le=1.0, description="chance that a parameter is drawn anew, not changed")
+from asc_ray.search.config import Parameter, PopulationConfig
+from asc_ray.search.space import Space
 
 
 def ancestor(

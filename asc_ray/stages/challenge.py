@@ -21,8 +21,8 @@ from asc_ray.places import is_uri, named, opened
 from asc_ray.progress import Progress
 from asc_ray.stages.export import student_config
 from asc_ray.students.specialize import load_specialized, of_devices
-from asc_ray.training.folder import load_model
 from asc_ray.training.validation import predict
+from asc_ray.training.weights import load_model
 
 _BATCH = 64
 _README = """# {label}

@@ -24,9 +24,9 @@ from asc_ray.stages.work import Job, Work, source_of
 from asc_ray.students.config import StudentConfig
 from asc_ray.students.specialize import load_specialized, of_devices
 from asc_ray.training.dataset import Source
-from asc_ray.training.folder import load_model
 from asc_ray.training.gpu import training_device
 from asc_ray.training.validation import predict
+from asc_ray.training.weights import load_model
 
 
 def make(work: Work) -> None:

@@ -45,7 +45,7 @@ from asc_ray.tracking.lookup import artifacts_of, runs_of
 from asc_ray.tracking.registry import check_name, register
 from asc_ray.tracking.store import prepare
 from asc_ray.tracking.things import first_line
-from asc_ray.training.folder import load_model
+from asc_ray.training.weights import load_model
 
 _BATCH = 256  # clips
 

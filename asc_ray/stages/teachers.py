@@ -8,7 +8,7 @@ from asc_ray.artifacts import write_record
 from asc_ray.cluster.tasks import OnEvent, Task, run_tasks
 from asc_ray.cluster.teachers import Teacher, train_teachers
 from asc_ray.disk import disk_error
-from asc_ray.ensemble.checks import check_prior
+from asc_ray.ensemble.config import check_prior
 from asc_ray.ensemble.teachers import import_teacher
 from asc_ray.ensemble.weak import Standing, far_below
 from asc_ray.errors import UserError

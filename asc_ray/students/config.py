@@ -1,4 +1,4 @@
-"""A student's configuration: a recipe and its soft targets."""
+"""A student's configuration, a recipe and its soft targets, and the limits of its device."""
 
 from collections.abc import Mapping
 from pathlib import Path

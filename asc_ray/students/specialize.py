@@ -17,9 +17,9 @@ from asc_ray.models.normalization import InstanceNorm
 from asc_ray.students.config import SpecializeConfig, StudentConfig
 from asc_ray.students.targets import TargetFiles, read_soft_targets, student_clips
 from asc_ray.training.dataset import Dataset, Source
-from asc_ray.training.folder import SCRATCH, about, load_model, noted, save_weights
-from asc_ray.training.loop import OnEpoch, fit
-from asc_ray.training.validation import Metrics
+from asc_ray.training.folder import SCRATCH, Metrics, OnEpoch, noted
+from asc_ray.training.loop import fit
+from asc_ray.training.weights import about, load_model, save_weights
 
 NORMALIZATIONS = (nn.BatchNorm2d, nn.LayerNorm, InstanceNorm, GlobalResponseNorm)
 

@@ -3,16 +3,19 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from asc_ray.artifacts import stored_files
 from asc_ray.data.logits import Logits, read_logits
 from asc_ray.errors import UserError
-from asc_ray.training.dataset import Dataset
+
+if TYPE_CHECKING:  # a plan names such files, and needs no torch for it
+    from asc_ray.training.dataset import Dataset
 
 
-def student_clips(data: Dataset) -> np.ndarray:
+def student_clips(data: "Dataset") -> np.ndarray:
     """Return every training clip outside the validation part, in the order of the store."""
     chosen = np.zeros(len(data.store), dtype=bool)
     chosen[data.parts["train"]] = chosen[data.parts["fusion"]] = True
@@ -54,7 +57,7 @@ class SoftTargets:
         return out
 
 
-def read_soft_targets(data: Dataset, files: TargetFiles | None) -> SoftTargets | None:
+def read_soft_targets(data: "Dataset", files: TargetFiles | None) -> SoftTargets | None:
     """Return the soft targets as logits by the store's clips, joined by clip id; None without `files`.
 
     Clips that no student learns from may have NaN. Raises UserError where a student's clip has no soft target or one

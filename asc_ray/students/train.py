@@ -13,9 +13,9 @@ from asc_ray.students.config import StudentConfig
 from asc_ray.students.cost import input_shape
 from asc_ray.students.targets import SoftTargets, TargetFiles, read_soft_targets, student_clips
 from asc_ray.training.dataset import Dataset, Source
-from asc_ray.training.folder import SCRATCH, WEIGHTS, about, noted, save_weights, started
-from asc_ray.training.loop import OnEpoch, fit
-from asc_ray.training.validation import Metrics
+from asc_ray.training.folder import SCRATCH, WEIGHTS, Metrics, OnEpoch, noted
+from asc_ray.training.loop import fit
+from asc_ray.training.weights import about, save_weights, started
 
 
 def train_student(

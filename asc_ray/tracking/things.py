@@ -12,7 +12,7 @@ from asc_ray.evaluation.scores import Evaluation
 from asc_ray.section import Section
 from asc_ray.shown import masked
 from asc_ray.tracking.config import database_of
-from asc_ray.training.validation import Metrics
+from asc_ray.training.folder import Metrics
 
 Value = str | int | float | bool
 # What a sqlite store's errors ask for, by words in their messages.

@@ -1,24 +1,22 @@
 """What a training sees of the clip store: clips by part, and impulse responses."""
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asc_ray.artifacts import file_sha256, stored_file
-from asc_ray.audio.impulse import ImpulseBank, response_files
-from asc_ray.data.batches import MAPPED, DataConfig, Stream, Waves
+from asc_ray.artifacts import stored_file
+from asc_ray.audio.impulse import ImpulseBank
+from asc_ray.data.batches import MAPPED, Stream, Waves
 from asc_ray.data.clips import ClipStore, open_clips
-from asc_ray.data.division import FusionData, PartitionConfig, partition
+from asc_ray.data.config import DataConfig, FusionData, PartitionConfig
+from asc_ray.data.division import check_held_out_devices, partition
 from asc_ray.data.mirror import mirrored
 from asc_ray.data.recordings import cut_following, following
-from asc_ray.errors import ConfigError, UserError
 
 IMPULSE_RESPONSES = "impulse_responses.safetensors"
 
@@ -71,16 +69,6 @@ class Source:
         return mirrored(self.clips, self.delivery.cache) if self.delivery.cache else self.clips
 
 
-def check_held_out_devices(held_out_devices: Sequence[str], trained: Iterable[str], validated: Iterable[str]) -> None:
-    """Raise ConfigError unless these devices have clips to validate on, and leave others to train on."""
-    known = set(trained) & set(validated)
-    if held_out_devices and not set(held_out_devices) < known:
-        raise ConfigError(
-            f"sweep.validation.devices: found {', '.join(held_out_devices)}; allowed are some, and not all, of "
-            f"{', '.join(sorted(map(str, known)))}, the devices of the training and the validation part"
-        )
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A clip store with its parts as index arrays: `train`, `fusion`, `validation`, and `test` where asked for.
@@ -118,16 +106,6 @@ class Dataset:
 def save_bank(bank: ImpulseBank, file: Path) -> None:
     """Write the impulse responses beside the clips, so that later stages need the clip store and not the corpus."""
     save_file({"responses": bank.responses}, file, metadata={"names": json.dumps(bank.names)})
-
-
-def bank_identity(folder: Path | None) -> Any:
-    """Return what tells a folder of impulse responses from others; None stands for the built-in ones."""
-    if folder is None:
-        return "built-in"
-    try:
-        return {file.name: file_sha256(file) for file in response_files(folder)}
-    except OSError as error:
-        raise UserError(f"impulse responses: {error.filename}: {error.strerror}; mend or remove it") from None
 
 
 def open_bank(file: Path) -> ImpulseBank:

@@ -19,15 +19,15 @@ from asc_ray.training import parallel
 from asc_ray.training.checkpoints import best_epoch, load_checkpoint, restore_optimizer, save_checkpoint
 from asc_ray.training.config import DistillationConfig, OptimizerConfig, Recipe
 from asc_ray.training.dataset import Dataset
+from asc_ray.training.folder import Metrics, OnEpoch
 from asc_ray.training.gpu import on_gpu, training_device
 from asc_ray.training.objective import Objective
 from asc_ray.training.optimizer import average_weights, learning_rate_factor, optimizer_of
 from asc_ray.training.step import Rows, Trainer
-from asc_ray.training.validation import Metrics, NotFinite, validate
+from asc_ray.training.validation import NotFinite, validate
 
 # Within an epoch too, because on a large corpus an epoch can last an hour.
 CHECKPOINT_SECONDS = 300.0
-OnEpoch = Callable[[Metrics], None]
 SetMode = Callable[[nn.Module, int | None], object]
 
 

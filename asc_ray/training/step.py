@@ -18,9 +18,9 @@ from asc_ray.data.clips import CLIP_SAMPLES, ClipStore
 from asc_ray.models.own import OwnNetwork, drawn_from
 from asc_ray.training import parallel
 from asc_ray.training.config import Precision
+from asc_ray.training.folder import Metrics
 from asc_ray.training.gpu import Replayed
 from asc_ray.training.objective import Objective
-from asc_ray.training.validation import Metrics
 
 
 class Rows(Protocol):

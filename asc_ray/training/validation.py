@@ -12,9 +12,8 @@ from asc_ray.data.batches import Waves, eval_batches, waveform
 from asc_ray.data.clips import ClipStore
 from asc_ray.errors import UserError
 from asc_ray.training.dataset import Dataset
+from asc_ray.training.folder import Metrics
 from asc_ray.training.gpu import on_gpu
-
-Metrics = dict[str, float]
 
 
 class NotFinite(UserError):

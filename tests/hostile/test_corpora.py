@@ -11,7 +11,8 @@ from refusal import refused, replaced, sparse
 
 from asc_ray.audio.impulse import ImpulseBank
 from asc_ray.audio.recording import Recording
-from asc_ray.data.corpus import CorpusConfig, read_corpus
+from asc_ray.data.config import CorpusConfig
+from asc_ray.data.corpus import read_corpus
 from asc_ray.data.decode import decode
 from asc_ray.data.layouts import META_COLUMNS
 from asc_ray.errors import UserError
