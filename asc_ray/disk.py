@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from asc_ray.errors import UserError
+from asc_ray.places import is_kept, named
 
 # What a user does about each, by the system's own words, which every library puts into its error.
 _REMEDIES = {
@@ -23,7 +24,7 @@ _REMEDIES = {
 _GONE = re.compile(rf"\[Errno {errno.ENOENT}\] [^:\n]+: '([^'\n]+)'")
 _PROBE_BYTES = 1 << 20
 GOES_ON = "and the same command goes on from here"
-_OWN_LINE = re.compile(rf"storage [^\n]*, {GOES_ON}")  # of a DiskError, in another library's words
+_OWN_LINE = re.compile(rf"(storage|data\.cache) [^\n]*, {GOES_ON}")  # of a DiskError, in another library's words
 
 
 class DiskError(UserError):
@@ -45,7 +46,12 @@ def disk_error(error: BaseException | str, storage: Path) -> DiskError | None:
         if folder.is_relative_to(storage) and not folder.exists():
             return _line(f"{folder}: was deleted while the run worked", "leave it there")
     reason = next((words for words in _REMEDIES if words in text), None) or _trial(storage)
-    return _line(f"storage {storage}: {reason}{_room(storage)}", _REMEDIES.get(reason, "mend it")) if reason else None
+    if reason is None:
+        return None
+    where = f"storage {storage}"
+    if is_kept(storage):
+        where = f"data.cache {storage.parent}, a node's copy of {named(storage)}"
+    return _line(f"{where}: {reason}{_room(storage)}", _REMEDIES.get(reason, "mend it"))
 
 
 def _line(what: str, remedy: str) -> DiskError:

@@ -9,12 +9,15 @@ import pyarrow as pa
 import pytest
 from conftest import TINY, command, joined
 from safetensors.numpy import save_file
+from store import Place
 
+from asc_ray.artifacts import Artifact, stored_files
 from asc_ray.cluster.sweep import _trial
 from asc_ray.config.composition import load_config
 from asc_ray.data.arrow import write_batch
 from asc_ray.disk import disk_error
 from asc_ray.files import write_atomically
+from asc_ray.places import node_folder
 from asc_ray.resources import Resources
 from asc_ray.search.proposals import propose
 
@@ -41,6 +44,25 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(smal
     subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
     done = subprocess.run(words, capture_output=True, text=True, env=joined(), check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_node_without_room_for_what_it_brings_says_so_and_goes_on(small_disk, bucket, tmp_path_factory):
+    place = Place(bucket.uri(small_disk.name), tmp_path_factory.mktemp("nodes"), bucket)
+    made, own = (
+        Artifact(node_folder(place.setting, disk), "clips", "tau22", "0123456789abcdef", {}, {})
+        for disk in (place.disks, small_disk)
+    )
+    for number in range(3):
+        (made.open_partial() / f"{number}.bin").write_bytes(bytes(2_000_000))
+    made.finish({})
+    with pytest.raises(OSError, match="No space left") as raised:
+        stored_files(own.path)
+    told = str(disk_error(raised.value, own.storage))
+    assert told.startswith(f"data.cache {small_disk}, a node's copy of {place.setting}: No space left on device (")
+    assert told.endswith("; make room, and the same command goes on from here")
+    assert not list(small_disk.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
+    assert len(stored_files(own.path)) == 3
 
 
 WRITERS = {
