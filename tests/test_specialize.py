@@ -93,6 +93,7 @@ def test_each_device_has_its_own_copy_and_the_whole_is_counted(source, student, 
         name: int((heard == name).sum()) for name in DEVICES.values()
     }
     assert [own["epoch"] for own in facts["history"]] == [1, 2, 3, 4, 5, 6] == [own["epoch"] for own in seen]
+    assert {own["epochs"] for own in seen} == {6}  # of all devices
     parameters = student.facts()["parameters"]
     assert facts["parameters"] == (1 + 3) * parameters
     networks = load_specialized(artifact.path, student.path, config, 10)

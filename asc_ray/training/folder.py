@@ -48,10 +48,12 @@ def _contents(key: str, path: Path) -> str:
 
 
 def noted(folder: Path, epochs: int, on_epoch: OnEpoch) -> OnEpoch:
-    """Return an `on_epoch` that also writes its metrics to the folder, for `asc-ray status` in another shell."""
+    """Return an `on_epoch` that is told the number of `epochs`, too, and also writes its metrics to the folder, for
+    `asc-ray status` in another shell."""
 
     def note(metrics: Metrics) -> None:
-        write_record(folder / PROGRESS, {**metrics, "epochs": epochs})
-        on_epoch(metrics)
+        told = {**metrics, "epochs": epochs}
+        write_record(folder / PROGRESS, told)
+        on_epoch(told)
 
     return note
