@@ -1,6 +1,7 @@
 """The lines of the house: who imports whom, who alone touches ray, mlflow and the terminal, how long a module is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,11 @@ print({"torch", "ray", "mlflow", "optuna", "pandas", "matplotlib", "soundfile"} 
     command = [sys.executable, "-c", code, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_a_packages_sections_of_the_configuration_lie_in_its_config():
+    holding = {name_of(path) for path in MODULES if re.search(r"^class \w+Config\(", path.read_text(), re.M)}
+    assert {name for name in holding if "." in name and not name.endswith(".config")} == set()
 
 
 def test_importing_the_package_imports_no_other_package():
