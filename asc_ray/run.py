@@ -91,9 +91,9 @@ def run(config: Config, stages: Sequence[str], progress: Progress) -> Plan:
                 plan.keep_reading()
         progress.nothing_to_do()
         return plan
-    from asc_ray.stages.tracked import pipeline_thing, tell_made  # here, as in `at_work`
-
     refuse(plan, todo)
+    from asc_ray.stages.tracked import pipeline_thing, tell_made  # here, because only work takes optuna
+
     if "ingest" in todo and plan.source and plan.source.corpus:
         for note in plan.source.corpus.notes:
             progress.note(note)
