@@ -187,6 +187,9 @@ rows:
   - name: other fusion
     set: {fusion.ridge: 0.5, student.seeds: 1}
     against: none
+  - name: specialized
+    set: {student.specialize: {epochs: 1}, student.seeds: 1}
+    against: fused
 """
 
 
@@ -220,7 +223,7 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR091
     assert float(rows["fused"]["all"]) == pytest.approx(100 * np.mean([s.accuracy for s in scores]), rel=1e-5)
     assert {**rows["fused again"], "row": ""} == {**rows["fused"], "row": ""}
     gains = {(line["row"], line["what"]): line for line in csv.DictReader((folder / "gains.csv").open())}
-    assert {row for row, _ in gains} == {"none", "fused again", "other fusion"}
+    assert {row for row, _ in gains} == {"none", "fused again", "other fusion", "specialized"}
     for column in ("unseen", "all", "log_loss"):
         over = float(rows["none"][column]) - float(rows["fused"][column])
         assert float(gains["none", column]["value"]) == pytest.approx(over, rel=1e-3, abs=1e-4)
@@ -234,13 +237,16 @@ def test_a_table_from_its_command_to_mlflow(finished, tmp_path):  # noqa: PLR091
     assert set(tables) == {"FAILED", "FINISHED"}  # with the broken row it was another table
     parent = tables["FINISHED"]
     children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
-    expected = {f"{row}: student-seed{seed}" for row in rows if row != "other fusion" for seed in (0, 1)}
-    expected.add("other fusion: student")
+    single = {"other fusion", "specialized"}
+    expected = {f"{row}: student-seed{seed}" for row in rows.keys() - single for seed in (0, 1)}
+    expected |= {"other fusion: student", "specialized: student", "specialized: specialized"}
     assert set(children) == expected
     assert {run.info.status for run in children.values()} == {"FINISHED"}
     for seed, score in enumerate(scores):
         found = children[f"fused again: student-seed{seed}"].data.metrics
         assert found["test/accuracy"] == pytest.approx(score.accuracy)
+    found = children["specialized: specialized"].data.metrics
+    assert float(rows["specialized"]["all"]) == pytest.approx(100 * found["test/accuracy"], rel=1e-5)
     assert len(client.get_metric_history(children["none: student-seed1"].info.run_id, "train/loss")) == 1
     assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"table.md", "table.csv", "table.html"}
 
