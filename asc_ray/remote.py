@@ -56,9 +56,10 @@ def _send(path: Path) -> None:
             with files.open_output_stream(inner) as sink:
                 while chunk := source.read(_CHUNK):
                     sink.write(chunk)
-        except OSError:  # of this node's disk, perhaps
-            with suppress(OSError):
-                files.delete_file(inner)
+        except OSError as error:
+            if error.errno is not None:  # of this node's disk; after the store's own, what was there before stays
+                with suppress(OSError):
+                    files.delete_file(inner)
             raise
 
 

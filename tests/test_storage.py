@@ -1,5 +1,6 @@
 """What a storage promises, in a folder and on an S3 server alike: `one` and `other` are nodes that work with it."""
 
+import json
 import os
 import shutil
 import signal
@@ -346,6 +347,31 @@ def test_no_object_is_made_of_a_file_that_cannot_be_read_to_its_end(store):
     with pytest.raises(OSError, match="Input/output error"):
         remote.push(folder / "broken")
     assert "broken" not in remote.listed(folder)
+
+
+def test_what_was_there_stays_when_the_store_refuses_what_is_sent(tmp_path, monkeypatch):
+    """A claim that cannot be renewed for a moment must not be taken for one that another run has removed."""
+    import boto3
+
+    allowed = [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]
+    denied = [{"Effect": "Deny", "Action": "s3:PutObject", "Resource": "*"}]
+    with s3_server(allowed=5) as port:
+        at = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"}
+        files, users = boto3.client("s3", **at), boto3.client("iam", **at)
+        files.create_bucket(Bucket="asc-ray")
+        files.put_object(Bucket="asc-ray", Key="x/clips/record.json", Body=b"before")
+        users.create_user(UserName="reader")
+        key = users.create_access_key(UserName="reader")["AccessKey"]
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [*allowed, *denied]})
+        users.put_user_policy(UserName="reader", PolicyName="reads", PolicyDocument=policy)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        record = Place(Bucket(port).uri("x"), tmp_path, Bucket(port)).node("one") / "clips" / "record.json"
+        record.parent.mkdir(parents=True)
+        record.write_text("after")
+        with pytest.raises(DiskError, match="access is denied"):
+            remote.push(record)
+        assert remote.refreshed(record).read_text() == "before"
 
 
 def test_an_object_s_name_leads_out_of_no_folder(store):
