@@ -127,6 +127,16 @@ def test_a_packages_sections_of_the_configuration_lie_in_its_config():
     assert {name for name in holding if "." in name and not name.endswith(".config")} == set()
 
 
+def test_what_a_configuration_may_name_is_what_is_built():
+    from asc_ray.audio.config import FRONT_END_KINDS
+    from asc_ray.audio.frontends import FRONT_ENDS
+    from asc_ray.models.config import NETWORK_NAMES
+    from asc_ray.models.registry import NETWORKS
+
+    assert sorted(NETWORK_NAMES) == sorted(NETWORKS)
+    assert sorted(FRONT_END_KINDS) == sorted(FRONT_ENDS)
+
+
 def test_importing_the_package_imports_no_other_package():
     import subprocess
     import sys
